@@ -1,0 +1,204 @@
+"""Schemas, argument checks and fake (shape-only) implementations of every adq operator.
+
+Nothing is computed here. The implementations stand in :mod:`adq.reference` (every device), in
+:mod:`adq.backends.cpu` (C++) and in :mod:`adq.backends.cuda` (Triton); torch's dispatcher chooses
+between them. The mathematics is defined once, by :mod:`adq.reference`.
+
+Conventions shared by all operators:
+
+* ``w``, ``x`` and ``grad`` are float32, bfloat16 or float16 of any shape, strides and memory format;
+  the mathematics is float32 and each result that has their shape also has their dtype and strides.
+* ``codebook`` ``[K]`` and ``thresholds`` ``[K - 1]`` are float32 and ascending, 1 <= K <= 256.
+* The parameters of the activation quantizer are float32: ``start``, ``in_scale``, ``out_scale`` and
+  ``offset`` hold one element, ``interval`` holds ``steps`` elements, or one that serves every step
+  (the uniform quantizer).
+* Every operator is functional and deterministic, bit for bit, from run to run and for any number of
+  threads.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MAX_BITS = 8
+MAX_LEVELS = 2**MAX_BITS
+ACTIVATION_RANGE = 2.0
+"""Width R of the activation quantizer's output before ``out_scale`` (N2UQ, arXiv 2111.14826)."""
+MIN_INTERVAL = 1e-3
+"""Smallest interval between activation thresholds; smaller ones are clamped, with gradient zero."""
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+LIBRARY = torch.library.Library("adq", "DEF")
+
+SCHEMAS = {
+    "codebook_lookup": (
+        "(Tensor w, Tensor codebook, Tensor thresholds, bool codes) -> (Tensor w_q, Tensor codes)"
+    ),
+    "codebook_statistics": "(Tensor w, Tensor thresholds) -> (Tensor count, Tensor total)",
+    "codebook_lookup_statistics": (
+        "(Tensor w, Tensor codebook, Tensor thresholds, bool codes)"
+        " -> (Tensor w_q, Tensor codes, Tensor count, Tensor total)"
+    ),
+    "threshold_quantize": (
+        "(Tensor x, Tensor start, Tensor interval, Tensor in_scale, Tensor out_scale, Tensor offset,"
+        " int steps) -> Tensor"
+    ),
+    "threshold_quantize_backward": (
+        "(Tensor grad, Tensor x, Tensor start, Tensor interval, Tensor in_scale, Tensor out_scale,"
+        " Tensor offset, int steps)"
+        " -> (Tensor d_x, Tensor d_start, Tensor d_interval, Tensor d_in_scale, Tensor d_out_scale)"
+    ),
+    "pack_bits": "(Tensor codes, int bits) -> Tensor",
+    "unpack_bits": "(Tensor packed, int bits, int numel) -> Tensor",
+}
+
+for _name, _schema in SCHEMAS.items():
+    LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+# ---- argument checks: called by the fakes and by every implementation --------------------------------
+
+
+def _check_float(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in _FLOATS:
+        raise TypeError(f"adq: {name} must be float32, bfloat16 or float16, got {tensor.dtype}")
+
+
+def _check_table(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.dtype != torch.float32 or tensor.dim() != 1:
+        raise TypeError(
+            f"adq: {name} must be a one-dimensional float32 tensor, "
+            f"got {tensor.dtype} of shape {tuple(tensor.shape)}"
+        )
+    if tensor.device != device:
+        raise ValueError(f"adq: {name} is on {tensor.device}, but the data is on {device}")
+
+
+def check_codebook(w: Tensor, thresholds: Tensor, codebook: Tensor | None = None) -> None:
+    """Check the arguments of the codebook operators; raises TypeError or ValueError."""
+    _check_float("w", w)
+    _check_table("thresholds", thresholds, w.device)
+    if thresholds.numel() >= MAX_LEVELS:
+        raise ValueError(f"adq: a codebook has at most {MAX_LEVELS} levels, got {thresholds.numel() + 1}")
+    if codebook is not None:
+        _check_table("codebook", codebook, w.device)
+        if codebook.numel() != thresholds.numel() + 1:
+            raise ValueError(
+                f"adq: {codebook.numel()} levels need {codebook.numel() - 1} thresholds, "
+                f"got {thresholds.numel()}"
+            )
+
+
+def check_threshold(
+    x: Tensor, start: Tensor, interval: Tensor, in_scale: Tensor, out_scale: Tensor, offset: Tensor, steps: int
+) -> None:
+    """Check the arguments of the activation quantizer; raises TypeError or ValueError."""
+    _check_float("x", x)
+    for name, tensor in (
+        ("start", start),
+        ("interval", interval),
+        ("in_scale", in_scale),
+        ("out_scale", out_scale),
+        ("offset", offset),
+    ):
+        _check_table(name, tensor, x.device)
+        if name != "interval" and tensor.numel() != 1:
+            raise ValueError(f"adq: {name} must hold one element, got {tensor.numel()}")
+    if not 1 <= steps < MAX_LEVELS:
+        raise ValueError(f"adq: steps must be in 1..{MAX_LEVELS - 1}, got {steps}")
+    if interval.numel() not in (1, steps):
+        raise ValueError(f"adq: {steps} steps need {steps} intervals or one, got {interval.numel()}")
+
+
+def check_grad(grad: Tensor, x: Tensor) -> None:
+    """Check the incoming gradient of the activation quantizer; raises TypeError or ValueError."""
+    if grad.dtype != x.dtype:
+        raise TypeError(f"adq: grad is {grad.dtype}, but x is {x.dtype}")
+    if grad.shape != x.shape or grad.device != x.device:
+        raise ValueError(
+            f"adq: grad {tuple(grad.shape)} on {grad.device} does not match x {tuple(x.shape)} on {x.device}"
+        )
+
+
+def packed_size(numel: int, bits: int) -> int:
+    """Bytes that ``numel`` codes of ``bits`` bits take when packed without padding between them."""
+    return (numel * bits + 7) // 8
+
+
+def check_pack(codes: Tensor, bits: int) -> None:
+    """Check the arguments of :func:`pack_bits`; raises TypeError or ValueError."""
+    if codes.dtype != torch.uint8:
+        raise TypeError(f"adq: codes must be uint8, got {codes.dtype}")
+    if not 1 <= bits <= MAX_BITS:
+        raise ValueError(f"adq: bits must be in 1..{MAX_BITS}, got {bits}")
+
+
+def check_unpack(packed: Tensor, bits: int, numel: int) -> None:
+    """Check the arguments of :func:`unpack_bits`; raises TypeError or ValueError."""
+    check_pack(packed, bits)
+    if numel < 0:
+        raise ValueError(f"adq: numel must not be negative, got {numel}")
+    if packed.dim() != 1 or packed.numel() != packed_size(numel, bits):
+        raise ValueError(
+            f"adq: {numel} codes of {bits} bits take {packed_size(numel, bits)} bytes, "
+            f"got shape {tuple(packed.shape)}"
+        )
+
+
+# ---- fakes -------------------------------------------------------------------------------------------
+
+
+def _register_fake(function):
+    name = function.__name__.removeprefix("_fake_")
+    torch.library.register_fake(f"adq::{name}", function, lib=LIBRARY)
+    return function
+
+
+def _codes_like(w: Tensor, codes: bool) -> Tensor:
+    return torch.empty_like(w, dtype=torch.uint8) if codes else w.new_empty(0, dtype=torch.uint8)
+
+
+@_register_fake
+def _fake_codebook_lookup(w: Tensor, codebook: Tensor, thresholds: Tensor, codes: bool):
+    check_codebook(w, thresholds, codebook)
+    return torch.empty_like(w), _codes_like(w, codes)
+
+
+@_register_fake
+def _fake_codebook_statistics(w: Tensor, thresholds: Tensor):
+    check_codebook(w, thresholds)
+    levels = thresholds.numel() + 1
+    return w.new_empty(levels, dtype=torch.int64), w.new_empty(levels, dtype=torch.float32)
+
+
+@_register_fake
+def _fake_codebook_lookup_statistics(w: Tensor, codebook: Tensor, thresholds: Tensor, codes: bool):
+    w_q, code = _fake_codebook_lookup(w, codebook, thresholds, codes)
+    return w_q, code, *_fake_codebook_statistics(w, thresholds)
+
+
+@_register_fake
+def _fake_threshold_quantize(x, start, interval, in_scale, out_scale, offset, steps):
+    check_threshold(x, start, interval, in_scale, out_scale, offset, steps)
+    return torch.empty_like(x)
+
+
+@_register_fake
+def _fake_threshold_quantize_backward(grad, x, start, interval, in_scale, out_scale, offset, steps):
+    check_threshold(x, start, interval, in_scale, out_scale, offset, steps)
+    check_grad(grad, x)
+    return tuple(torch.empty_like(tensor) for tensor in (x, start, interval, in_scale, out_scale))
+
+
+@_register_fake
+def _fake_pack_bits(codes: Tensor, bits: int):
+    check_pack(codes, bits)
+    return codes.new_empty(packed_size(codes.numel(), bits))
+
+
+@_register_fake
+def _fake_unpack_bits(packed: Tensor, bits: int, numel: int):
+    check_unpack(packed, bits, numel)
+    return packed.new_empty(numel)

@@ -1,0 +1,186 @@
+"""The torch oracle of every operator: short, obvious, and the meaning of the other implementations.
+
+These functions are registered as each operator's default, so they serve every device that has no
+faster implementation. Codes, levels and packed bytes of the C++ and Triton kernels equal these bit for
+bit; sums and parameter gradients equal them to float32 rounding (here they are accumulated in float64).
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from adq import ops
+
+
+def decision_thresholds(codebook: Tensor) -> Tensor:
+    """Midpoints ``t[k] = 0.5 * (c[k] + c[k + 1])`` of an ascending codebook ``[K]``, float32 ``[K - 1]``."""
+    return 0.5 * (codebook[:-1] + codebook[1:])
+
+
+def _codes(w: Tensor, thresholds: Tensor) -> Tensor:
+    """``code = #{k : w > t[k]}``, int64; a tie goes to the lower codeword, NaN to code 0."""
+    w = w.float()
+    return torch.bucketize(w.masked_fill(w.isnan(), -torch.inf), thresholds)
+
+
+def codebook_lookup(w: Tensor, codebook: Tensor, thresholds: Tensor, codes: bool) -> tuple[Tensor, Tensor]:
+    """Nearest codeword of every weight: ``w_q = c[code]`` in w's dtype (NaN stays NaN), and uint8 codes.
+
+    With ``codes=False`` the second result is empty. DESIGN: ADQ, arXiv 2510.19760, section 3.
+    """
+    ops.check_codebook(w, thresholds, codebook)
+    code = _codes(w, thresholds)
+    w_q = torch.empty_like(w).copy_(torch.where(w.isnan(), torch.nan, codebook[code]))
+    return w_q, torch.empty_like(w, dtype=torch.uint8).copy_(code) if codes else code.new_empty(0, dtype=torch.uint8)
+
+
+def codebook_statistics(w: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
+    """Per level, how many weights fall in its cell (int64 ``[K]``) and their sum (float32 ``[K]``).
+
+    NaN counts in no cell.
+    """
+    ops.check_codebook(w, thresholds)
+    values = w.float().flatten()
+    values = values[~values.isnan()]
+    code = torch.bucketize(values, thresholds)
+    levels = thresholds.numel() + 1
+    count = torch.bincount(code, minlength=levels)
+    total = torch.zeros(levels, dtype=torch.float64, device=w.device)
+    return count, total.index_put_((code,), values.double(), accumulate=True).float()
+
+
+def codebook_lookup_statistics(
+    w: Tensor, codebook: Tensor, thresholds: Tensor, codes: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`codebook_lookup` and :func:`codebook_statistics` in one pass over w."""
+    return *codebook_lookup(w, codebook, thresholds, codes), *codebook_statistics(w, thresholds)
+
+
+def _edges(start: Tensor, interval: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Segment starts ``T_0..T_n`` and level edges ``T_i + interval[i] / 2``, by float32 additions in order."""
+    segment, edge = [start], []
+    for width in interval:
+        edge.append(segment[-1] + 0.5 * width)
+        segment.append(segment[-1] + width)
+    return segment, edge
+
+
+def _levels(u: Tensor, start: Tensor, interval: Tensor, steps: int) -> Tensor:
+    """Output level ``q = #{i : u > T_i + interval[i] / 2}`` as float32; NaN stays NaN."""
+    if interval.numel() == steps:
+        _, edges = _edges(start, interval)
+        q = torch.zeros_like(u)
+        for edge in edges:
+            q += u > edge
+        return q.masked_fill(u.isnan(), torch.nan)
+    return ((u - start) / interval - 0.5).ceil().clamp(0, steps)
+
+
+def threshold_quantize(
+    x: Tensor, start: Tensor, interval: Tensor, in_scale: Tensor, out_scale: Tensor, offset: Tensor, steps: int
+) -> Tensor:
+    """N2UQ activation quantizer, quantize and dequantize: ``y = out_scale * (D q - offset)``.
+
+    ``u = in_scale * x``, ``D = R / steps``, and q counts the edges below u (see :func:`_levels`).
+    With one interval for all steps the edges are ``start + (i + 0.5) * interval`` in closed form.
+    NaN in, NaN out. Source: N2UQ, arXiv 2111.14826, equation 5; the affine offset is ours.
+    """
+    ops.check_threshold(x, start, interval, in_scale, out_scale, offset, steps)
+    q = _levels(in_scale * x.float(), start, interval.clamp_min(ops.MIN_INTERVAL), steps)
+    step = torch.tensor(ops.ACTIVATION_RANGE / steps, dtype=torch.float32, device=x.device)
+    return torch.empty_like(x).copy_(out_scale * (step * q - offset))
+
+
+def threshold_quantize_backward(
+    grad: Tensor,
+    x: Tensor,
+    start: Tensor,
+    interval: Tensor,
+    in_scale: Tensor,
+    out_scale: Tensor,
+    offset: Tensor,
+    steps: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """All five gradients of :func:`threshold_quantize` by the generalized straight-through estimator.
+
+    The surrogate is piecewise linear: it rises by D over each segment ``T_i < u <= T_{i+1}`` and is
+    constant outside. With ``g = grad * out_scale``, per segment ``G_i = sum g``, ``H_i = sum g (u - T_i)``::
+
+        d_x           = g * in_scale * D / interval[i]
+        d_interval[i] = -(D / interval[i]^2) H_i - sum_{k > i} (D / interval[k]) G_k
+        d_start       = -sum_k (D / interval[k]) G_k
+        d_in_scale    = sum g * x * D / interval[i]
+        d_out_scale   = sum grad * (D q - offset)
+
+    One interval for all steps has the surrogate of a single segment of width ``steps * interval``.
+    A clamped interval gets gradient zero, NaN in x gets and gives none. Source: arXiv 2111.14826, 3.2.
+    """
+    ops.check_threshold(x, start, interval, in_scale, out_scale, offset, steps)
+    ops.check_grad(grad, x)
+    shared = interval.numel() != steps
+    width = interval.clamp_min(ops.MIN_INTERVAL)
+    u, dy, x32 = in_scale * x.float(), grad.double(), x.double()
+    q = _levels(u, start, width, steps).nan_to_num(0.0)
+    # one segment that spans the whole range, or one segment a step
+    segments = [(start, start + steps * width)] if shared else list(pairwise(_edges(start, width)[0]))
+    rise = ops.ACTIVATION_RANGE if shared else ops.ACTIVATION_RANGE / steps
+    spans = width.double() * (steps if shared else 1)
+
+    d_x = torch.zeros_like(u, dtype=torch.float64)
+    g_sum = torch.zeros_like(spans)
+    h_sum = torch.zeros_like(spans)
+    d_in_scale = torch.zeros_like(in_scale, dtype=torch.float64)
+    g = dy * out_scale.double()
+    for i, (low, high) in enumerate(segments):
+        inside = (u > low) & (u <= high)
+        g_in = torch.where(inside, g, 0.0)
+        slope = rise / spans[i]
+        d_x += g_in * slope * in_scale
+        g_sum[i] = g_in.sum()
+        h_sum[i] = torch.where(inside, g * (u.double() - low), 0.0).sum()
+        d_in_scale += torch.where(inside, g * x32, 0.0).sum() * slope
+    slopes = rise / spans
+    flow = slopes * g_sum
+    after = flow.sum() - flow.cumsum(0)
+    d_interval = (-slopes / spans * h_sum - after) * (steps if shared else 1)
+    d_interval = torch.where(interval > ops.MIN_INTERVAL, d_interval, 0.0)
+    levels = ops.ACTIVATION_RANGE / steps * q - offset.double()
+    d_out_scale = torch.where(u.isnan(), 0.0, dy * levels).sum().reshape(1)
+    return (
+        torch.empty_like(x).copy_(d_x),
+        (-flow.sum()).reshape(1).float(),
+        d_interval.float(),
+        d_in_scale.float(),
+        d_out_scale.float(),
+    )
+
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """Codes, in row-major order, as a little-endian bit stream: code i holds bits ``[i b, (i + 1) b)``.
+
+    Only the low ``bits`` bits of a code are kept. Returns uint8 ``[ceil(numel * bits / 8)]``; the last
+    byte is filled with zeros.
+    """
+    ops.check_pack(codes, bits)
+    shifts = torch.arange(bits, dtype=torch.uint8, device=codes.device)
+    stream = ((codes.flatten()[:, None] >> shifts) & 1).flatten()
+    size = ops.packed_size(codes.numel(), bits)
+    stream = torch.nn.functional.pad(stream, (0, 8 * size - stream.numel())).view(size, 8)
+    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=codes.device)
+    return (stream * weights).sum(1, dtype=torch.uint8)
+
+
+def unpack_bits(packed: Tensor, bits: int, numel: int) -> Tensor:
+    """The inverse of :func:`pack_bits`: uint8 codes ``[numel]``."""
+    ops.check_unpack(packed, bits, numel)
+    byte = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    stream = ((packed[:, None] >> byte) & 1).flatten()[: numel * bits].view(numel, bits)
+    weights = torch.tensor([1 << i for i in range(bits)], dtype=torch.uint8, device=packed.device)
+    return (stream * weights).sum(1, dtype=torch.uint8)
+
+
+for _name in ops.SCHEMAS:
+    ops.LIBRARY.impl(_name, globals()[_name], "CompositeExplicitAutograd")
