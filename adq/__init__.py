@@ -1,1 +1,49 @@
-"""adq: quantization-aware training with adaptive codebooks and mixed precision (arXiv 2510.19760)."""
+"""adq: quantization-aware training with adaptive codebooks and mixed precision.
+
+After *Adaptive Distribution-aware Quantization for Mixed-Precision Neural Networks* (arXiv 2510.19760)::
+
+    adq.quantize_(model, adq.ADQConfig(weight=adq.WeightConfig(bits=3)))
+    adq.calibrate_(model, batches)
+    table = adq.sensitivity(model, batches, loss_fn, bits=(2, 3, 4))
+    adq.apply_allocation_(model, adq.allocate(table, adq.Budget(weight_bits=2.81)))
+    ...  # any training loop
+    adq.save(model, "model.safetensors")
+"""
+
+from adq import backends, functional
+from adq.allocate import Allocation, Budget, allocate, apply_allocation_
+from adq.artifact import load, save
+from adq.config import ActivationConfig, ADQConfig, LayerConfig, WeightConfig
+from adq.convert import calibrate_, quantize_
+from adq.distill import DistillationLoss
+from adq.models import create_model, load_float_weights, register_architecture
+from adq.sensitivity import LayerCost, SensitivityTable, sensitivity
+from adq.summary import Summary, summary
+from adq.update import step
+
+__all__ = [
+    "ADQConfig",
+    "ActivationConfig",
+    "Allocation",
+    "Budget",
+    "DistillationLoss",
+    "LayerConfig",
+    "LayerCost",
+    "SensitivityTable",
+    "Summary",
+    "WeightConfig",
+    "allocate",
+    "apply_allocation_",
+    "backends",
+    "calibrate_",
+    "create_model",
+    "functional",
+    "load",
+    "load_float_weights",
+    "quantize_",
+    "register_architecture",
+    "save",
+    "sensitivity",
+    "step",
+    "summary",
+]

@@ -1,0 +1,226 @@
+"""Bit allocation: the multiple-choice knapsack, solved exactly, and its small readable file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from torch import nn
+
+from adq.config import check_bits, dump_yaml, load_yaml
+from adq.convert import set_weight_bits
+from adq.sensitivity import LayerCost, SensitivityTable
+from adq.store import write_text
+
+FORMAT = "adq-allocation"
+FORMAT_VERSION = 1
+FLOAT_BITS = 32
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What an allocation may cost at most; exactly one of the three.
+
+    Attributes:
+        weight_bits: average bits per weight over all quantized layers, pinned ones included.
+        bytes: of all quantized weights' packed codes.
+        bit_ops: multiply-accumulates of a sample times weight bits times activation bits, summed.
+    """
+
+    weight_bits: float | None = None
+    bytes: float | None = None
+    bit_ops: float | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("weight_bits", "bytes", "bit_ops") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"adq: a budget is one of weight_bits, bytes, bit_ops; got {given or 'none'}")
+        if not getattr(self, given[0]) > 0:
+            raise ValueError(f"adq: the budget {given[0]} must be positive, got {getattr(self, given[0])}")
+
+    def cost(self, layer: LayerCost, bits: int) -> int:
+        """Cost of one layer at a width, in whole units: bits of storage, or bit-operations."""
+        return layer.macs * bits * layer.activation_bits if self.bit_ops is not None else layer.weights * bits
+
+    def limit(self, layers: Sequence[LayerCost]) -> float:
+        """The budget in the unit of :meth:`cost`."""
+        if self.weight_bits is not None:
+            return self.weight_bits * sum(layer.weights for layer in layers)
+        return 8.0 * self.bytes if self.bytes is not None else float(self.bit_ops or 0.0)
+
+    def describe(self, cost: int, layers: Sequence[LayerCost]) -> str:
+        """A cost in the budget's own unit, as text."""
+        if self.weight_bits is not None:
+            return f"{cost / sum(layer.weights for layer in layers):.4f} average weight bits"
+        return f"{-(-cost // 8)} bytes" if self.bytes is not None else f"{cost} bit-operations"
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Weight bits of every quantized layer.
+
+    Attributes:
+        bits: by qualified name, in order of registration.
+        average_quantized: average bits over the quantized layers' weights.
+        average_network: average over all parameters of the network, those in float counted at 32 bits.
+    """
+
+    bits: dict[str, int]
+    average_quantized: float
+    average_network: float
+
+    def save(self, path: str | Path) -> None:
+        """Write the YAML file: to a temporary name, then renamed."""
+        write_text(path, dump_yaml(self.to_dict()))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain mappings, as in the file."""
+        return {
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            "average_bits_quantized_layers": round(self.average_quantized, 6),
+            "average_bits_whole_network": round(self.average_network, 6),
+            "weight_bits": dict(self.bits),
+        }
+
+    @classmethod
+    def load(cls, path: str | Path) -> Allocation:
+        """Read a file that :meth:`save` wrote or a person edited; the averages in it are informative only.
+
+        Raises:
+            FileNotFoundError, ValueError: no such file; not an allocation; a newer version; bits outside 1..8.
+        """
+        values = load_yaml(path)
+        if values.get("format") != FORMAT or not isinstance(values.get("weight_bits"), Mapping):
+            raise ValueError(f"adq: {path} is not an allocation file (format: {FORMAT}, weight_bits: ...)")
+        if values.get("version") != FORMAT_VERSION:
+            raise ValueError(f"adq: {path} has version {values.get('version')!r}, this adq reads {FORMAT_VERSION}")
+        bits = {str(name): check_bits(b, f"bits of layer {name!r} in {path}") for name, b in values["weight_bits"].items()}
+        averages = [float(values.get(f"average_bits_{key}", "nan")) for key in ("quantized_layers", "whole_network")]
+        return cls(bits, *averages)
+
+
+def allocate(
+    table: SensitivityTable,
+    budget: Budget,
+    *,
+    limits: Mapping[str, tuple[int, int]] | None = None,
+    tied: Iterable[Sequence[str]] = (),
+) -> Allocation:
+    """Choose one width per layer: least sum of scores within the budget, exactly (mixed-integer program).
+
+    Args:
+        table: from :func:`adq.sensitivity`; pinned layers keep their width and count towards the budget.
+        budget: what the allocation may cost.
+        limits: ``{layer: (lowest, highest)}`` widths.
+        tied: groups of layers that must get the same width.
+
+    Returns:
+        The allocation; the same one for the same arguments.
+
+    Raises:
+        ValueError: no allocation meets the budget (the smallest that is possible is named); an unknown
+            layer; limits or ties that leave a layer no width.
+    """
+    groups = [list(group) for group in tied]
+    choices = _choices(table, limits or {}, groups)
+    limit = budget.limit(table.layers)
+    smallest = sum(min(budget.cost(layer, b) for b in choices[layer.name]) for layer in table.layers)
+    if smallest > limit:
+        raise ValueError(
+            f"adq: no allocation meets the budget of {budget.describe(int(limit), table.layers)}; "
+            f"the smallest possible has {budget.describe(smallest, table.layers)}"
+        )
+    bits = _solve(table.layers, choices, budget, limit, groups)
+    return describe_allocation(table, bits)
+
+
+def describe_allocation(table: SensitivityTable, bits: Mapping[str, int]) -> Allocation:
+    """An :class:`Allocation` with its averages, from widths by layer."""
+    weights = sum(layer.weights for layer in table.layers)
+    total = sum(layer.weights * bits[layer.name] for layer in table.layers)
+    everything = weights + table.float_weights
+    network = (total + FLOAT_BITS * table.float_weights) / everything
+    return Allocation({layer.name: int(bits[layer.name]) for layer in table.layers}, total / weights, network)
+
+
+def _choices(
+    table: SensitivityTable, limits: Mapping[str, tuple[int, int]], tied: Iterable[Sequence[str]]
+) -> dict[str, list[int]]:
+    choices = {layer.name: sorted(layer.scores) for layer in table.layers}
+    for name, (low, high) in limits.items():
+        if name not in choices:
+            raise ValueError(f"adq: limits name an unknown layer {name!r}")
+        choices[name] = [b for b in choices[name] if low <= b <= high]
+    for group in tied:
+        unknown = [name for name in group if name not in choices]
+        if unknown:
+            raise ValueError(f"adq: tied names an unknown layer {unknown[0]!r}")
+        common = set.intersection(*(set(choices[name]) for name in group))
+        for name in group:
+            choices[name] = sorted(common)
+    empty = [name for name, widths in choices.items() if not widths]
+    if empty:
+        raise ValueError(f"adq: limits and ties leave no width for layer {empty[0]!r}")
+    return choices
+
+
+def _solve(
+    layers: Sequence[LayerCost], choices: dict[str, list[int]], budget: Budget, limit: float, tied: list[list[str]]
+) -> dict[str, int]:
+    """Binary programme: x[layer, width]; one width a layer, cost within the limit, equal widths in a group."""
+    variables = [(layer, b) for layer in layers for b in choices[layer.name]]
+    index = {(layer.name, b): i for i, (layer, b) in enumerate(variables)}
+    scores = np.array([layer.scores[b] for layer, b in variables])
+    if not np.isfinite(scores).all():
+        raise ValueError("adq: the sensitivity table holds NaN or infinity")
+    costs = np.array([budget.cost(layer, b) for layer, b in variables], dtype=np.float64)
+    one_width = np.array([[float(layer.name == other.name) for layer, _ in variables] for other in layers])
+    constraints = [LinearConstraint(one_width, 1, 1)]
+    for group in tied:
+        for name in group[1:]:
+            for b in choices[name]:
+                row = np.zeros(len(variables))
+                row[index[group[0], b]] += 1.0
+                row[index[name, b]] -= 1.0
+                constraints.append(LinearConstraint(row, 0, 0))
+    # scaled to order one for the solver; whole numbers decide afterwards
+    scale = np.abs(scores).max() or 1.0
+    bound = limit
+    for _ in range(8):
+        result = milp(
+            scores / scale,
+            constraints=[*constraints, LinearConstraint(costs / limit, -np.inf, bound / limit)],
+            integrality=np.ones(len(variables)),
+            bounds=Bounds(0, 1),
+            options={"mip_rel_gap": 0.0},
+        )
+        if result.x is None:
+            break
+        chosen = {layer.name: b for (layer, b), x in zip(variables, result.x, strict=True) if x > 0.5}
+        spent = sum(budget.cost(layer, chosen[layer.name]) for layer in layers)
+        if spent <= limit:
+            return chosen
+        bound -= 2 * (spent - limit)  # the solver's tolerance let it through: ask for a little less
+    raise ValueError(f"adq: the solver found no allocation: {result.message}")
+
+
+def apply_allocation_(model: nn.Module, allocation: Allocation | Mapping[str, int]) -> nn.Module:
+    """Set each layer's weight bits, in place, fitting new codebooks where the width changes.
+
+    Args:
+        model: from :func:`adq.quantize_`.
+        allocation: an :class:`Allocation` or ``{layer: bits}``; layers not named stay as they are.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: an unknown layer or bits outside 1..8; the model is unchanged then.
+    """
+    set_weight_bits(model, allocation.bits if isinstance(allocation, Allocation) else allocation)
+    return model

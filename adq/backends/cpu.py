@@ -1,0 +1,193 @@
+"""The operators on CPU tensors, by the C++ kernels of ``csrc/``; importing fails where they are not built.
+
+The kernels see memory, not shapes: a non-overlapping dense tensor (channels_last too) is taken in memory
+order, any other is copied into the layout that its result gets. ``ADQ_CPU_ISA`` forces an instruction
+set: ``avx512``, ``avx2`` or ``baseline``.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor, empty_like, get_num_threads
+
+from adq import ops
+
+try:
+    from adq import _C
+except ImportError as error:
+    raise ImportError(
+        f"{error}. adq was imported from {os.path.dirname(ops.__file__)}, where its C++ extension is not built; "
+        "if that is a source checkout, it hides the installed package (run `pytest`, not `python -m pytest`) "
+        "or wants `pip install -e .`"
+    ) from error
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_ISA_TITLES = {"avx512": "AVX-512", "avx2": "AVX2", "baseline": "baseline instruction set"}
+
+if "ADQ_CPU_ISA" in os.environ:
+    _C.set_isa(os.environ["ADQ_CPU_ISA"])
+
+
+def describe() -> str:
+    """One line on how the kernels run, e.g. ``C++ kernels, AVX-512, OpenMP``."""
+    threads = "OpenMP" if _C.openmp() else "1 thread, no OpenMP"
+    return f"C++ kernels, {_ISA_TITLES[_C.isa()]}, {threads}"
+
+
+def _with_strides_of(tensor: Tensor, out: Tensor) -> Tensor:
+    """The tensor itself if it lies in memory as ``out`` does (``out`` is dense), else a copy that does."""
+    return tensor if tensor.stride() == out.stride() else empty_like(out).copy_(tensor)
+
+
+def _dense(w: Tensor) -> Tensor:
+    """The tensor itself if it is non-overlapping and dense, else a copy; its order does not matter."""
+    return w if w.is_contiguous() else _with_strides_of(w, empty_like(w))
+
+
+def _lookup(
+    w: Tensor,
+    out: Tensor | None,
+    codebook: Tensor | None,
+    thresholds: Tensor,
+    code: Tensor | None,
+    count: Tensor | None = None,
+    total: Tensor | None = None,
+) -> None:
+    """Run the lookup kernel over dense ``w``, filling the outputs that are given."""
+    thresholds = thresholds.contiguous()
+    codebook = None if codebook is None else codebook.contiguous()
+    _C.codebook_lookup(
+        _DTYPES[w.dtype],
+        w.data_ptr(),
+        w.numel(),
+        0 if codebook is None else codebook.data_ptr(),
+        thresholds.data_ptr(),
+        thresholds.numel() + 1,
+        0 if out is None else out.data_ptr(),
+        0 if code is None else code.data_ptr(),
+        0 if count is None else count.data_ptr(),
+        0 if total is None else total.data_ptr(),
+        get_num_threads(),
+    )
+
+
+def _new_statistics(w: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
+    levels = thresholds.numel() + 1
+    return w.new_empty(levels, dtype=torch.int64), w.new_empty(levels, dtype=torch.float32)
+
+
+def codebook_lookup(w: Tensor, codebook: Tensor, thresholds: Tensor, codes: bool) -> tuple[Tensor, Tensor]:
+    """See :func:`adq.reference.codebook_lookup`."""
+    ops.check_codebook(w, thresholds, codebook)
+    out = empty_like(w)
+    w = _with_strides_of(w, out)
+    code = empty_like(out, dtype=torch.uint8) if codes else None
+    _lookup(w, out, codebook, thresholds, code)
+    return out, w.new_empty(0, dtype=torch.uint8) if code is None else code
+
+
+def codebook_statistics(w: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
+    """See :func:`adq.reference.codebook_statistics`."""
+    ops.check_codebook(w, thresholds)
+    count, total = _new_statistics(w, thresholds)
+    _lookup(_dense(w), None, None, thresholds, None, count, total)
+    return count, total
+
+
+def codebook_lookup_statistics(
+    w: Tensor, codebook: Tensor, thresholds: Tensor, codes: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`adq.reference.codebook_lookup_statistics`."""
+    ops.check_codebook(w, thresholds, codebook)
+    out = empty_like(w)
+    w = _with_strides_of(w, out)
+    code = empty_like(out, dtype=torch.uint8) if codes else None
+    count, total = _new_statistics(w, thresholds)
+    _lookup(w, out, codebook, thresholds, code, count, total)
+    return out, w.new_empty(0, dtype=torch.uint8) if code is None else code, count, total
+
+
+def threshold_quantize(
+    x: Tensor, start: Tensor, interval: Tensor, in_scale: Tensor, out_scale: Tensor, offset: Tensor, steps: int
+) -> Tensor:
+    """See :func:`adq.reference.threshold_quantize`."""
+    ops.check_threshold(x, start, interval, in_scale, out_scale, offset, steps)
+    out = empty_like(x)
+    x = _with_strides_of(x, out)
+    interval = interval.contiguous()
+    _C.threshold_quantize(
+        _DTYPES[x.dtype],
+        x.data_ptr(),
+        x.numel(),
+        start.data_ptr(),
+        interval.data_ptr(),
+        in_scale.data_ptr(),
+        out_scale.data_ptr(),
+        offset.data_ptr(),
+        interval.numel(),
+        steps,
+        out.data_ptr(),
+        get_num_threads(),
+    )
+    return out
+
+
+def threshold_quantize_backward(
+    grad: Tensor,
+    x: Tensor,
+    start: Tensor,
+    interval: Tensor,
+    in_scale: Tensor,
+    out_scale: Tensor,
+    offset: Tensor,
+    steps: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`adq.reference.threshold_quantize_backward`."""
+    ops.check_threshold(x, start, interval, in_scale, out_scale, offset, steps)
+    ops.check_grad(grad, x)
+    d_x = empty_like(x)
+    x = _with_strides_of(x, d_x)
+    grad = _with_strides_of(grad, d_x)
+    interval = interval.contiguous()
+    d_start, d_interval = empty_like(start), empty_like(interval)
+    d_in_scale, d_out_scale = empty_like(in_scale), empty_like(out_scale)
+    _C.threshold_quantize_backward(
+        _DTYPES[x.dtype],
+        grad.data_ptr(),
+        x.data_ptr(),
+        x.numel(),
+        start.data_ptr(),
+        interval.data_ptr(),
+        in_scale.data_ptr(),
+        out_scale.data_ptr(),
+        offset.data_ptr(),
+        interval.numel(),
+        steps,
+        d_x.data_ptr(),
+        d_start.data_ptr(),
+        d_interval.data_ptr(),
+        d_in_scale.data_ptr(),
+        d_out_scale.data_ptr(),
+        get_num_threads(),
+    )
+    return d_x, d_start, d_interval, d_in_scale, d_out_scale
+
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """See :func:`adq.reference.pack_bits`."""
+    ops.check_pack(codes, bits)
+    codes = codes.contiguous()
+    packed = codes.new_empty(ops.packed_size(codes.numel(), bits))
+    _C.pack_bits(codes.data_ptr(), codes.numel(), bits, packed.data_ptr(), get_num_threads())
+    return packed
+
+
+def unpack_bits(packed: Tensor, bits: int, numel: int) -> Tensor:
+    """See :func:`adq.reference.unpack_bits`."""
+    ops.check_unpack(packed, bits, numel)
+    packed = packed.contiguous()
+    codes = packed.new_empty(numel)
+    _C.unpack_bits(packed.data_ptr(), bits, numel, codes.data_ptr(), get_num_threads())
+    return codes

@@ -1,0 +1,291 @@
+"""From a float model to a quantized one, in place: swap layers, calibrate thresholds, apply bit-widths."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adq.config import ADQConfig, LayerConfig, check_bits, merge_override, with_bits
+from adq.nn.activation import ActivationQuantizer
+from adq.nn.layers import QUANTIZED, QuantizedLayer
+from adq.nn.weight import WeightQuantizer
+
+FilterFn = Callable[[nn.Module, str], bool]
+
+SAMPLES_PER_BATCH = 2**15
+MAX_SAMPLES = 2**18
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
+    """The quantized layers of a model by qualified name, in order of registration."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
+
+
+def weight_quantizers(model: nn.Module) -> dict[str, tuple[QuantizedLayer, WeightQuantizer]]:
+    """Layers with quantized weights, by name; of layers that share a weight only the first."""
+    found: dict[str, tuple[QuantizedLayer, WeightQuantizer]] = {}
+    seen: set[int] = set()
+    for name, layer in quantized_layers(model).items():
+        quantizer = layer.weight_quantizer
+        if isinstance(quantizer, WeightQuantizer) and id(quantizer) not in seen:
+            seen.add(id(quantizer))
+            found[name] = (layer, quantizer)
+    return found
+
+
+def activation_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
+    """Activation quantizers by the name of their layer."""
+    return {
+        name: layer.input_quantizer
+        for name, layer in quantized_layers(model).items()
+        if isinstance(layer.input_quantizer, ActivationQuantizer)
+    }
+
+
+def _matches(key: str, name: str, module: nn.Module) -> bool:
+    if key.startswith("re:"):
+        return re.fullmatch(key[3:], name) is not None
+    if key.startswith("type:"):
+        return key[5:] in {kind.__name__ for kind in type(module).__mro__}
+    return key == name
+
+
+def layer_configs(
+    model: nn.Module, config: ADQConfig, filter_fn: FilterFn | None = None
+) -> dict[str, tuple[nn.Module, LayerConfig]]:
+    """What each convertible layer of a float model would become; layers left in float are not listed.
+
+    Raises:
+        ValueError: an override matches no layer.
+    """
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) in QUANTIZED and (filter_fn is None or filter_fn(module, name))
+    }
+    names = list(layers)
+    used: set[str] = set()
+    found = {}
+    for name, module in layers.items():
+        layer = LayerConfig(config.weight, config.activation)
+        if name in (names[0], names[-1]):
+            bits = config.first_last_bits
+            layer = LayerConfig(None, None) if bits is None else with_bits(layer, bits)
+        for key, override in config.overrides.items():
+            if _matches(key, name, module):
+                used.add(key)
+                layer = merge_override(layer, override)
+        if not layer.is_float:
+            found[name] = (module, layer)
+    unused = [key for key in config.overrides if key not in used]
+    if unused:
+        raise ValueError(f"adq: overrides match no layer: {', '.join(unused)}; layers: {', '.join(names)}")
+    return found
+
+
+def quantize_(model: nn.Module, config: ADQConfig | None = None, filter_fn: FilterFn | None = None) -> nn.Module:
+    """Make a float model a quantized one, in place; codebooks are fitted to the weights at once.
+
+    Conv1d/2d/3d, ConvTranspose1d/2d/3d and Linear become quantized layers, subclasses of these stay in float.
+    Parameters keep their identity and name. Thresholds of the activations wait for :func:`calibrate_`.
+
+    Args:
+        model: float model; its training flag stays as it is.
+        config: what to quantize how; the default is 3 bits, first and last layer at 8.
+        filter_fn: ``(module, qualified name) -> bool``, layers to consider at all.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: nothing to quantize, or already quantized; an empty, all-zero or non-finite weight, an
+            override that matches nothing (named). The model is unchanged then.
+    """
+    config = config or ADQConfig()
+    if quantized_layers(model):
+        raise ValueError("adq: the model is quantized already; quantize_ takes a float model")
+    targets = layer_configs(model, config, filter_fn)
+    if not targets:
+        raise ValueError("adq: nothing to quantize: no Conv, ConvTranspose or Linear layer was selected")
+    return convert_layers_(model, {name: layer for name, (_, layer) in targets.items()})
+
+
+def convert_layers_(model: nn.Module, layers: Mapping[str, LayerConfig], *, fitted: bool = True) -> nn.Module:
+    """Convert the named layers as told, in place; the model is unchanged if one of them fails.
+
+    With ``fitted=False`` codebooks are placeholders for a state dict that is loaded next (:func:`adq.load`).
+    """
+    modules = {name: model.get_submodule(name) for name in layers}
+    kinds = {name: type(module) for name, module in modules.items()}
+    shared: dict[int, WeightQuantizer] = {}
+    try:
+        for name, config in layers.items():
+            _convert(modules[name], config, name, shared, fitted)
+    except Exception:
+        for name, module in modules.items():
+            _revert(module, kinds[name])
+        raise
+    return model
+
+
+def _convert(
+    module: nn.Module, config: LayerConfig, name: str, shared: dict[int, WeightQuantizer], fitted: bool
+) -> None:
+    weight: Any = module.weight
+    module.__class__ = QUANTIZED[type(module)]
+    assert isinstance(module, QuantizedLayer)
+    module.attach_(config, name, fitted=fitted, shared=shared.get(id(weight)))
+    if isinstance(module.weight_quantizer, WeightQuantizer):
+        shared[id(weight)] = module.weight_quantizer
+
+
+def _revert(module: nn.Module, kind: type[nn.Module]) -> None:
+    module.__class__ = kind
+    for name in ("weight_quantizer", "input_quantizer"):
+        module._modules.pop(name, None)
+
+
+@contextmanager
+def quantizers_enabled(model: nn.Module, weights: bool, activations: bool) -> Iterator[None]:
+    """Switch all quantizers of a model on or off for a while."""
+    switches: list[tuple[Any, bool]] = [(quantizer, weights) for _, quantizer in weight_quantizers(model).values()]
+    switches += [(quantizer, activations) for quantizer in activation_quantizers(model).values()]
+    before = [quantizer.enabled for quantizer, _ in switches]
+    try:
+        for quantizer, enabled in switches:
+            quantizer.enabled = enabled
+        yield
+    finally:
+        for (quantizer, _), enabled in zip(switches, before, strict=True):
+            quantizer.enabled = enabled
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; every module's own training flag comes back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """Device of the first parameter or buffer, CPU if there is none."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """A batch of tensors in tuples, lists and mappings on another device."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(to_device(value, device) for value in batch)
+    return batch
+
+
+def forward_batch(model: nn.Module, batch: Any) -> Any:
+    """Run a model on the inputs of a batch: a tensor, ``(inputs, ...)``, or a mapping of keyword arguments."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+
+
+class _Sampler:
+    """Keeps a bounded, reproducible sample of a layer's inputs."""
+
+    def __init__(self) -> None:
+        self.parts: list[Tensor] = []
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        values = args[0].detach().reshape(-1)
+        if values.numel() > SAMPLES_PER_BATCH:
+            index = torch.randint(values.numel(), (SAMPLES_PER_BATCH,), generator=self.generator)
+            values = values[index.to(values.device)]
+        self.parts.append(values.float())
+        if sum(part.numel() for part in self.parts) > MAX_SAMPLES:
+            self.parts = [torch.cat(self.parts)[::2]]
+
+
+def calibrate_(model: nn.Module, batches: Iterable[Any], *, force: bool = False) -> nn.Module:
+    """Set every activation quantizer's thresholds from the inputs its layer sees in the float model.
+
+    Runs the model over the batches in evaluation mode with all quantizers off. It must come before training;
+    after training it would throw the learned thresholds away, so it then refuses unless ``force`` is set.
+
+    Args:
+        model: from :func:`quantize_`.
+        batches: iterable of batches: an input tensor, ``(input, ...)``, or a mapping of keyword arguments.
+        force: calibrate a trained model anew.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: not quantized, no batches, NaN or infinite inputs (the layer is named).
+        RuntimeError: the model has been trained since its calibration.
+    """
+    layers = quantized_layers(model)
+    if not layers:
+        raise ValueError("adq: the model is not quantized; call adq.quantize_(model) first")
+    if not force and any(int(quantizer.steps) > 0 for _, quantizer in weight_quantizers(model).values()):
+        raise RuntimeError(
+            "adq: the model has been trained since it was calibrated, and calibrating again would discard its learned "
+            "thresholds; calibrate before training, or pass force=True"
+        )
+    quantizers = activation_quantizers(model)
+    samplers = {name: _Sampler() for name in quantizers}
+    hooks = [layers[name].register_forward_pre_hook(sampler) for name, sampler in samplers.items()]
+    try:
+        _run(model, batches)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    unseen = [name for name, sampler in samplers.items() if not sampler.parts]
+    if unseen:
+        warnings.warn(f"adq: not calibrated, never reached by the batches: {', '.join(unseen)}", stacklevel=2)
+    for name, sampler in samplers.items():
+        if sampler.parts:
+            quantizers[name].calibrate_(torch.cat(sampler.parts))
+    return model
+
+
+@torch.no_grad()
+def _run(model: nn.Module, batches: Iterable[Any]) -> None:
+    device, count = model_device(model), 0
+    with evaluating(model), quantizers_enabled(model, weights=False, activations=False):
+        for batch in batches:
+            forward_batch(model, to_device(batch, device))
+            count += 1
+    if count == 0:
+        raise ValueError("adq: no batches to calibrate with")
+
+
+def set_weight_bits(model: nn.Module, bits: Mapping[str, int]) -> None:
+    """Give layers new weight bit-widths and fit codebooks of that size; other layers stay as they are.
+
+    Raises:
+        ValueError: an unknown layer, or bits outside 1..8. Nothing is changed then.
+    """
+    known = weight_quantizers(model)
+    for name, width in bits.items():
+        if name not in known:
+            raise ValueError(f"adq: no quantized layer {name!r}; layers: {', '.join(known)}")
+        check_bits(width, f"bits of layer {name!r}")
+    for name, width in bits.items():
+        layer, quantizer = known[name]
+        if quantizer.bits != width:
+            quantizer.set_bits(width, layer.weight)

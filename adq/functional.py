@@ -1,0 +1,207 @@
+"""Public, differentiable functions over the operators; each gradient is documented where it is taken."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from adq import ops
+from adq.reference import decision_thresholds
+
+_ops = torch.ops.adq
+
+
+class _CodebookQuantize(Function):
+    """Nearest codeword forward; straight-through backward: ``dL/dw = dL/dw_q``."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, codebook: Tensor, thresholds: Tensor, codes: bool) -> tuple[Tensor, Tensor]:
+        w_q, code = _ops.codebook_lookup(w, codebook, thresholds, codes)
+        ctx.mark_non_differentiable(code)
+        ctx.set_materialize_grads(False)
+        return w_q, code
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+        return grads[0], None, None, None
+
+
+class _LearnedCodebookQuantize(Function):
+    """As :class:`_CodebookQuantize`, and the codebook learns: ``dL/dc[k] = sum over cell k of dL/dw_q``."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, codebook: Tensor, thresholds: Tensor) -> Tensor:
+        w_q, code = _ops.codebook_lookup(w, codebook, thresholds, True)
+        ctx.save_for_backward(code)
+        ctx.levels = codebook.numel()
+        return w_q
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        (code,) = ctx.saved_tensors
+        # a masked sum per level, not index_add_, whose order is not fixed on a GPU
+        d_codebook = torch.stack([torch.where(code == k, grad, 0.0).sum() for k in range(ctx.levels)])
+        return grad, d_codebook.float(), None
+
+
+class _ThresholdQuantize(Function):
+    """N2UQ forward; G-STE backward (formulas: :func:`adq.reference.threshold_quantize_backward`).
+
+    Saves x and the parameters themselves, nothing per threshold.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        start: Tensor,
+        interval: Tensor,
+        in_scale: Tensor,
+        out_scale: Tensor,
+        offset: Tensor,
+        steps: int,
+    ) -> Tensor:
+        ctx.save_for_backward(x, start, interval, in_scale, out_scale, offset)
+        ctx.steps = steps
+        return _ops.threshold_quantize(x, start, interval, in_scale, out_scale, offset, steps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, *parameters = ctx.saved_tensors
+        gradients = _ops.threshold_quantize_backward(grad, x, *parameters, ctx.steps)
+        return (*gradients, None, None)
+
+
+def lookup(w: Tensor, codebook: Tensor, thresholds: Tensor) -> Tensor:
+    """Nearest codewords of w with a straight-through gradient, the thresholds given: the modules' hot path.
+
+    Args:
+        w: weights, float32, bfloat16 or float16, any shape and strides.
+        codebook: ascending float32 ``[K]``.
+        thresholds: :func:`decision_thresholds` of it, float32 ``[K - 1]``.
+
+    Returns:
+        w_q, in w's shape, dtype and strides.
+    """
+    return _CodebookQuantize.apply(w, codebook, thresholds, False)[0]
+
+
+def learned_lookup(w: Tensor, codebook: Tensor) -> Tensor:
+    """As :func:`lookup`, with a gradient for the codebook too: the sum of ``dL/dw_q`` over each cell."""
+    return _LearnedCodebookQuantize.apply(w, codebook, decision_thresholds(codebook.detach()))
+
+
+def _check_ascending(codebook: Tensor) -> None:
+    # reading values would stop a compiled graph and stall a GPU: there the caller answers for the order
+    if codebook.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if codebook.dim() == 1 and codebook.numel() > 1 and bool((codebook[1:] < codebook[:-1]).any()):
+        raise ValueError("adq: the codebook must be ascending")
+
+
+def codebook_quantize(w: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+    """Nearest codeword of every weight, with a straight-through gradient to w.
+
+    ``code = #{k : w > 0.5 (c[k] + c[k + 1])}``, ``w_q = c[code]``: a tie goes to the lower codeword, NaN in
+    w gives NaN. Backward: ``dL/dw = dL/dw_q``; the codebook gets no gradient.
+
+    Args:
+        w: float32, bfloat16 or float16, any shape and strides.
+        codebook: ascending float32 ``[K]``, 1 <= K <= 256.
+
+    Returns:
+        ``(w_q, codes)`` in w's shape and strides; w_q in w's dtype, codes uint8.
+
+    Raises:
+        TypeError, ValueError: wrong dtype, device or length; a codebook that is not ascending (CPU only).
+    """
+    _check_ascending(codebook)
+    codebook = codebook.detach()
+    return _CodebookQuantize.apply(w, codebook, decision_thresholds(codebook), True)
+
+
+def codebook_statistics(w: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+    """Per level, how many weights are nearest to it and their sum; deterministic bit for bit.
+
+    Args:
+        w: float32, bfloat16 or float16, any shape; NaN counts nowhere.
+        codebook: ascending float32 ``[K]``.
+
+    Returns:
+        ``(count, total)``: int64 ``[K]`` and float32 ``[K]``. No gradients.
+    """
+    _check_ascending(codebook)
+    return _ops.codebook_statistics(w.detach(), decision_thresholds(codebook.detach()))
+
+
+def threshold_quantize(
+    x: Tensor,
+    start: Tensor,
+    interval: Tensor,
+    in_scale: Tensor,
+    out_scale: Tensor,
+    *,
+    offset: Tensor | None = None,
+    steps: int | None = None,
+) -> Tensor:
+    """N2UQ activation quantizer with learned thresholds (arXiv 2111.14826), quantize and dequantize.
+
+    ``u = in_scale x``, ``T_0 = start``, ``T_i = start + sum_{j<i} interval[j]``,
+    ``q = #{i : u > T_i + interval[i] / 2}``, ``y = out_scale (D q - offset)`` with ``D = 2 / steps``.
+    Gradients of all five inputs by G-STE (:func:`adq.reference.threshold_quantize_backward`); intervals
+    below 1e-3 are clamped and get none. Only x and the parameters are kept for the backward.
+
+    Args:
+        x: float32, bfloat16 or float16, any shape and strides.
+        start, in_scale, out_scale: one element each, shape ``[]`` or ``[1]``.
+        interval: ``[steps]``, or ``[1]`` with ``steps`` given: the uniform quantizer.
+        offset: one element, in units of D q; ``D z`` makes level z stand for zero. Default 0.
+        steps: number of thresholds n, 1..255. Default: the number of intervals.
+
+    Returns:
+        y in x's shape, dtype and strides.
+
+    Raises:
+        TypeError, ValueError: wrong dtype, device or number of elements.
+    """
+    steps = interval.numel() if steps is None else steps
+    offset = torch.zeros(1, device=x.device) if offset is None else offset
+    parameters = [_as_table(p) for p in (start, interval, in_scale, out_scale, offset)]
+    return _ThresholdQuantize.apply(x, *parameters, steps)
+
+
+def _as_table(parameter: Tensor) -> Tensor:
+    """A parameter as one-dimensional contiguous float32; differentiable, free where it is so already."""
+    if parameter.dtype == torch.float32 and parameter.dim() == 1 and parameter.is_contiguous():
+        return parameter
+    return parameter.float().reshape(-1).contiguous()
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Pack codes of ``bits`` bits, in row-major order, into a little-endian bit stream.
+
+    Args:
+        codes: uint8, any shape, each below ``2**bits``.
+        bits: 1..8.
+
+    Returns:
+        uint8 ``[ceil(numel * bits / 8)]``.
+
+    Raises:
+        ValueError: a code does not fit; it is named.
+    """
+    ops.check_pack(codes, bits)
+    if codes.numel() and (largest := int(codes.max())) >= 2**bits:
+        raise ValueError(f"adq: code {largest} does not fit in {bits} bits")
+    return _ops.pack_bits(codes, bits)
+
+
+def unpack(packed: Tensor, bits: int, shape: tuple[int, ...] | torch.Size) -> Tensor:
+    """The inverse of :func:`pack`: uint8 codes of ``shape``. Raises ValueError if the length is wrong."""
+    return _ops.unpack_bits(packed, bits, torch.Size(shape).numel()).view(shape)

@@ -1,0 +1,103 @@
+"""The activation quantizer module: N2UQ with learned thresholds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adq.config import ActivationConfig
+from adq.functional import threshold_quantize
+from adq.ops import ACTIVATION_RANGE
+from adq.thresholds import Thresholds, fit_thresholds, num_intervals
+
+PARAMETERS = ("start", "interval", "in_scale", "out_scale")
+
+
+class ActivationQuantizer(nn.Module):
+    """Quantizes and dequantizes a layer's input with learned thresholds (arXiv 2111.14826).
+
+    Parameters (float32): ``start`` ``[1]``, ``interval`` ``[2^bits - 1]`` (``[1]`` above 5 bits), ``in_scale`` ``[1]``,
+    ``out_scale`` ``[1]``. Buffers: ``offset`` ``[1]``, which puts zero on a level for signed inputs, and
+    ``calibrated``. A quantizer refuses to run before it has been calibrated: its start values say
+    nothing about the inputs. Set ``enabled = False`` to let inputs through untouched.
+
+    Args:
+        config: bits and sign.
+        name: the layer's qualified name, for messages.
+    """
+
+    start: nn.Parameter
+    interval: nn.Parameter
+    in_scale: nn.Parameter
+    out_scale: nn.Parameter
+    offset: Tensor
+    calibrated: Tensor
+
+    def __init__(self, config: ActivationConfig, name: str = "") -> None:
+        super().__init__()
+        self.config = config
+        self.name = name
+        self.enabled = True
+        n = num_intervals(config)
+        self.start = nn.Parameter(torch.zeros(1))
+        self.interval = nn.Parameter(torch.full((n,), ACTIVATION_RANGE / config.steps))
+        self.in_scale = nn.Parameter(torch.ones(1))
+        self.out_scale = nn.Parameter(torch.ones(1))
+        self.register_buffer("offset", torch.zeros(1))
+        self.register_buffer("calibrated", torch.zeros((), dtype=torch.bool))
+        self._ready = False
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether thresholds have been set from observed inputs; known without reading the device."""
+        return self._ready
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Quantize x, any shape and float dtype; same shape, dtype and strides back."""
+        if not self.enabled:
+            return x
+        if not self._ready:
+            raise RuntimeError(
+                f"adq: the activation quantizer of layer {self.name!r} is not calibrated; "
+                "call adq.calibrate_(model, batches) before training or evaluation"
+            )
+        return threshold_quantize(
+            x, self.start, self.interval, self.in_scale, self.out_scale, offset=self.offset, steps=self.config.steps
+        )
+
+    @torch.no_grad()
+    def calibrate_(self, values: Tensor) -> None:
+        """Set the thresholds from a sample of inputs, float32 ``[n]``; ValueError names the layer."""
+        try:
+            fitted = fit_thresholds(values, self.config)
+        except ValueError as error:
+            raise ValueError(f"{error} (layer {self.name!r})") from error
+        self._assign(fitted)
+
+    def _assign(self, fitted: Thresholds) -> None:
+        for name in (*PARAMETERS, "offset"):
+            getattr(self, name).copy_(getattr(fitted, name))
+        self.calibrated.fill_(True)
+        self._ready = True
+
+    def set_bits(self, bits: int) -> None:
+        """Change the width; the quantizer must then be calibrated anew."""
+        fresh = ActivationQuantizer(ActivationConfig(bits, self.config.signed), self.name).to(self.start.device)
+        self.config = fresh.config
+        for name in PARAMETERS:
+            setattr(self, name, getattr(fresh, name))
+        self.offset.zero_()
+        self.calibrated.fill_(False)
+        self._ready = False
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if not any(key.startswith(prefix) for key in state_dict):
+            return  # a float checkpoint: thresholds stay as they are
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._ready = bool(self.calibrated)
+
+    def extra_repr(self) -> str:
+        state = "" if self._ready else ", not calibrated"
+        return f"bits={self.config.bits}{state}{'' if self.enabled else ', disabled'}"

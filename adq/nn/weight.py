@@ -1,0 +1,161 @@
+"""The weight quantizer module: a codebook that adapts online."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adq.codebook import Fit, ema_update, fit, least_squares_scale, snap_codebook
+from adq.config import WeightConfig
+from adq.functional import learned_lookup, lookup
+from adq.reference import decision_thresholds
+
+
+class WeightQuantizer(nn.Module):
+    """Maps each weight to ``scale * c[code]``, c the nearest level of the layer's codebook.
+
+    The forward pass only looks up; the codebook moves in :meth:`update_`, which torch's optimizers call once
+    a step (see :mod:`adq.update`). Its length tells the bit-width, so a state dict alone restores it.
+
+    Buffers (float32 unless said): ``codebook`` ``[K]`` (a parameter with ``update="gradient"``), ``ema_count`` and
+    ``ema_total`` ``[K]`` (N and M), ``scale`` (broadcasts against the weight), ``steps`` int64, EMA steps made.
+    Set ``enabled = False`` to let weights through untouched.
+
+    Args:
+        weight: the layer's weight; the codebook is fitted to it unless ``fitted`` is False.
+        config: see :class:`adq.WeightConfig`.
+        axis: axis of the output channels.
+        name: the layer's qualified name, for messages.
+        pinned: the allocator keeps this layer's width.
+        fitted: False leaves a placeholder that a state dict must fill.
+    """
+
+    codebook: Tensor
+    scale: Tensor
+    ema_count: Tensor
+    ema_total: Tensor
+    steps: Tensor
+
+    def __init__(
+        self,
+        weight: Tensor,
+        config: WeightConfig,
+        axis: int = 0,
+        name: str = "",
+        *,
+        pinned: bool = False,
+        fitted: bool = True,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.axis = axis
+        self.name = name
+        self.pinned = pinned
+        self.enabled = True
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=weight.device))
+        self._assign(self._fit(weight) if fitted else self._placeholder(weight))
+
+    def _fit(self, weight: Tensor) -> Fit:
+        try:
+            if weight.numel() and not bool(weight.any()):
+                raise ValueError(
+                    "adq: every weight is zero, there is nothing to quantize; load or train the weights first, "
+                    "or leave the layer in float by an override"
+                )
+            return fit(weight.detach(), self.config, self.axis)
+        except ValueError as error:
+            raise ValueError(f"{error} (layer {self.name!r})") from error
+
+    def _placeholder(self, weight: Tensor) -> Fit:
+        channel = self.config.scale == "channel"
+        shape = [n if channel and d == self.axis else 1 for d, n in enumerate(weight.shape)]
+        levels = self.config.num_levels
+        return Fit(weight.new_zeros(levels).float(), weight.new_ones(shape).float(), weight.new_zeros(levels).float())
+
+    def _assign(self, fitted: Fit) -> None:
+        if self.config.update == "gradient":
+            self.codebook = nn.Parameter(fitted.codebook)
+        else:
+            self.register_buffer("codebook", fitted.codebook)
+        self.register_buffer("scale", fitted.scale)
+        self.register_buffer("ema_count", fitted.count)
+        self.register_buffer("ema_total", fitted.count * fitted.codebook)
+
+    @property
+    def bits(self) -> int:
+        """Width of a code, from the length of the codebook."""
+        return max(1, (self.codebook.numel() - 1).bit_length())
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Quantized weight, same shape and dtype, straight-through gradient."""
+        if not self.enabled:
+            return weight
+        if self.config.update == "gradient":
+            w_q = learned_lookup(weight / self.scale, self.codebook.sort().values)
+        else:
+            w_q = lookup(weight / self.scale, self.codebook, decision_thresholds(self.codebook))
+        return (w_q * self.scale).to(weight.dtype)
+
+    @torch.no_grad()
+    def encode(self, weight: Tensor) -> Tensor:
+        """Codes of the weight, uint8, same shape."""
+        codebook = self.codebook.detach().sort().values
+        return torch.ops.adq.codebook_lookup(weight / self.scale, codebook, decision_thresholds(codebook), True)[1]
+
+    @torch.no_grad()
+    def update_(self, weight: Tensor, pace: float = 1.0) -> None:
+        """One EMA step of codebook and scale towards the current weight; nothing unless ``update="ema"``.
+
+        Args:
+            weight: the layer's weight after the optimizer's step.
+            pace: factor on ``1 - ema_decay``, the learning rate over its peak.
+        """
+        if self.config.update != "ema":
+            return
+        rate = (1.0 - self.config.ema_decay) * (pace if self.config.ema_follows_lr else 1.0)
+        v = weight.detach().float() / self.scale
+        q, _, count, total = torch.ops.adq.codebook_lookup_statistics(
+            v, self.codebook, decision_thresholds(self.codebook), False
+        )
+        if self.config.scale == "channel":
+            self.scale.lerp_(least_squares_scale(weight.detach().float(), q, self.scale), rate)
+        codebook, ema_count, ema_total = ema_update(
+            self.codebook, self.ema_count, self.ema_total, count, total, rate
+        )
+        self.codebook.copy_(snap_codebook(codebook) if self.config.snap else codebook)
+        self.ema_count.copy_(ema_count)
+        self.ema_total.copy_(ema_total)
+        self.steps += 1
+
+    def refit_(self, weight: Tensor) -> None:
+        """Fit codebook and scale anew to a weight, as at construction."""
+        self._assign(self._fit(weight))
+        self.steps.zero_()
+
+    def set_bits(self, bits: int, weight: Tensor) -> None:
+        """Change the width of the codes and fit a new codebook to the weight."""
+        self.config = replace(self.config, bits=bits)
+        self.refit_(weight)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if not any(key.startswith(prefix) for key in state_dict):
+            return  # a float checkpoint: the layer fits a codebook to its new weight
+        saved = state_dict.get(prefix + "codebook")
+        if saved is not None and saved.shape != self.codebook.shape and saved.dim() == 1 and saved.numel() > 0:
+            self._resize(saved.numel())
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _resize(self, levels: int) -> None:
+        bits = max(1, (levels - 1).bit_length())
+        self.config = replace(self.config, bits=bits, levels="full" if levels == 2**bits else "symmetric")
+        table = self.ema_count.new_zeros(levels)
+        self._assign(Fit(table, self.scale, table.clone()))
+
+    def extra_repr(self) -> str:
+        return (
+            f"bits={self.bits}, levels={self.codebook.numel()}, scale={self.config.scale}, update={self.config.update}"
+            f"{'' if self.enabled else ', disabled'}"
+        )

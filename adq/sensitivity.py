@@ -1,0 +1,289 @@
+"""How much each layer's quantization costs at each bit-width: the table the allocator works from."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from adq.config import check_bits
+from adq.convert import (
+    evaluating,
+    forward_batch,
+    model_device,
+    quantized_layers,
+    quantizers_enabled,
+    to_device,
+    weight_quantizers,
+)
+from adq.nn.layers import QuantizedLayer
+from adq.nn.weight import WeightQuantizer
+
+Estimator = Literal["loss", "fisher", "hessian"]
+LossFn = Callable[[Any, Any], Tensor]
+
+HUTCHINSON_PROBES = 8
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """One layer of the table.
+
+    Attributes:
+        name: qualified name.
+        weights: number of weights.
+        macs: multiply-accumulates per sample of the batches.
+        activation_bits: width of its input, 32 if in float.
+        scores: estimated rise of the loss by bit-width; a pinned layer has only its own width.
+        pinned: whether its width is fixed by the configuration (first and last layer).
+    """
+
+    name: str
+    weights: int
+    macs: int
+    activation_bits: int
+    scores: dict[int, float]
+    pinned: bool = False
+
+
+@dataclass(frozen=True)
+class SensitivityTable:
+    """Rise of the calibration loss with one layer quantized alone, layer by layer and width by width.
+
+    Attributes:
+        estimator: how the scores were obtained.
+        layers: in order of registration.
+        float_weights: parameters of the network that stay in float (biases, norms, unquantized layers).
+    """
+
+    estimator: str
+    layers: tuple[LayerCost, ...]
+    float_weights: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain mappings, for YAML."""
+        layers = [
+            {
+                "name": layer.name,
+                "weights": layer.weights,
+                "macs": layer.macs,
+                "activation_bits": layer.activation_bits,
+                "pinned": layer.pinned,
+                "scores": {int(bits): float(score) for bits, score in layer.scores.items()},
+            }
+            for layer in self.layers
+        ]
+        return {"estimator": self.estimator, "float_weights": self.float_weights, "layers": layers}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> SensitivityTable:
+        """The inverse of :meth:`to_dict`."""
+        layers = tuple(LayerCost(**layer) for layer in values["layers"])
+        return cls(values["estimator"], layers, values["float_weights"])
+
+
+def sensitivity(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss_fn: LossFn,
+    bits: Sequence[int] = (2, 3, 4, 8),
+    estimator: Estimator = "fisher",
+    *,
+    pinned: Sequence[str] | None = None,
+) -> SensitivityTable:
+    """Score every layer at every bit-width, all other layers in float and in evaluation mode.
+
+    ``"loss"``: rise of the mean loss with that layer alone quantized: the truth, ``layers x widths`` passes.
+    ``"fisher"``: ``0.5 sum F dw^2`` with the empirical Fisher diagonal F of the batches; one pass.
+    ``"hessian"``: ``0.5 (tr H / n) ||dw||^2``, trace by Hutchinson's estimator (HAWQ-V2, arXiv 1911.03852).
+    dw is the weight's change under a codebook of that width fitted as training would. Weights are not changed.
+
+    Args:
+        model: from :func:`adq.quantize_`; need not be calibrated.
+        batches: iterable of ``(inputs, targets)``; kept in memory.
+        loss_fn: ``(outputs, targets) -> scalar``, mean over the batch.
+        bits: widths to score, each 1..8.
+        estimator: see above.
+        pinned: layers to keep at their present width; default: those that the configuration pins (first and last
+            layer, overrides with bits of their own).
+
+    Returns:
+        The table, with pinned layers at their one width.
+
+    Raises:
+        ValueError: no quantized weights, no batches, unknown estimator, bad bits or names; a non-finite loss.
+    """
+    layers = weight_quantizers(model)
+    if not layers:
+        raise ValueError("adq: no layer has quantized weights; call adq.quantize_(model) first")
+    if estimator not in _ESTIMATORS:
+        raise ValueError(f"adq: estimator must be one of {', '.join(_ESTIMATORS)}, got {estimator!r}")
+    widths = sorted({check_bits(b, "bits of the table") for b in bits})
+    if not widths:
+        raise ValueError("adq: no bit-widths to score")
+    kept = list(batches)
+    if not kept:
+        raise ValueError("adq: no batches to score with")
+    fixed = {name for name, (_, quantizer) in layers.items() if quantizer.pinned} if pinned is None else set(pinned)
+    if fixed - set(layers):
+        raise ValueError(f"adq: no quantized layer {sorted(fixed - set(layers))[0]!r} to pin")
+    free = {name: layers[name] for name in layers if name not in fixed}
+    with evaluating(model), quantizers_enabled(model, weights=False, activations=False):
+        macs = _macs(model, kept[0])
+        scores = _ESTIMATORS[estimator](model, kept, loss_fn, widths, free)
+    costs = tuple(
+        LayerCost(
+            name,
+            layer.weight.numel(),
+            macs.get(name, 0),
+            getattr(getattr(layer.input_quantizer, "config", None), "bits", 32),
+            scores.get(name, {quantizer.bits: 0.0}),
+            pinned=name in fixed,
+        )
+        for name, (layer, quantizer) in layers.items()
+    )
+    return SensitivityTable(estimator, costs, float_parameters(model))
+
+
+def float_parameters(model: nn.Module) -> int:
+    """Parameters of the network proper that stay in float: biases, norms, unquantized layers."""
+    quantized = {id(layer.weight) for layer, _ in weight_quantizers(model).values()}
+    own = re.compile(r"(^|\.)(weight_quantizer|input_quantizer)\.")
+    return sum(p.numel() for name, p in model.named_parameters() if id(p) not in quantized and not own.search(name))
+
+
+@torch.no_grad()
+def _macs(model: nn.Module, batch: Any) -> dict[str, int]:
+    """Multiply-accumulates of each quantized layer for one sample, from the shapes of one forward pass."""
+    counts: dict[str, int] = {}
+
+    def hook(name: str, layer: QuantizedLayer) -> Callable[..., None]:
+        def count(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            transposed = "Transpose" in type(module).__name__
+            positions = args[0] if transposed else output
+            per_position = layer.weight.numel() / layer.weight.shape[0]
+            counts[name] = counts.get(name, 0) + int(positions.numel() * per_position) // args[0].shape[0]
+
+        return count
+
+    handles = [layer.register_forward_hook(hook(name, layer)) for name, layer in quantized_layers(model).items()]
+    try:
+        forward_batch(model, to_device(batch, model_device(model)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return counts
+
+
+def _loss(model: nn.Module, batch: Any, loss_fn: LossFn) -> Tensor:
+    inputs, target = to_device(batch, model_device(model))[:2]
+    loss = loss_fn(model(inputs), target)
+    if not bool(loss.isfinite()):
+        raise ValueError(f"adq: the loss is {loss.item()} on a calibration batch")
+    return loss
+
+
+def _change(layer: QuantizedLayer, quantizer: WeightQuantizer, bits: int) -> Tensor:
+    """dw of a layer under a freshly fitted codebook of ``bits`` bits."""
+    config = replace(quantizer.config, bits=bits)
+    probe = WeightQuantizer(layer.weight.detach(), config, quantizer.axis, quantizer.name)
+    with torch.no_grad():
+        return probe(layer.weight) - layer.weight
+
+
+Layers = dict[str, tuple[QuantizedLayer, WeightQuantizer]]
+Scores = dict[str, dict[int, float]]
+
+
+@torch.no_grad()
+def _loss_scores(model: nn.Module, batches: list[Any], loss_fn: LossFn, widths: list[int], layers: Layers) -> Scores:
+    def mean_loss() -> float:
+        return sum(float(_loss(model, batch, loss_fn)) for batch in batches) / len(batches)
+
+    base = mean_loss()
+    scores: Scores = {}
+    for name, (layer, quantizer) in layers.items():
+        scores[name] = {}
+        original = layer.weight.detach().clone()
+        for bits in widths:
+            try:
+                layer.weight.add_(_change(layer, quantizer, bits))
+                scores[name][bits] = mean_loss() - base
+            finally:
+                layer.weight.copy_(original)
+    return scores
+
+
+def _gradients(
+    model: nn.Module, batch: Any, loss_fn: LossFn, layers: Layers, create_graph: bool = False
+) -> tuple[Tensor, ...]:
+    weights = [layer.weight for layer, _ in layers.values()]
+    with _requiring_grad(weights):
+        return torch.autograd.grad(
+            _loss(model, batch, loss_fn), weights, create_graph=create_graph, allow_unused=True, materialize_grads=True
+        )
+
+
+class _requiring_grad:
+    """Frozen weights need gradients too while they are scored."""
+
+    def __init__(self, weights: list[Tensor]) -> None:
+        self.frozen = [weight for weight in weights if not weight.requires_grad]
+
+    def __enter__(self) -> None:
+        for weight in self.frozen:
+            weight.requires_grad_(True)
+
+    def __exit__(self, *exc: object) -> None:
+        for weight in self.frozen:
+            weight.requires_grad_(False)
+
+
+@torch.enable_grad()
+def _fisher_scores(model: nn.Module, batches: list[Any], loss_fn: LossFn, widths: list[int], layers: Layers) -> Scores:
+    # the gradient of a mean over B samples has B times less variance than that of one sample
+    fisher = [torch.zeros_like(layer.weight, dtype=torch.float32) for layer, _ in layers.values()]
+    for batch in batches:
+        samples = len(batch[1])
+        for total, gradient in zip(fisher, _gradients(model, batch, loss_fn, layers), strict=True):
+            total.add_(gradient.detach().float().square(), alpha=samples / len(batches))
+    return {
+        name: {b: 0.5 * float((diagonal * _change(layer, quantizer, b).square()).sum()) for b in widths}
+        for diagonal, (name, (layer, quantizer)) in zip(fisher, layers.items(), strict=True)
+    }
+
+
+@torch.enable_grad()
+def _hessian_scores(model: nn.Module, batches: list[Any], loss_fn: LossFn, widths: list[int], layers: Layers) -> Scores:
+    device = model_device(model)
+    generator = torch.Generator().manual_seed(0)
+    weights = [layer.weight for layer, _ in layers.values()]
+    traces = [0.0] * len(weights)
+    with _requiring_grad(weights):
+        for batch in batches:
+            gradients = _gradients(model, batch, loss_fn, layers, create_graph=True)
+            for _ in range(HUTCHINSON_PROBES):
+                signs = [(torch.randint(0, 2, w.shape, generator=generator) * 2 - 1).to(device, w.dtype) for w in weights]
+                product = torch.autograd.grad(
+                    gradients, weights, signs, retain_graph=True, allow_unused=True, materialize_grads=True
+                )
+                for i, (v, hv) in enumerate(zip(signs, product, strict=True)):
+                    traces[i] += float((v * hv).sum()) / (HUTCHINSON_PROBES * len(batches))
+    return {
+        name: {
+            b: 0.5 * max(0.0, trace) / layer.weight.numel() * float(_change(layer, quantizer, b).square().sum())
+            for b in widths
+        }
+        for trace, (name, (layer, quantizer)) in zip(traces, layers.items(), strict=True)
+    }
+
+
+_ESTIMATORS: dict[str, Callable[..., Scores]] = {
+    "loss": _loss_scores,
+    "fisher": _fisher_scores,
+    "hessian": _hessian_scores,
+}

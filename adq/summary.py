@@ -1,0 +1,153 @@
+"""What a quantized model consists of, layer by layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from adq.allocate import FLOAT_BITS
+from adq.artifact import packed_bytes
+from adq.codebook import sqnr
+from adq.convert import activation_quantizers, quantized_layers, weight_quantizers
+from adq.nn.layers import QUANTIZED, QuantizedLayer
+from adq.nn.weight import WeightQuantizer
+from adq.ops import packed_size
+from adq.sensitivity import float_parameters
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One layer: widths in bits (None: float), levels in use, SQNR in dB, packed bytes of its weight."""
+
+    name: str
+    kind: str
+    weights: int
+    weight_bits: int | None
+    activation_bits: int | None
+    levels_used: int | None
+    levels: int | None
+    sqnr_db: float | None
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A quantized model in figures; ``str()`` prints it as a table.
+
+    Attributes:
+        layers: quantized layers, in order of registration.
+        left_in_float: layers with weights that are not quantized, with the reason.
+        average_bits_quantized: average weight bits over the quantized layers.
+        average_bits_network: average over all parameters, those in float counted at 32 bits.
+        bytes_float: tensors of the float network.
+        bytes_packed: tensors of the packed file.
+    """
+
+    layers: tuple[LayerSummary, ...]
+    left_in_float: dict[str, str]
+    average_bits_quantized: float
+    average_bits_network: float
+    bytes_float: int
+    bytes_packed: int
+
+    def __str__(self) -> str:
+        header = f"{'layer':<32} {'type':<16} {'weights':>9} {'W bits':>6} {'A bits':>6} {'levels':>9} {'SQNR dB':>8} {'bytes':>9}"
+        lines = [header, *(_row(layer) for layer in self.layers)]
+        lines += [f"{name:<32} in float: {reason}" for name, reason in self.left_in_float.items()]
+        lines.append(
+            f"average bits: {self.average_bits_quantized:.3f} over the quantized layers, "
+            f"{self.average_bits_network:.3f} over the whole network"
+        )
+        lines.append(
+            f"bytes: {self.bytes_float:,} float, {self.bytes_packed:,} packed "
+            f"({self.bytes_float / max(1, self.bytes_packed):.2f} times smaller)"
+        )
+        return "\n".join(lines)
+
+
+def _row(layer: LayerSummary) -> str:
+    levels = "-" if layer.levels is None else f"{layer.levels_used}/{layer.levels}"
+    quality = "-" if layer.sqnr_db is None else f"{layer.sqnr_db:.2f}"
+    return (
+        f"{layer.name:<32} {layer.kind:<16} {layer.weights:>9,} {layer.weight_bits or 'float':>6} "
+        f"{layer.activation_bits or 'float':>6} {levels:>9} {quality:>8} {layer.bytes:>9,}"
+    )
+
+
+@torch.no_grad()
+def _summarise(name: str, layer: QuantizedLayer, activation_bits: int | None) -> LayerSummary:
+    quantizer = layer.weight_quantizer
+    weights = layer.weight.numel()
+    if not isinstance(quantizer, WeightQuantizer):
+        return LayerSummary(name, type(layer).__name__, weights, None, activation_bits, None, None, None, layer.weight.nbytes)
+    used = quantizer.encode(layer.weight).unique().numel()
+    size = packed_size(weights, quantizer.bits) + quantizer.codebook.nbytes + quantizer.scale.nbytes
+    quality = sqnr(layer.weight, layer.quantized_weight())
+    return LayerSummary(
+        name,
+        type(layer).__name__,
+        weights,
+        quantizer.bits,
+        activation_bits,
+        used,
+        quantizer.codebook.numel(),
+        quality,
+        size,
+    )
+
+
+def _left_in_float(model: nn.Module) -> dict[str, str]:
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLayer):
+            continue
+        if type(module) in QUANTIZED:
+            found[name] = "by configuration"
+        elif isinstance(module, tuple(QUANTIZED)):
+            found[name] = f"{type(module).__name__} has a forward of its own"
+        elif isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
+            found[name] = "fused attention projections are not layers"
+    return found
+
+
+def float_bytes(model: nn.Module) -> int:
+    """Bytes of the float network's parameters and buffers, quantizers left out."""
+    skipped = ("weight_quantizer.", "input_quantizer.")
+    tensors = {
+        tensor.data_ptr(): tensor
+        for key, tensor in model.state_dict().items()
+        if not any(part in f"{key}" for part in skipped)
+    }
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def summary(model: nn.Module) -> Summary:
+    """Bits, levels in use, SQNR and bytes of every quantized layer, and the totals.
+
+    Args:
+        model: from :func:`adq.quantize_`.
+
+    Raises:
+        ValueError: the model is not quantized.
+    """
+    layers = quantized_layers(model)
+    if not layers:
+        raise ValueError("adq: the model is not quantized; call adq.quantize_(model) first")
+    activation = activation_quantizers(model)
+    rows = tuple(
+        _summarise(name, layer, activation[name].config.bits if name in activation else None)
+        for name, layer in layers.items()
+    )
+    widths = [(layer.weight.numel(), quantizer.bits) for layer, quantizer in weight_quantizers(model).values()]
+    weights, bits = sum(n for n, _ in widths), sum(n * b for n, b in widths)
+    in_float = float_parameters(model)
+    return Summary(
+        layers=rows,
+        left_in_float=_left_in_float(model),
+        average_bits_quantized=bits / weights if weights else float(FLOAT_BITS),
+        average_bits_network=(bits + FLOAT_BITS * in_float) / max(1, weights + in_float),
+        bytes_float=float_bytes(model),
+        bytes_packed=packed_bytes(model),
+    )

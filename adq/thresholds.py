@@ -1,0 +1,97 @@
+"""Fitting the activation quantizer to observed inputs: clip search for the least squared error."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adq.config import LEARNED_THRESHOLD_BITS, ActivationConfig
+from adq.ops import ACTIVATION_RANGE
+
+UNSIGNED_CANDIDATES = 100
+SIGNED_CANDIDATES = 24
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Start values of an activation quantizer; the fields are the arguments of ``threshold_quantize``.
+
+    All float32 ``[1]``, but ``interval``: ``[steps]`` with learned thresholds, ``[1]`` above 5 bits.
+    """
+
+    start: Tensor
+    interval: Tensor
+    in_scale: Tensor
+    out_scale: Tensor
+    offset: Tensor
+
+
+def num_intervals(config: ActivationConfig) -> int:
+    """How many intervals are learned: one per step up to 5 bits, above that one for all."""
+    return config.steps if config.bits <= LEARNED_THRESHOLD_BITS else 1
+
+
+def uniform_thresholds(step: Tensor, zero_level: Tensor, config: ActivationConfig) -> Thresholds:
+    """The uniform quantizer with a given step, in input units, whose level ``zero_level`` stands for zero.
+
+    ``in_scale`` brings the covered range to width R = 2, so that the learned parameters of every layer
+    have the same magnitude whatever the scale of its inputs, and one learning rate serves them all.
+    """
+    width = ACTIVATION_RANGE / config.steps
+    one = torch.ones(1, device=step.device)
+    offset = width * zero_level.float().reshape(1)
+    return Thresholds(
+        start=-offset,
+        interval=torch.full((num_intervals(config),), width, device=step.device),
+        in_scale=width * one / step,
+        out_scale=step * one / width,
+        offset=offset,
+    )
+
+
+def _squared_error(values: Tensor, step: Tensor, zero_level: Tensor, steps: int) -> Tensor:
+    """Mean squared error of each candidate quantizer; values ``[n]``, step and zero_level ``[m]`` -> ``[m]``."""
+    errors = []
+    for s, z in zip(step, zero_level, strict=True):
+        level = (values / s + z).round().clamp(0, steps)
+        errors.append(((level - z) * s - values).square().mean(dtype=torch.float64))
+    return torch.stack(errors)
+
+
+def fit_thresholds(values: Tensor, config: ActivationConfig) -> Thresholds:
+    """Fit thresholds to observed inputs: the clip range of least squared error, uniform inside.
+
+    With uniform output levels the least-squares thresholds are the midpoints of the levels, so uniform
+    intervals are where training starts from; it then learns each of them.
+
+    Args:
+        values: a sample of the layer's inputs, float32 ``[n]``, finite, not empty.
+        config: bits and sign.
+
+    Raises:
+        ValueError: no values, NaN or infinity among them, or negative ones although ``signed=False``.
+    """
+    if values.numel() == 0:
+        raise ValueError("adq: no inputs were observed")
+    if not bool(values.isfinite().all()):
+        raise ValueError("adq: NaN or infinity among the observed inputs")
+    values = values.float()
+    low, high = values.min(), values.max()
+    if config.signed is False and low < 0:
+        raise ValueError(f"adq: signed=False, but inputs down to {low.item():.3g} were observed")
+    steps = config.steps
+    if low == high == 0:
+        high = high + 1.0
+    if low >= 0 and not config.signed:
+        clip = high * torch.arange(1, UNSIGNED_CANDIDATES + 1, device=values.device) / UNSIGNED_CANDIDATES
+        step, zero_level = clip / steps, torch.zeros_like(clip)
+    else:
+        part = torch.arange(1, SIGNED_CANDIDATES + 1, device=values.device) / SIGNED_CANDIDATES
+        clip_low, clip_high = torch.cartesian_prod(low.clamp_max(0) * part, high.clamp_min(0) * part).unique(dim=0).unbind(1)
+        step = (clip_high - clip_low) / steps
+        step, clip_low = step[step > 0], clip_low[step > 0]
+        zero_level = (-clip_low / step).round()
+    best = _squared_error(values, step, zero_level, steps).argmin()
+    return uniform_thresholds(step[best], zero_level[best], config)

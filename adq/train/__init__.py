@@ -1,0 +1,1 @@
+"""Training recipes, data and evaluation behind the command line."""
