@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +14,15 @@ from torch import nn
 
 from adq.config import check_bits, dump_yaml, load_yaml
 from adq.convert import set_weight_bits
+from adq.ops import packed_size
 from adq.sensitivity import LayerCost, SensitivityTable
 from adq.store import write_text
 
 FORMAT = "adq-allocation"
 FORMAT_VERSION = 1
 FLOAT_BITS = 32
+SCORE_SCALE = 1e6
+SOLVER_ATTEMPTS = 100
 
 
 @dataclass(frozen=True)
@@ -43,20 +47,23 @@ class Budget:
             raise ValueError(f"adq: the budget {given[0]} must be positive, got {getattr(self, given[0])}")
 
     def cost(self, layer: LayerCost, bits: int) -> int:
-        """Cost of one layer at a width, in whole units: bits of storage, or bit-operations."""
-        return layer.macs * bits * layer.activation_bits if self.bit_ops is not None else layer.weights * bits
+        """Cost of one layer at a width, in whole units: bits, bytes or bit-operations."""
+        if self.weight_bits is not None:
+            return layer.weights * bits
+        return packed_size(layer.weights, bits) if self.bytes is not None else layer.macs * bits * layer.activation_bits
 
-    def limit(self, layers: Sequence[LayerCost]) -> float:
+    def limit(self, layers: Sequence[LayerCost]) -> int:
         """The budget in the unit of :meth:`cost`."""
         if self.weight_bits is not None:
-            return self.weight_bits * sum(layer.weights for layer in layers)
-        return 8.0 * self.bytes if self.bytes is not None else float(self.bit_ops or 0.0)
+            total = self.weight_bits * sum(layer.weights for layer in layers)
+            return math.floor(total * (1.0 + 1e-12))  # 4.35 bits of 100 weights are 435, not 434.999...
+        return math.floor(self.bytes if self.bytes is not None else self.bit_ops or 0.0)
 
     def describe(self, cost: int, layers: Sequence[LayerCost]) -> str:
         """A cost in the budget's own unit, as text."""
         if self.weight_bits is not None:
             return f"{cost / sum(layer.weights for layer in layers):.4f} average weight bits"
-        return f"{-(-cost // 8)} bytes" if self.bytes is not None else f"{cost} bit-operations"
+        return f"{cost} bytes" if self.bytes is not None else f"{cost} bit-operations"
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,8 @@ class Allocation:
         if values.get("version") != FORMAT_VERSION:
             raise ValueError(f"adq: {path} has version {values.get('version')!r}, this adq reads {FORMAT_VERSION}")
         bits = {str(name): check_bits(b, f"bits of layer {name!r} in {path}") for name, b in values["weight_bits"].items()}
-        averages = [float(values.get(f"average_bits_{key}", "nan")) for key in ("quantized_layers", "whole_network")]
+        averages = [values.get(f"average_bits_{key}") for key in ("quantized_layers", "whole_network")]
+        averages = [float(value) if isinstance(value, (int, float)) else math.nan for value in averages]
         return cls(bits, *averages)
 
 
@@ -126,17 +134,28 @@ def allocate(
         ValueError: no allocation meets the budget (the smallest that is possible is named); an unknown
             layer; limits or ties that leave a layer no width.
     """
-    groups = [list(group) for group in tied]
+    groups = _merged(tied)
     choices = _choices(table, limits or {}, groups)
     limit = budget.limit(table.layers)
     smallest = sum(min(budget.cost(layer, b) for b in choices[layer.name]) for layer in table.layers)
     if smallest > limit:
         raise ValueError(
-            f"adq: no allocation meets the budget of {budget.describe(int(limit), table.layers)}; "
+            f"adq: no allocation meets the budget of {budget.describe(limit, table.layers)}; "
             f"the smallest possible has {budget.describe(smallest, table.layers)}"
         )
     bits = _solve(table.layers, choices, budget, limit, groups)
     return describe_allocation(table, bits)
+
+
+def _merged(tied: Iterable[Sequence[str]]) -> list[list[str]]:
+    """The groups, those that overlap as one."""
+    merged: list[list[str]] = []
+    for group in tied:
+        names = list(dict.fromkeys(group))
+        overlapping = [other for other in merged if set(other) & set(names)]
+        merged = [other for other in merged if other not in overlapping]
+        merged.append(list(dict.fromkeys(name for part in (*overlapping, names) for name in part)))
+    return [group for group in merged if group]
 
 
 def describe_allocation(table: SensitivityTable, bits: Mapping[str, int]) -> Allocation:
@@ -170,7 +189,7 @@ def _choices(
 
 
 def _solve(
-    layers: Sequence[LayerCost], choices: dict[str, list[int]], budget: Budget, limit: float, tied: list[list[str]]
+    layers: Sequence[LayerCost], choices: dict[str, list[int]], budget: Budget, limit: int, tied: list[list[str]]
 ) -> dict[str, int]:
     """Binary programme: x[layer, width]; one width a layer, cost within the limit, equal widths in a group."""
     variables = [(layer, b) for layer in layers for b in choices[layer.name]]
@@ -188,13 +207,13 @@ def _solve(
                 row[index[group[0], b]] += 1.0
                 row[index[name, b]] -= 1.0
                 constraints.append(LinearConstraint(row, 0, 0))
-    # scaled to order one for the solver; whole numbers decide afterwards
-    scale = np.abs(scores).max() or 1.0
-    bound = limit
-    for _ in range(8):
+    # scaled for the solver, whose absolute tolerances are 1e-6; whole numbers decide afterwards
+    scores = scores * (SCORE_SCALE / (np.abs(scores).max() or 1.0))
+    constraints.append(LinearConstraint(costs / max(limit, 1), -np.inf, limit / max(limit, 1)))
+    for _ in range(SOLVER_ATTEMPTS):
         result = milp(
-            scores / scale,
-            constraints=[*constraints, LinearConstraint(costs / limit, -np.inf, bound / limit)],
+            scores,
+            constraints=constraints,
             integrality=np.ones(len(variables)),
             bounds=Bounds(0, 1),
             options={"mip_rel_gap": 0.0},
@@ -202,10 +221,11 @@ def _solve(
         if result.x is None:
             break
         chosen = {layer.name: b for (layer, b), x in zip(variables, result.x, strict=True) if x > 0.5}
-        spent = sum(budget.cost(layer, chosen[layer.name]) for layer in layers)
-        if spent <= limit:
+        if sum(budget.cost(layer, chosen[layer.name]) for layer in layers) <= limit:
             return chosen
-        bound -= 2 * (spent - limit)  # the solver's tolerance let it through: ask for a little less
+        # a little over the budget, but within the solver's tolerance: ask for another assignment
+        this = np.array([float(chosen[layer.name] == b) for layer, b in variables])
+        constraints.append(LinearConstraint(this, -np.inf, len(layers) - 1))
     raise ValueError(f"adq: the solver found no allocation: {result.message}")
 
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from adq.config import ActivationConfig, LayerConfig, WeightConfig, from_dict, to_dict
 from adq.convert import convert_layers_, quantized_layers, weight_quantizers
 from adq.functional import pack, unpack
-from adq.models import create_model
+from adq.models import rebuild
 from adq.nn.activation import ActivationQuantizer
+from adq.nn.layers import QUANTIZED
 from adq.nn.weight import WeightQuantizer
 from adq.ops import packed_size
 from adq.store import replacing
@@ -29,7 +30,7 @@ CODES = "codes"
 TRAINING_STATE = ("ema_count", "ema_total", "steps")
 
 
-def _version() -> str:
+def installed_version() -> str:
     try:
         return version("adq")
     except PackageNotFoundError:
@@ -61,7 +62,7 @@ class Header:
         return {
             "format": FORMAT,
             "format_version": str(self.version),
-            "adq_version": _version(),
+            "adq_version": installed_version(),
             "packed": json.dumps(self.packed),
             "architecture": json.dumps(self.architecture),
             "layers": json.dumps({name: to_dict(config) for name, config in self.layers.items()}),
@@ -80,9 +81,20 @@ class Header:
         try:
             layers = {name: _layer_config(value) for name, value in json.loads(metadata["layers"]).items()}
             values = {key: json.loads(metadata[key]) for key in ("packed", "architecture", "shapes", "aliases")}
+            _check_header(**values)
         except (KeyError, AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"adq: {path} has a damaged header: {error}") from error
         return cls(version=int(number), layers=layers, **values)
+
+
+def _check_header(packed: Any, architecture: Any, shapes: Any, aliases: Any) -> None:
+    if not isinstance(packed, bool) or not isinstance(architecture, (dict, type(None))):
+        raise ValueError("packed must be true or false, architecture a mapping or null")
+    for name, shape in shapes.items():
+        if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
+            raise ValueError(f"the shape of {name!r} is {shape!r}")
+    if not all(isinstance(kept, str) for kept in aliases.values()):
+        raise ValueError(f"aliases are {aliases!r}")
 
 
 def _layer_config(values: dict[str, Any]) -> LayerConfig:
@@ -111,19 +123,25 @@ def packed_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, list[in
     """The tensors of a packed file, and the shapes of the weights stored as codes.
 
     Each quantized ``<layer>.weight`` becomes ``<layer>.codes``, b bits a weight without padding between them;
-    codebook and scale stay, the state of training goes.
+    codebook and scale stay, the state of training goes. A weight that a layer in float uses too stays as it is.
     """
     state = dict(model.state_dict())
+    layers = {
+        _prefix(name): layer
+        for name, layer in quantized_layers(model).items()
+        if isinstance(layer.weight_quantizer, WeightQuantizer)
+    }
+    own = {f"{prefix}weight" for prefix in layers}
+    in_float = {tensor.data_ptr() for key, tensor in state.items() if key not in own}  # an embedding's, say
     shapes: dict[str, list[int]] = {}
     for name, (layer, quantizer) in weight_quantizers(model).items():
-        prefix = f"{name}." if name else ""
-        shapes[name] = list(layer.weight.shape)
-        state[f"{prefix}{CODES}"] = pack(quantizer.encode(layer.weight), quantizer.bits)
-    for name, layer in quantized_layers(model).items():
-        if isinstance(layer.weight_quantizer, WeightQuantizer):
-            prefix = f"{name}." if name else ""
-            for key in ("weight", *(f"weight_quantizer.{key}" for key in TRAINING_STATE)):
-                del state[f"{prefix}{key}"]
+        if layer.weight.data_ptr() not in in_float:
+            shapes[name] = list(layer.weight.shape)
+            state[f"{_prefix(name)}{CODES}"] = pack(quantizer.encode(layer.weight), quantizer.bits)
+    for prefix, layer in layers.items():
+        dropped = [f"weight_quantizer.{key}" for key in TRAINING_STATE]
+        for key in dropped if layer.weight.data_ptr() in in_float else ["weight", *dropped]:
+            del state[f"{prefix}{key}"]
     return state, shapes
 
 
@@ -215,65 +233,86 @@ def load(path: str | Path, model: nn.Module | None = None, *, device: str | torc
     if model is None:
         if header.architecture is None:
             raise ValueError(f"adq: {path} names no registered architecture; pass the float model: adq.load(path, model)")
-        model = create_model(
-            header.architecture["name"], header.architecture["num_classes"], **header.architecture["kwargs"]
-        )
+        model = rebuild(header.architecture)
+    elif quantized_layers(model):
+        raise ValueError("adq: load takes a float model to convert, this one is quantized already")
     with safe_open(path, framework="pt") as file:
         state = {key: file.get_tensor(key) for key in file.keys()}
-    state = _unpacked(state, header, path) | {}
     state.update({key: state[kept] for key, kept in header.aliases.items() if kept in state})
     _check_architecture(model, header, state, path)
+    _decode(state, header, path)
     convert_layers_(model, header.layers, fitted=False)
     model.load_state_dict(state, strict=not header.packed)
     return model.eval().to(device)
 
 
-def _unpacked(state: dict[str, Tensor], header: Header, path: Path) -> dict[str, Tensor]:
-    """Float weights in place of codes: ``scale * codebook[code]``."""
+def _decode(state: dict[str, Tensor], header: Header, path: Path) -> None:
+    """Put float weights in place of codes: ``scale * codebook[code]``."""
     for name, shape in header.shapes.items():
-        prefix = f"{name}." if name else ""
-        config = header.layers.get(name)
-        try:
-            codes = state.pop(f"{prefix}{CODES}")
-            codebook = state[f"{prefix}weight_quantizer.codebook"].sort().values
-            scale = state[f"{prefix}weight_quantizer.scale"]
-        except KeyError as error:
-            raise ValueError(f"adq: {path} lacks the tensor {error} of layer {name!r}") from error
-        if config is None or config.weight is None:
-            raise ValueError(f"adq: {path} has codes for layer {name!r}, which is not a quantized one")
-        bits = config.weight.bits
-        numel = torch.Size(shape).numel()
-        if min(shape, default=1) < 0 or codes.dtype != torch.uint8 or codes.numel() != packed_size(numel, bits):
-            raise ValueError(
-                f"adq: {path}: layer {name!r} of shape {shape} needs {packed_size(numel, bits)} bytes of codes, "
-                f"got {codes.numel()}"
-            )
-        code = unpack(codes, bits, shape).int()
-        if codebook.numel() == 0 or (numel and int(code.max()) >= codebook.numel()):
+        prefix, config = _prefix(name), header.layers[name].weight
+        assert config is not None
+        codebook = state[f"{prefix}weight_quantizer.codebook"].sort().values
+        code = unpack(state.pop(f"{prefix}{CODES}"), config.bits, tuple(shape))
+        if code.numel() and int(code.max()) >= codebook.numel():
             raise ValueError(f"adq: {path}: layer {name!r} has codes beyond its {codebook.numel()} levels")
-        state[f"{prefix}weight"] = codebook[code] * scale
-    return state
+        state[f"{prefix}weight"] = codebook[code.int()] * state[f"{prefix}weight_quantizer.scale"]
 
 
 def _check_architecture(model: nn.Module, header: Header, state: Mapping[str, Tensor], path: Path) -> None:
-    """Compare names and shapes of the float model with the file before anything is touched."""
-    own = {key for name in header.layers for key in _quantizer_keys(name, state)}
-    expected = {key: tensor.shape for key, tensor in model.state_dict().items()}
-    found = {key: tensor.shape for key, tensor in state.items() if key not in own}
-    problems = [f"missing {key}" for key in expected.keys() - found.keys()]
-    problems += [f"unexpected {key}" for key in found.keys() - expected.keys()]
-    problems += [
-        f"{key} is {tuple(found[key])} in the file, {tuple(expected[key])} in the model"
-        for key in expected.keys() & found.keys()
-        if expected[key] != found[key]
-    ]
+    """Compare layers, names, shapes and kinds with the file before anything is touched."""
     modules = dict(model.named_modules())
-    problems += [f"no layer {name!r}" for name in header.layers if name not in modules]
+    problems = [f"no layer {name!r} to quantize" for name in header.layers if type(modules.get(name)) not in QUANTIZED]
+    if not problems:
+        coded = {name: header.layers.get(name, LayerConfig(None, None)).weight for name in header.shapes}
+        problems += [f"no quantized layer {name!r} for the codes" for name, config in coded.items() if config is None]
+        problems += [
+            f"{name}.weight is {tuple(shape)} in the file, {tuple(modules[name].weight.shape)} in the model"
+            for name, shape in header.shapes.items()
+            if coded[name] is not None and shape != list(modules[name].weight.shape)
+        ]
+    if not problems:
+        problems = _differences(_expected(model, header), state)
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ValueError(f"adq: {path} is of another architecture: {'; '.join(sorted(problems)[:5])}{more}")
 
 
-def _quantizer_keys(name: str, state: Mapping[str, Tensor]) -> list[str]:
-    prefix = f"{name}." if name else ""
-    return [key for key in state if key.startswith((f"{prefix}weight_quantizer.", f"{prefix}input_quantizer."))]
+def _expected(model: nn.Module, header: Header) -> dict[str, Tensor]:
+    """What a file of this header holds for this float model: tensors without memory, by name."""
+    expected = {key: tensor.to("meta") for key, tensor in model.state_dict().items()}
+    layers: dict[str, Any] = {name: model.get_submodule(name) for name in header.layers}
+    coded = {id(layers[name].weight) for name in header.shapes}
+    for name, config in header.layers.items():
+        prefix, layer = _prefix(name), layers[name]
+        if config.activation is not None:
+            expected.update(ActivationQuantizer(config.activation).state_dict(prefix=f"{prefix}input_quantizer."))
+        if config.weight is None:
+            continue
+        axis = QUANTIZED[type(layer)].channel_axis
+        quantizer = WeightQuantizer(layer.weight.detach().to("meta"), config.weight, axis, fitted=False)
+        tensors = quantizer.state_dict(prefix=f"{prefix}weight_quantizer.")
+        dropped = [f"{prefix}weight_quantizer.{key}" for key in TRAINING_STATE] if header.packed else []
+        expected.update({key: tensor for key, tensor in tensors.items() if key not in dropped})
+        if id(layer.weight) in coded:
+            del expected[f"{prefix}weight"]
+        if name in header.shapes:
+            size = packed_size(layer.weight.numel(), quantizer.bits)
+            expected[f"{prefix}{CODES}"] = torch.empty(size, dtype=torch.uint8, device="meta")
+    return expected
+
+
+def _differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
+    problems = [f"missing {key}" for key in expected.keys() - found.keys()]
+    problems += [f"unexpected {key}" for key in found.keys() - expected.keys()]
+    for key in expected.keys() & found.keys():
+        want, have = expected[key], found[key]
+        if want.shape != have.shape:
+            problems.append(f"{key} is {tuple(have.shape)} in the file, not {tuple(want.shape)}")
+        elif want.dtype != have.dtype and not (want.is_floating_point() and have.is_floating_point()):
+            problems.append(f"{key} is {have.dtype} in the file, not {want.dtype}")
+    return problems
+
+
+def _prefix(name: str) -> str:
+    """Of the state dict keys of a layer; the model itself may be the layer."""
+    return f"{name}." if name else ""

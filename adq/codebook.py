@@ -117,7 +117,7 @@ def lloyd(v: Tensor, codebook: Tensor) -> Tensor:
     for _ in range(LLOYD_MAX_ITERATIONS):
         count, total = _ops.codebook_statistics(v, decision_thresholds(codebook))
         now = _sqnr_from_statistics(signal, codebook, count, total)
-        if now - before < LLOYD_GAIN_DB:
+        if not now - before >= LLOYD_GAIN_DB:  # inf - inf, without any signal, is no gain either
             break
         before = now
         codebook = torch.where(count > 0, total / count.clamp_min(1), codebook)
@@ -220,7 +220,7 @@ def ema_update(
 
 
 def _revive(codebook: Tensor, count: Tensor, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Move the least used level, if it is dead, beside the most used one; N and M follow together."""
+    """Move the least used level, if it is dead, beside the most used one and share its count; N and M follow together."""
     levels = codebook.numel()
     if levels < 2:
         return codebook, count, total
@@ -232,7 +232,7 @@ def _revive(codebook: Tensor, count: Tensor, total: Tensor) -> tuple[Tensor, Ten
     right = codebook[(donor + 1).clamp_max(levels - 1)] - centre
     towards_right = right >= left
     newcomer = torch.where(towards_right, centre + 0.25 * right, centre - 0.25 * left)
-    half = 0.5 * count[donor]
+    half = 0.5 * (count[donor] + count[dead])
     index = torch.arange(levels, device=codebook.device)
     is_dead, is_donor = (index == dead) & revive, (index == donor) & revive
     codebook = torch.where(is_dead, newcomer, codebook)

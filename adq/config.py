@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -119,6 +120,8 @@ class ADQConfig:
     def __post_init__(self) -> None:
         if self.first_last_bits is not None:
             check_bits(self.first_last_bits, "first_last_bits")
+        if not isinstance(self.overrides, Mapping):
+            raise ValueError(f"adq: overrides must be a mapping, got {self.overrides!r}")
         overrides = {_override_key(key): _override_value(key, value) for key, value in self.overrides.items()}
         object.__setattr__(self, "overrides", overrides)
         for value in overrides.values():
@@ -147,6 +150,11 @@ def _override_key(key: object) -> str:
         return f"type:{key.__name__}"
     if not isinstance(key, str):
         raise TypeError(f"adq: an override is keyed by a name, 're:PATTERN' or a module type, got {key!r}")
+    if key.startswith("re:"):
+        try:
+            re.compile(key[3:])
+        except re.error as error:
+            raise ValueError(f"adq: override {key!r} is not a regular expression: {error}") from error
     return key
 
 
@@ -164,12 +172,13 @@ def merge_override(layer: LayerConfig, override: Mapping[str, Any] | None) -> La
     """``layer`` with the fields of one override changed."""
     if override is None:
         return LayerConfig(None, None)
-    parts: dict[str, Any] = {"pinned": layer.pinned or "bits" in (override.get("weight") or ())}
+    parts: dict[str, Any] = {}
     for name, kind in (("weight", WeightConfig), ("activation", ActivationConfig)):
         parts[name] = getattr(layer, name)
         if name in override:
             change = override[name]
             parts[name] = None if change is None else from_dict(kind, change, base=parts[name], where=f"overrides.{name}")
+    parts["pinned"] = layer.pinned or "bits" in (override.get("weight") or ())
     return LayerConfig(**parts)
 
 
@@ -234,6 +243,8 @@ def _convert(hint: Any, value: Any, base: Any, where: str) -> Any:
     members = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     if value is None and type(None) in members:
         return None
+    if value in _literals(hint):
+        return value
     members = tuple(member for member in members if member is not type(None))
     for member in members:
         if is_dataclass(member):

@@ -15,6 +15,7 @@ from adq.config import ADQConfig, LayerConfig, check_bits, merge_override, with_
 from adq.nn.activation import ActivationQuantizer
 from adq.nn.layers import QUANTIZED, QuantizedLayer
 from adq.nn.weight import WeightQuantizer
+from adq.update import unregister
 
 FilterFn = Callable[[nn.Module, str], bool]
 
@@ -131,6 +132,7 @@ def convert_layers_(model: nn.Module, layers: Mapping[str, LayerConfig], *, fitt
         for name, module in modules.items():
             _revert(module, kinds[name])
         raise
+    _disable_fused_paths(model)
     return model
 
 
@@ -149,6 +151,16 @@ def _revert(module: nn.Module, kind: type[nn.Module]) -> None:
     module.__class__ = kind
     for name in ("weight_quantizer", "input_quantizer"):
         module._modules.pop(name, None)
+    unregister(module)
+
+
+def _disable_fused_paths(model: nn.Module) -> None:
+    """Torch's transformer encoder has an inference kernel that reads the weights past their layers' forward."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and quantized_layers(module):
+            module.activation_relu_or_gelu = 0  # what the kernel's conditions ask first; used for nothing else
+        elif isinstance(module, nn.TransformerEncoder) and quantized_layers(module):
+            module.use_nested_tensor = False
 
 
 @contextmanager
@@ -192,7 +204,8 @@ def to_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Mapping):
         return {key: to_device(value, device) for key, value in batch.items()}
     if isinstance(batch, (tuple, list)):
-        return type(batch)(to_device(value, device) for value in batch)
+        values = [to_device(value, device) for value in batch]
+        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
     return batch
 
 
@@ -210,8 +223,8 @@ class _Sampler:
         self.parts: list[Tensor] = []
         self.generator = torch.Generator().manual_seed(0)
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        values = args[0].detach().reshape(-1)
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        values = (args[0] if args else kwargs["input"]).detach().reshape(-1)
         if values.numel() > SAMPLES_PER_BATCH:
             index = torch.randint(values.numel(), (SAMPLES_PER_BATCH,), generator=self.generator)
             values = values[index.to(values.device)]
@@ -248,7 +261,7 @@ def calibrate_(model: nn.Module, batches: Iterable[Any], *, force: bool = False)
         )
     quantizers = activation_quantizers(model)
     samplers = {name: _Sampler() for name in quantizers}
-    hooks = [layers[name].register_forward_pre_hook(sampler) for name, sampler in samplers.items()]
+    hooks = [layers[name].register_forward_pre_hook(sampler, with_kwargs=True) for name, sampler in samplers.items()]
     try:
         _run(model, batches)
     finally:
@@ -278,14 +291,17 @@ def set_weight_bits(model: nn.Module, bits: Mapping[str, int]) -> None:
     """Give layers new weight bit-widths and fit codebooks of that size; other layers stay as they are.
 
     Raises:
-        ValueError: an unknown layer, or bits outside 1..8. Nothing is changed then.
+        ValueError: an unknown layer, bits outside 1..8, or a weight that cannot be fitted. Nothing is changed then.
     """
     known = weight_quantizers(model)
     for name, width in bits.items():
         if name not in known:
             raise ValueError(f"adq: no quantized layer {name!r}; layers: {', '.join(known)}")
         check_bits(width, f"bits of layer {name!r}")
-    for name, width in bits.items():
-        layer, quantizer = known[name]
-        if quantizer.bits != width:
-            quantizer.set_bits(width, layer.weight)
+    changes = [
+        (quantizer, quantizer.fit_bits(bits[name], layer.weight))
+        for name, (layer, quantizer) in known.items()
+        if quantizer.bits != bits.get(name, quantizer.bits)
+    ]
+    for quantizer, (config, fitted) in changes:
+        quantizer.replace_(config, fitted)

@@ -134,12 +134,12 @@ def sensitivity(
     free = {name: layers[name] for name in layers if name not in fixed}
     with evaluating(model), quantizers_enabled(model, weights=False, activations=False):
         macs = _macs(model, kept[0])
-        scores = _ESTIMATORS[estimator](model, kept, loss_fn, widths, free)
+        scores = _ESTIMATORS[estimator](model, kept, loss_fn, widths, free) if free else {}
     costs = tuple(
         LayerCost(
             name,
             layer.weight.numel(),
-            macs.get(name, 0),
+            macs.get(id(quantizer), 0),
             getattr(getattr(layer.input_quantizer, "config", None), "bits", 32),
             scores.get(name, {quantizer.bits: 0.0}),
             pinned=name in fixed,
@@ -157,20 +157,22 @@ def float_parameters(model: nn.Module) -> int:
 
 
 @torch.no_grad()
-def _macs(model: nn.Module, batch: Any) -> dict[str, int]:
-    """Multiply-accumulates of each quantized layer for one sample, from the shapes of one forward pass."""
-    counts: dict[str, int] = {}
+def _macs(model: nn.Module, batch: Any) -> dict[int, int]:
+    """Multiply-accumulates for one sample by weight quantizer, from the shapes of one forward pass.
 
-    def hook(name: str, layer: QuantizedLayer) -> Callable[..., None]:
-        def count(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            transposed = "Transpose" in type(module).__name__
-            positions = args[0] if transposed else output
-            per_position = layer.weight.numel() / layer.weight.shape[0]
-            counts[name] = counts.get(name, 0) + int(positions.numel() * per_position) // args[0].shape[0]
+    Layers that share a weight, and so a quantizer, are counted together, and so are repeated calls of a layer.
+    """
+    counts: dict[int, int] = {}
 
-        return count
+    def count(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        assert isinstance(layer, QuantizedLayer)
+        inputs = args[0] if args else kwargs["input"]
+        # each element of the output, or of a transposed convolution's input, meets one slice of the weight
+        elements = inputs.numel() if layer.channel_axis == 1 else output.numel()
+        macs = elements * layer.weight[0].numel() // len(batch[1])
+        counts[id(layer.weight_quantizer)] = counts.get(id(layer.weight_quantizer), 0) + macs
 
-    handles = [layer.register_forward_hook(hook(name, layer)) for name, layer in quantized_layers(model).items()]
+    handles = [layer.register_forward_hook(count, with_kwargs=True) for layer in quantized_layers(model).values()]
     try:
         forward_batch(model, to_device(batch, model_device(model)))
     finally:
@@ -266,10 +268,16 @@ def _hessian_scores(model: nn.Module, batches: list[Any], loss_fn: LossFn, width
     with _requiring_grad(weights):
         for batch in batches:
             gradients = _gradients(model, batch, loss_fn, layers, create_graph=True)
-            for _ in range(HUTCHINSON_PROBES):
+            curved = [i for i, gradient in enumerate(gradients) if gradient.requires_grad]  # others: constant slope
+            for _ in range(HUTCHINSON_PROBES if curved else 0):
                 signs = [(torch.randint(0, 2, w.shape, generator=generator) * 2 - 1).to(device, w.dtype) for w in weights]
                 product = torch.autograd.grad(
-                    gradients, weights, signs, retain_graph=True, allow_unused=True, materialize_grads=True
+                    [gradients[i] for i in curved],
+                    weights,
+                    [signs[i] for i in curved],
+                    retain_graph=True,
+                    allow_unused=True,
+                    materialize_grads=True,
                 )
                 for i, (v, hv) in enumerate(zip(signs, product, strict=True)):
                     traces[i] += float((v * hv).sum()) / (HUTCHINSON_PROBES * len(batches))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,35 +10,29 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path`` that takes its place when the block ends without an error.
-
-    The block may create a file or a directory there. Its data reaches the disk before the renaming does.
-    """
+    """Yield the name of a temporary file beside ``path`` that takes its place if the block ends without an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as the user's umask wants it; some writers take the owner's rights alone
         yield temporary
-        if temporary.is_dir():
-            _replace_directory(temporary, path)
-        else:
-            _sync(temporary)
-            os.replace(temporary, path)
+        temporary.chmod(mode)
+        _sync(temporary)
+        os.replace(temporary, path)
         _sync(path.parent)
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
-def _replace_directory(temporary: Path, path: Path) -> None:
+def publish_directory(temporary: Path, path: Path) -> None:
+    """Give a finished directory its name, once all its files have reached the disk; ``path`` must not exist."""
     for file in temporary.rglob("*"):
         if file.is_file():
             _sync(file)
-    if path.exists():
-        raise FileExistsError(f"adq: {path} exists; directories are written once under a new name")
     os.rename(temporary, path)
+    _sync(path.parent)
 
 
 def _sync(path: Path) -> None:

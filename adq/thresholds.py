@@ -82,8 +82,8 @@ def fit_thresholds(values: Tensor, config: ActivationConfig) -> Thresholds:
     if config.signed is False and low < 0:
         raise ValueError(f"adq: signed=False, but inputs down to {low.item():.3g} were observed")
     steps = config.steps
-    if low == high == 0:
-        high = high + 1.0
+    if low == high == 0:  # says nothing about the range
+        return uniform_thresholds(torch.ones_like(high) / steps, torch.zeros_like(high), config)
     if low >= 0 and not config.signed:
         clip = high * torch.arange(1, UNSIGNED_CANDIDATES + 1, device=values.device) / UNSIGNED_CANDIDATES
         step, zero_level = clip / steps, torch.zeros_like(clip)

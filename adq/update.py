@@ -27,6 +27,11 @@ def register(layer: QuantizedLayer) -> None:
     _LAYERS.add(layer)
 
 
+def unregister(layer: nn.Module) -> None:
+    """Take out a layer that is a float one again."""
+    _LAYERS.discard(layer)  # type: ignore[arg-type]
+
+
 def _pace(group: dict[str, Any]) -> float:
     """Learning rate of a parameter group over its peak, at most 1; the schedulers of torch record the peak."""
     peak = group.get("max_lr", group.get("initial_lr", group["lr"]))
@@ -52,7 +57,9 @@ def step(model: nn.Module) -> None:
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    if _LAYERS:
+    # a fused optimizer steps even when its gradient scaler has found an infinity, and then changes nothing
+    skipped = getattr(optimizer, "found_inf", None)
+    if _LAYERS and not (skipped is not None and bool(skipped)):
         paces = {id(p): _pace(group) for group in optimizer.param_groups for p in group["params"]}
         _update(list(_LAYERS), paces)
 

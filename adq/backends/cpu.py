@@ -15,12 +15,12 @@ from torch import Tensor, empty_like, get_num_threads
 from adq import ops
 
 try:
-    from adq import _C
-except ImportError as error:
+    import adq._C as _C
+except ModuleNotFoundError as error:
     raise ImportError(
-        f"{error}. adq was imported from {os.path.dirname(ops.__file__)}, where its C++ extension is not built; "
-        "if that is a source checkout, it hides the installed package (run `pytest`, not `python -m pytest`) "
-        "or wants `pip install -e .`"
+        f"adq._C is not built in {os.path.dirname(ops.__file__)}; a source checkout needs `pip install -e .`, and in "
+        "the working directory it hides an installed package from `python -m ...` (so run `pytest`, not "
+        "`python -m pytest`); an installation without it found no C++ compiler"
     ) from error
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

@@ -12,22 +12,41 @@ from contextlib import nullcontext
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from adq import ops
-from adq.kernels.codebook import codebook_kernel, codebook_reduce_kernel
+from adq.kernels.bits import pack_kernel, unpack_kernel
+from adq.kernels.codebook import codebook_kernel, codebook_reduce_kernel, codebook_statistics_kernel
+from adq.kernels.threshold import threshold_kernel, threshold_table_kernel
+from adq.kernels.threshold_backward import (
+    threshold_backward_kernel,
+    threshold_backward_search_kernel,
+    threshold_reduce_kernel,
+)
 
 INTERPRETED = triton.knobs.runtime.interpret
-WARPS = 2 if torch.version.hip else 4
 LANES = 1024 if INTERPRETED else 128
-"""Lanes of a tile, one a thread (a warp has 64 on ROCm); the interpreter prefers few large tiles."""
+"""Lanes of a tile, one a thread; the interpreter prefers few large tiles."""
 VECTOR_BYTES = 16
+"""Bytes of a tensor that a lane loads at once."""
+PRODUCT_SIZE = 1024 if INTERPRETED else 64 if torch.version.hip else 32
+"""Elements of a tile of the sums that are matrix products, for more than 16 levels or 15 steps: one a
+lane of a single warp, since a second warp would only repeat the search and the loads of the operands."""
 PROGRAMS = 4096
 """Most programs of an elementwise kernel."""
 PARTIALS = 1024
 """Most programs, and so partials, of a reduction: fixed, so that sums are the same on every device."""
+PRODUCT_PARTIALS = 2048
+"""As PARTIALS, for programs of one warp."""
+REDUCE_ROWS = 32 if INTERPRETED else 1
+"""Rows of partials that one program adds up."""
 REGISTER_LEVELS = 16
 """Most levels whose tables and statistics a program holds in registers."""
+REGISTER_STEPS = 15
+"""Most activation steps whose thresholds and sums a program holds in registers."""
+SEARCH_REGISTERS = 64
+"""Registers of a thread that searches a table: left to itself ptxas takes 32 or 40 and spills."""
 
 
 def describe() -> str:
@@ -35,10 +54,23 @@ def describe() -> str:
     return f"Triton {triton.__version__}"
 
 
-def _launch(kernel, grid: tuple[int, ...], device: torch.device, *args, **constants) -> None:
-    """Launch on ``device``. Products and sums are never contracted: results are the reference's bits."""
+def launch_options(hip: bool, warp: bool = False, registers: int | None = None) -> dict[str, int | bool]:
+    """Compiler options: a thread for each of 128 lanes, or a single ``warp``, and products and sums never
+    contracted to fused ones, so that results are the reference's bits. ``registers`` caps a thread's
+    registers, on NVIDIA alone."""
+    options = {"num_warps": 1 if warp else 2 if hip else 4, "enable_fp_fusion": False}
+    return options if hip or registers is None else {**options, "maxnreg": registers}
+
+
+def _launch(
+    kernel, programs: int, *args, warp: bool = False, registers: int | None = None, **constants
+) -> None:
+    """Launch on the device of the first argument; no programs, no launch."""
+    device = args[0].device
+    options = launch_options(torch.version.hip is not None, warp, registers)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[grid](*args, num_warps=WARPS, enable_fp_fusion=False, **constants)
+        if programs:
+            kernel[(programs,)](*args, **options, **constants)
 
 
 def _tiles(x: Tensor, most: int) -> tuple[int, dict[str, int]]:
@@ -52,54 +84,230 @@ def _like(x: Tensor, out: Tensor) -> Tensor:
     return x if x.stride() == out.stride() else torch.empty_like(out, dtype=x.dtype).copy_(x)
 
 
+def _codes_like(w: Tensor, codes: bool) -> Tensor:
+    return torch.empty_like(w, dtype=torch.uint8) if codes else w.new_empty(0, dtype=torch.uint8)
+
+
+def _partials(w: Tensor, levels: int, programs: int) -> tuple[Tensor, Tensor]:
+    """Memory for the counts and sums of every program."""
+    return tuple(w.new_empty(levels, programs, dtype=dtype) for dtype in (torch.int32, torch.float32))
+
+
+def _add_partials(counts: Tensor, totals: Tensor) -> tuple[Tensor, Tensor]:
+    levels, programs = counts.shape
+    if not programs:
+        return counts.new_zeros(levels, dtype=torch.int64), totals.new_zeros(levels)
+    count, total = counts.new_empty(levels, dtype=torch.int64), totals.new_empty(levels)
+    _launch(
+        codebook_reduce_kernel,
+        triton.cdiv(levels, REDUCE_ROWS),
+        *(counts, totals, count, total, programs),
+        K=levels,
+        ROWS=REDUCE_ROWS,
+        PROGRAMS=triton.next_power_of_2(max(programs, PARTIALS)),
+    )
+    return count, total
+
+
 def _codebook(
-    w: Tensor, thresholds: Tensor, codebook: Tensor | None, codes: bool, statistics: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """w_q and, on demand, codes, count and total; what is not wanted is None."""
-    ops.check_codebook(w, thresholds, codebook)
+    w: Tensor,
+    codebook: Tensor | None,
+    thresholds: Tensor,
+    w_q: Tensor | None = None,
+    codes: Tensor | None = None,
+    statistics: bool = False,
+) -> tuple[Tensor, Tensor] | None:
+    """Up to 16 levels, one pass over w for all that is wanted: ``w_q`` and ``codes`` are written where they
+    are given, the statistics are returned. Above 16 levels the pass leaves the statistics out."""
     levels = thresholds.numel() + 1
-    dense = torch.empty_like(w)
-    w = _like(w, dense)
-    w_q = dense if codebook is not None else None
-    code = torch.empty_like(dense, dtype=torch.uint8) if codes else None
-    count = w.new_zeros(levels, dtype=torch.int64) if statistics else None
-    total = w.new_zeros(levels, dtype=torch.float32) if statistics else None
-    if w.numel() == 0:
-        return w_q, code, count, total
+    searched = levels > REGISTER_LEVELS
     programs, tile = _tiles(w, PARTIALS if statistics else PROGRAMS)
-    counts = w.new_empty(levels, programs, dtype=torch.int32) if statistics else None
-    totals = w.new_empty(levels, programs, dtype=torch.float32) if statistics else None
-    held = min(levels, REGISTER_LEVELS)
+    partials = _partials(w, levels, programs) if statistics else (None, None)
     _launch(
         codebook_kernel,
-        (programs, triton.cdiv(levels, held) if statistics else 1),
-        w.device,
-        *(w, codebook, thresholds, w_q, code, counts, totals, w.numel()),
+        programs,
+        *(w, codebook, thresholds, w_q, codes, *partials, w.numel()),
+        registers=SEARCH_REGISTERS if searched else None,
         K=levels,
-        PROBES=(levels - 1).bit_length() if levels > held else 0,
-        LEVELS=held,
+        PROBES=(levels - 1).bit_length() if searched else 0,
         **tile,
     )
-    if statistics:
-        _launch(codebook_reduce_kernel, (levels,), w.device, counts, totals, count, total, programs, PROGRAMS=PARTIALS)
-    return w_q, code, count, total
+    return _add_partials(*partials) if statistics else None
+
+
+def _many_level_statistics(w: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
+    """Count and total for more than 16 levels, in a pass of its own."""
+    levels = thresholds.numel() + 1
+    programs = min(triton.cdiv(w.numel(), PRODUCT_SIZE), PRODUCT_PARTIALS)
+    partials = _partials(w, levels, programs)
+    _launch(
+        codebook_statistics_kernel,
+        programs,
+        *(w, thresholds, *partials, w.numel()),
+        warp=True,
+        K=levels,
+        PROBES=(levels - 1).bit_length(),
+        SIZE=PRODUCT_SIZE,
+    )
+    return _add_partials(*partials)
 
 
 def codebook_lookup(w: Tensor, codebook: Tensor, thresholds: Tensor, codes: bool) -> tuple[Tensor, Tensor]:
     """See :func:`adq.reference.codebook_lookup`."""
-    w_q, code, _, _ = _codebook(w, thresholds, codebook, codes, statistics=False)
-    return w_q, code if codes else w.new_empty(0, dtype=torch.uint8)
+    ops.check_codebook(w, thresholds, codebook)
+    w_q, code = torch.empty_like(w), _codes_like(w, codes)
+    _codebook(_like(w, w_q), codebook.contiguous(), thresholds.contiguous(), w_q, code if codes else None)
+    return w_q, code
 
 
 def codebook_statistics(w: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
     """See :func:`adq.reference.codebook_statistics`."""
-    _, _, count, total = _codebook(w, thresholds, None, codes=False, statistics=True)
-    return count, total
+    ops.check_codebook(w, thresholds)
+    w, thresholds = _like(w, torch.empty_like(w)), thresholds.contiguous()
+    if thresholds.numel() >= REGISTER_LEVELS:
+        return _many_level_statistics(w, thresholds)
+    return _codebook(w, None, thresholds, statistics=True)
 
 
 def codebook_lookup_statistics(
     w: Tensor, codebook: Tensor, thresholds: Tensor, codes: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`adq.reference.codebook_lookup_statistics`."""
-    w_q, code, count, total = _codebook(w, thresholds, codebook, codes, statistics=True)
-    return w_q, code if codes else w.new_empty(0, dtype=torch.uint8), count, total
+    if thresholds.numel() >= REGISTER_LEVELS:
+        return *codebook_lookup(w, codebook, thresholds, codes), *codebook_statistics(w, thresholds)
+    ops.check_codebook(w, thresholds, codebook)
+    w_q, code = torch.empty_like(w), _codes_like(w, codes)
+    tables = codebook.contiguous(), thresholds.contiguous()
+    statistics = _codebook(_like(w, w_q), *tables, w_q, code if codes else None, statistics=True)
+    return w_q, code, *statistics
+
+
+def _table(start: Tensor, interval: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Segment starts, level edges and clamped intervals, for more steps than fit in registers."""
+    segments, edges, widths = (start.new_empty(steps + last) for last in (1, 0, 0))
+    _launch(threshold_table_kernel, 1, start, interval, segments, edges, widths, steps, MIN_INTERVAL=ops.MIN_INTERVAL)
+    return segments, edges, widths
+
+
+def _searched(interval: Tensor, steps: int) -> bool:
+    return interval.numel() == steps > REGISTER_STEPS
+
+
+def threshold_quantize(
+    x: Tensor, start: Tensor, interval: Tensor, in_scale: Tensor, out_scale: Tensor, offset: Tensor, steps: int
+) -> Tensor:
+    """See :func:`adq.reference.threshold_quantize`."""
+    ops.check_threshold(x, start, interval, in_scale, out_scale, offset, steps)
+    interval = interval.contiguous()
+    y = torch.empty_like(x)
+    programs, tile = _tiles(x, PROGRAMS)
+    searched = _searched(interval, steps)
+    edges = _table(start, interval, steps)[1] if searched and programs else None
+    _launch(
+        threshold_kernel,
+        programs,
+        *(_like(x, y), start, interval, in_scale, out_scale, offset, edges, y, x.numel()),
+        registers=SEARCH_REGISTERS if searched else None,
+        STEPS=steps,
+        UNIFORM=interval.numel() != steps,
+        PROBES=steps.bit_length() if searched else 0,
+        STEP=ops.ACTIVATION_RANGE / steps,
+        MIN_INTERVAL=ops.MIN_INTERVAL,
+        **tile,
+    )
+    return y
+
+
+def threshold_quantize_backward(
+    grad: Tensor,
+    x: Tensor,
+    start: Tensor,
+    interval: Tensor,
+    in_scale: Tensor,
+    out_scale: Tensor,
+    offset: Tensor,
+    steps: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`adq.reference.threshold_quantize_backward`."""
+    ops.check_threshold(x, start, interval, in_scale, out_scale, offset, steps)
+    ops.check_grad(grad, x)
+    interval = interval.contiguous()
+    d_x = torch.empty_like(x)
+    parameters = (start, interval, in_scale, out_scale)
+    if x.numel() == 0:
+        return d_x, *map(torch.zeros_like, parameters)
+    d_parameters = tuple(map(torch.empty_like, parameters))
+    data, scales = (_like(grad, d_x), _like(x, d_x)), (in_scale, out_scale, offset)
+    backward = _searched_backward if _searched(interval, steps) else _register_backward
+    partials = backward(*data, start, interval, scales, d_x, steps)
+    rows, programs = partials.shape
+    _launch(
+        threshold_reduce_kernel,
+        rows,
+        *(partials, interval, *d_parameters, programs),
+        SEGMENTS=rows - 3,
+        MIN_INTERVAL=ops.MIN_INTERVAL,
+        PROGRAMS=triton.next_power_of_2(max(programs, PARTIALS)),
+    )
+    return d_x, *d_parameters
+
+
+def _register_backward(
+    grad: Tensor, x: Tensor, start: Tensor, interval: Tensor, scales: tuple[Tensor, ...], d_x: Tensor, steps: int
+) -> Tensor:
+    """Write ``d_x`` and return the partial sums, with every segment in registers."""
+    programs, tile = _tiles(x, PARTIALS)
+    partials = start.new_empty(interval.numel() + 3, programs)
+    _launch(
+        threshold_backward_kernel,
+        programs,
+        *(grad, x, start, interval, *scales, d_x, partials, x.numel()),
+        STEPS=steps,
+        UNIFORM=interval.numel() != steps,
+        STEP=ops.ACTIVATION_RANGE / steps,
+        MIN_INTERVAL=ops.MIN_INTERVAL,
+        **tile,
+    )
+    return partials
+
+
+def _searched_backward(
+    grad: Tensor, x: Tensor, start: Tensor, interval: Tensor, scales: tuple[Tensor, ...], d_x: Tensor, steps: int
+) -> Tensor:
+    """:func:`_register_backward` for more segments than fit."""
+    programs = min(triton.cdiv(x.numel(), PRODUCT_SIZE), PRODUCT_PARTIALS)
+    partials = start.new_empty(steps + 3, programs)
+    _launch(
+        threshold_backward_search_kernel,
+        programs,
+        *(grad, x, *_table(start, interval, steps), *scales, d_x, partials, x.numel()),
+        warp=True,
+        STEPS=steps,
+        PROBES=(steps + 1).bit_length(),
+        STEP=ops.ACTIVATION_RANGE / steps,
+        SIZE=PRODUCT_SIZE,
+    )
+    return partials
+
+
+def _bits(kernel, source: Tensor, alignment: int, out: Tensor, numel: int, bits: int) -> Tensor:
+    """Launch one of the bit kernels, from ``source``, whose address must be a multiple of ``alignment``."""
+    source = source.contiguous()
+    if source.data_ptr() % alignment:
+        source = source.clone()
+    unit = {1: tl.uint8, 2: tl.uint16, 4: tl.uint32, 8: tl.uint64}[bits & -bits]
+    _launch(kernel, triton.cdiv(numel, 16 * LANES), source, out, numel, BITS=bits, UNIT=unit, LANES=LANES)
+    return out
+
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """See :func:`adq.reference.pack_bits`."""
+    ops.check_pack(codes, bits)
+    packed = codes.new_empty(ops.packed_size(codes.numel(), bits))
+    return _bits(pack_kernel, codes, 8, packed, codes.numel(), bits)
+
+
+def unpack_bits(packed: Tensor, bits: int, numel: int) -> Tensor:
+    """See :func:`adq.reference.unpack_bits`."""
+    ops.check_unpack(packed, bits, numel)
+    return _bits(unpack_kernel, packed, bits & -bits, packed.new_empty(numel), numel, bits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,18 +10,21 @@ from torch import Tensor, nn
 
 from adq.config import ActivationConfig
 from adq.functional import threshold_quantize
+from adq.nn.dtype import keeping_dtype
 from adq.ops import ACTIVATION_RANGE
 from adq.thresholds import Thresholds, fit_thresholds, num_intervals
 
-PARAMETERS = ("start", "interval", "in_scale", "out_scale")
+_FITTED = ("start", "interval", "in_scale", "out_scale", "offset")
 
 
 class ActivationQuantizer(nn.Module):
     """Quantizes and dequantizes a layer's input with learned thresholds (arXiv 2111.14826).
 
-    Parameters (float32): ``start`` ``[1]``, ``interval`` ``[2^bits - 1]`` (``[1]`` above 5 bits), ``in_scale`` ``[1]``,
-    ``out_scale`` ``[1]``. Buffers: ``offset`` ``[1]``, which puts zero on a level for signed inputs, and
-    ``calibrated``. A quantizer refuses to run before it has been calibrated: its start values say
+    Parameters (float32): ``start`` ``[1]``, ``interval`` ``[2^bits - 1]``, ``in_scale`` ``[1]``, ``out_scale`` ``[1]``.
+    Above 5 bits the quantizer is uniform: ``interval`` is then a constant buffer ``[1]``, and the one learned
+    step is ``interval / in_scale``; learning both would learn one number twice, the first with a gradient
+    ``steps`` times too large for its size. Buffers: ``offset`` ``[1]``, which puts zero on a level for signed
+    inputs, and ``calibrated``. All keep their dtype when the model is cast. A quantizer refuses to run before it has been calibrated: its start values say
     nothing about the inputs. Set ``enabled = False`` to let inputs through untouched.
 
     Args:
@@ -29,7 +33,7 @@ class ActivationQuantizer(nn.Module):
     """
 
     start: nn.Parameter
-    interval: nn.Parameter
+    interval: Tensor
     in_scale: nn.Parameter
     out_scale: nn.Parameter
     offset: Tensor
@@ -40,9 +44,12 @@ class ActivationQuantizer(nn.Module):
         self.config = config
         self.name = name
         self.enabled = True
-        n = num_intervals(config)
+        interval = torch.full((num_intervals(config),), ACTIVATION_RANGE / config.steps)
+        if interval.numel() == config.steps:
+            self.interval = nn.Parameter(interval)
+        else:
+            self.register_buffer("interval", interval)
         self.start = nn.Parameter(torch.zeros(1))
-        self.interval = nn.Parameter(torch.full((n,), ACTIVATION_RANGE / config.steps))
         self.in_scale = nn.Parameter(torch.ones(1))
         self.out_scale = nn.Parameter(torch.ones(1))
         self.register_buffer("offset", torch.zeros(1))
@@ -77,20 +84,13 @@ class ActivationQuantizer(nn.Module):
         self._assign(fitted)
 
     def _assign(self, fitted: Thresholds) -> None:
-        for name in (*PARAMETERS, "offset"):
+        for name in _FITTED:
             getattr(self, name).copy_(getattr(fitted, name))
         self.calibrated.fill_(True)
         self._ready = True
 
-    def set_bits(self, bits: int) -> None:
-        """Change the width; the quantizer must then be calibrated anew."""
-        fresh = ActivationQuantizer(ActivationConfig(bits, self.config.signed), self.name).to(self.start.device)
-        self.config = fresh.config
-        for name in PARAMETERS:
-            setattr(self, name, getattr(fresh, name))
-        self.offset.zero_()
-        self.calibrated.fill_(False)
-        self._ready = False
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        return super()._apply(keeping_dtype(fn), recurse)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if not any(key.startswith(prefix) for key in state_dict):

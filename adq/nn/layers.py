@@ -74,8 +74,8 @@ class QuantizedLayer(nn.Module):
 
 
 class _QConv(QuantizedLayer):
-    def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(self.input_quantizer(x), self.quantized_weight(), self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(self.input_quantizer(input), self.quantized_weight(), self.bias)
 
 
 class QConv1d(_QConv, nn.Conv1d):
@@ -94,13 +94,13 @@ class _QConvTranspose(QuantizedLayer):
     channel_axis = 1
     spatial_dims: ClassVar[int]
 
-    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[self.spatial_dims - 1]
         padding = self._output_padding(
-            x, output_size, self.stride, self.padding, self.kernel_size, self.spatial_dims, self.dilation
+            input, output_size, self.stride, self.padding, self.kernel_size, self.spatial_dims, self.dilation
         )
         return convolve(
-            self.input_quantizer(x),
+            self.input_quantizer(input),
             self.quantized_weight(),
             self.bias,
             self.stride,
@@ -132,8 +132,8 @@ class QConvTranspose3d(_QConvTranspose, nn.ConvTranspose3d):
 class QLinear(QuantizedLayer, nn.Linear):
     """``nn.Linear`` with quantized weight and input."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.input_quantizer(x), self.quantized_weight(), self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(self.input_quantizer(input), self.quantized_weight(), self.bias)
 
 
 QUANTIZED: dict[type[nn.Module], type[QuantizedLayer]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from adq.codebook import Fit, ema_update, fit, least_squares_scale, snap_codebook
 from adq.config import WeightConfig
 from adq.functional import learned_lookup, lookup
+from adq.nn.dtype import keeping_dtype
 from adq.reference import decision_thresholds
 
 
@@ -21,7 +23,8 @@ class WeightQuantizer(nn.Module):
     a step (see :mod:`adq.update`). Its length tells the bit-width, so a state dict alone restores it.
 
     Buffers (float32 unless said): ``codebook`` ``[K]`` (a parameter with ``update="gradient"``), ``ema_count`` and
-    ``ema_total`` ``[K]`` (N and M), ``scale`` (broadcasts against the weight), ``steps`` int64, EMA steps made.
+    ``ema_total`` ``[K]`` (N and M), ``scale`` (broadcasts against the weight), ``steps`` int64, optimizer steps since the
+    fit. They keep their dtype when the model is cast.
     Set ``enabled = False`` to let weights through untouched.
 
     Args:
@@ -56,16 +59,16 @@ class WeightQuantizer(nn.Module):
         self.pinned = pinned
         self.enabled = True
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=weight.device))
-        self._assign(self._fit(weight) if fitted else self._placeholder(weight))
+        self._assign(self._fit(weight, config) if fitted else self._placeholder(weight))
 
-    def _fit(self, weight: Tensor) -> Fit:
+    def _fit(self, weight: Tensor, config: WeightConfig) -> Fit:
         try:
             if weight.numel() and not bool(weight.any()):
                 raise ValueError(
                     "adq: every weight is zero, there is nothing to quantize; load or train the weights first, "
                     "or leave the layer in float by an override"
                 )
-            return fit(weight.detach(), self.config, self.axis)
+            return fit(weight.detach(), config, self.axis)
         except ValueError as error:
             raise ValueError(f"{error} (layer {self.name!r})") from error
 
@@ -75,14 +78,22 @@ class WeightQuantizer(nn.Module):
         levels = self.config.num_levels
         return Fit(weight.new_zeros(levels).float(), weight.new_ones(shape).float(), weight.new_zeros(levels).float())
 
+    @torch.no_grad()
     def _assign(self, fitted: Fit) -> None:
-        if self.config.update == "gradient":
-            self.codebook = nn.Parameter(fitted.codebook)
-        else:
-            self.register_buffer("codebook", fitted.codebook)
-        self.register_buffer("scale", fitted.scale)
-        self.register_buffer("ema_count", fitted.count)
-        self.register_buffer("ema_total", fitted.count * fitted.codebook)
+        values = {
+            "codebook": fitted.codebook,
+            "scale": fitted.scale,
+            "ema_count": fitted.count,
+            "ema_total": fitted.count * fitted.codebook,
+        }
+        for name, value in values.items():
+            present = getattr(self, name, None)
+            if present is not None and present.shape == value.shape:
+                present.copy_(value)  # in place: optimizers and compiled graphs hold it
+            elif name == "codebook" and self.config.update == "gradient":
+                self.codebook = nn.Parameter(value)
+            else:
+                self.register_buffer(name, value)
 
     @property
     def bits(self) -> int:
@@ -107,12 +118,13 @@ class WeightQuantizer(nn.Module):
 
     @torch.no_grad()
     def update_(self, weight: Tensor, pace: float = 1.0) -> None:
-        """One EMA step of codebook and scale towards the current weight; nothing unless ``update="ema"``.
+        """Count an optimizer step and, with ``update="ema"``, move codebook and scale towards the current weight.
 
         Args:
             weight: the layer's weight after the optimizer's step.
             pace: factor on ``1 - ema_decay``, the learning rate over its peak.
         """
+        self.steps += 1
         if self.config.update != "ema":
             return
         rate = (1.0 - self.config.ema_decay) * (pace if self.config.ema_follows_lr else 1.0)
@@ -128,17 +140,24 @@ class WeightQuantizer(nn.Module):
         self.codebook.copy_(snap_codebook(codebook) if self.config.snap else codebook)
         self.ema_count.copy_(ema_count)
         self.ema_total.copy_(ema_total)
-        self.steps += 1
 
     def refit_(self, weight: Tensor) -> None:
         """Fit codebook and scale anew to a weight, as at construction."""
-        self._assign(self._fit(weight))
+        self.replace_(self.config, self._fit(weight, self.config))
+
+    def fit_bits(self, bits: int, weight: Tensor) -> tuple[WeightConfig, Fit]:
+        """What :meth:`replace_` takes to change the width of the codes; nothing is changed yet."""
+        config = replace(self.config, bits=bits)
+        return config, self._fit(weight, config)
+
+    def replace_(self, config: WeightConfig, fitted: Fit) -> None:
+        """Go on with another configuration, and the codebook and scale fitted for it."""
+        self.config = config
+        self._assign(fitted)
         self.steps.zero_()
 
-    def set_bits(self, bits: int, weight: Tensor) -> None:
-        """Change the width of the codes and fit a new codebook to the weight."""
-        self.config = replace(self.config, bits=bits)
-        self.refit_(weight)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        return super()._apply(keeping_dtype(fn), recurse)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if not any(key.startswith(prefix) for key in state_dict):

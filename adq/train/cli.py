@@ -1,0 +1,201 @@
+"""The command line: ``adq train | eval | sensitivity | export | info``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from adq.__main__ import info as describe_backends
+from adq.train.config import merge, parse_assignment, recipe_names, resolve
+
+app = typer.Typer(
+    no_args_is_help=False,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Quantization-aware training with adaptive codebooks and mixed precision.",
+)
+
+Set = Annotated[list[str] | None, typer.Option("--set", help="Any field of the configuration, KEY=VALUE, e.g. qat.lr=0.01.")]
+Config = Annotated[
+    str | None, typer.Option("--config", help=f"A YAML file or a recipe: {', '.join(recipe_names())}. Default: digits.")
+]
+DataName = Annotated[str | None, typer.Option("--data", help="digits, imagefolder, cifar10 or imagenet.")]
+Root = Annotated[str | None, typer.Option("--root", help="Folder of the images.")]
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """What a person can mend is told in one line; ADQ_DEBUG=1 shows where it came from."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        if os.environ.get("ADQ_DEBUG"):
+            raise
+        text = str(error)
+        typer.echo(f"error: {text.removeprefix('adq: ')}", err=True)
+        raise typer.Exit(1) from error
+
+
+def _nested(**values: Any) -> dict[str, Any]:
+    """``a__b=value`` as ``{a: {b: value}}``, without those that are None."""
+    nested: dict[str, Any] = {}
+    for path, value in values.items():
+        if value is not None:
+            nested = merge(nested, parse_assignment_value(path.split("__"), value))
+    return nested
+
+
+def parse_assignment_value(path: list[str], value: Any) -> dict[str, Any]:
+    """One value as a nested mapping."""
+    for key in reversed(path):
+        value = {key: value}
+    return value
+
+
+@app.callback(invoke_without_command=True)
+def _default(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(describe_backends())
+        typer.echo("commands: train, eval, sensitivity, export, info; adq COMMAND --help")
+
+
+@app.command()
+def train(
+    config: Config = None,
+    data: DataName = None,
+    root: Root = None,
+    model: Annotated[str | None, typer.Option(help="Architecture: digits_cnn, resnet20, a torchvision or timm name.")] = None,
+    weights: Annotated[str | None, typer.Option(help="Float weights to start from.")] = None,
+    weight_bits: Annotated[float | None, typer.Option(help="Average weight bits over the quantized layers.")] = None,
+    activation_bits: Annotated[int | None, typer.Option(help="Bits of activations.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Epochs of quantization-aware training.")] = None,
+    float_epochs: Annotated[int | None, typer.Option(help="Epochs of float training, without --weights.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images per batch and process.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate of quantization-aware training.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Loader processes.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+    output: Annotated[str | None, typer.Option(help="Run folder. Default: runs/DATA-MODEL, the first that is free.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto or cpu.")] = None,
+    mixed_precision: Annotated[str | None, typer.Option(help="no, bf16 or fp16.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run folder's last checkpoint.")] = False,
+    set_: Set = None,
+) -> None:
+    """Float network, calibration, sensitivity, allocation, QAT, evaluation: the whole job."""
+    with _plain_errors():
+        options = _nested(
+            data__name=data,
+            data__root=root,
+            model__name=model,
+            model__weights=weights,
+            allocation__weight_bits=weight_bits,
+            quantization__activation__bits=activation_bits,
+            qat__epochs=epochs,
+            float__epochs=float_epochs,
+            data__batch_size=batch_size,
+            qat__lr=lr,
+            data__workers=workers,
+            seed=seed,
+            output=output,
+            engine__device=device,
+            engine__mixed_precision=mixed_precision,
+        )
+        resolved = resolve(config, [options, *(parse_assignment(text) for text in set_ or [])])
+        from adq.train.run import Run
+
+        Run(resolved, resume=resume).execute()
+
+
+@app.command("eval")
+def evaluate_(
+    model: Annotated[Path, typer.Argument(help="A model file of adq, or a run folder.")],
+    data: DataName = None,
+    root: Root = None,
+    config: Config = None,
+    set_: Set = None,
+) -> None:
+    """Top-1 of a saved quantized model."""
+    with _plain_errors():
+        from accelerate import Accelerator
+
+        from adq.artifact import load
+        from adq.summary import summary
+        from adq.train.data import build_data, check_classes
+        from adq.train.engine import evaluate
+
+        file = model / "model.safetensors" if model.is_dir() else model
+        recipe = config or (str(model / "config.yaml") if model.is_dir() else None)
+        changes = [_nested(data__name=data, data__root=root), *(parse_assignment(text) for text in set_ or [])]
+        resolved = resolve(recipe, changes)
+        network = load(file)
+        bundle = build_data(resolved.data)
+        check_classes(network, bundle)
+        accelerator = Accelerator(cpu=resolved.engine.device == "cpu")
+        test = accelerator.prepare(bundle.test)
+        loss, top1 = evaluate(accelerator, network.to(accelerator.device), test)
+        report = summary(network)
+        typer.echo(
+            f"{file}: top-1 {top1:.2f}, loss {loss:.4f}, {report.average_bits_quantized:.3f} bits over the quantized "
+            f"layers, {report.average_bits_network:.3f} over the whole network"
+        )
+
+
+@app.command("sensitivity")
+def sensitivity_(
+    config: Config = None,
+    data: DataName = None,
+    root: Root = None,
+    model: Annotated[str | None, typer.Option(help="Architecture.")] = None,
+    weights: Annotated[str | None, typer.Option(help="Float weights.")] = None,
+    weight_bits: Annotated[float | None, typer.Option(help="Also allocate for this average.")] = None,
+    estimator: Annotated[str | None, typer.Option(help="fisher, loss or hessian.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write the table (YAML) here; default: standard output.")] = None,
+    allocation: Annotated[Path | None, typer.Option(help="Write the allocation (YAML) here.")] = None,
+    set_: Set = None,
+) -> None:
+    """Score a float network's layers at each bit-width, and allocate bits."""
+    with _plain_errors():
+        from adq.train.score import score
+
+        options = _nested(
+            data__name=data,
+            data__root=root,
+            model__name=model,
+            model__weights=weights,
+            allocation__weight_bits=weight_bits,
+            allocation__estimator=estimator,
+        )
+        resolved = resolve(config, [options, *(parse_assignment(text) for text in set_ or [])])
+        typer.echo(score(resolved, output, allocation), nl=False)
+
+
+@app.command()
+def export(
+    model: Annotated[Path, typer.Argument(help="A model file of adq, or a run folder.")],
+    output: Annotated[Path, typer.Argument(help="File to write.")],
+    to: Annotated[str, typer.Option(help="packed: codes of b bits, to ship; plain: float weights, to train on.")] = "packed",
+) -> None:
+    """Write a saved model in another form."""
+    with _plain_errors():
+        from adq.artifact import load, save
+
+        if to not in ("packed", "plain"):
+            raise ValueError(f"--to must be packed or plain, got {to!r}")
+        file = model / "model.safetensors" if model.is_dir() else model
+        save(load(file), output, packed=to == "packed")
+        typer.echo(f"{output}: {output.stat().st_size:,} bytes, from {file.stat().st_size:,}")
+
+
+@app.command()
+def info() -> None:
+    """Which backends loaded, and why another did not."""
+    typer.echo(describe_backends())
+
+
+if __name__ == "__main__":
+    sys.exit(app())

@@ -1,0 +1,199 @@
+"""Everything a run is told, as one tree of dataclasses that is one YAML file."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from adq.config import ADQConfig, from_dict, load_yaml
+from adq.config import _check_choices as check_choices
+from adq.train.data import DataConfig
+
+RECIPES = "adq.train.recipes"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which network.
+
+    Attributes:
+        name: as :func:`adq.create_model` takes it.
+        weights: file of float weights to start from instead of training them (safetensors, or a torch file).
+        kwargs: further arguments of the architecture.
+    """
+
+    name: str = "digits_cnn"
+    weights: str | None = None
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PhaseConfig:
+    """One stretch of training.
+
+    Attributes:
+        epochs: passes over the training images.
+        optimizer: ``sgd`` with Nesterov momentum, or ``adamw``.
+        lr: peak learning rate of weights.
+        threshold_lr: of activation thresholds, relative to ``lr``; their gradients sum over a whole feature map,
+            and at the weights' own rate batch-norm statistics cannot follow them.
+        scale_lr: of activation scales, relative to ``lr``.
+        momentum: of SGD.
+        weight_decay: of weights of two or more dimensions; biases, norms and quantizer parameters get none.
+        schedule: ``cosine`` or ``linear`` decay to zero, or ``constant``.
+        warmup_epochs: linear rise at the start.
+        label_smoothing: of cross entropy.
+        clip_grad_norm: largest gradient norm, None for no limit.
+    """
+
+    epochs: int = 20
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: float = 0.1
+    threshold_lr: float = 0.1
+    scale_lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_epochs: float = 1.0
+    label_smoothing: float = 0.0
+    clip_grad_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        if self.epochs < 0:
+            raise ValueError(f"epochs must not be negative, got {self.epochs}")
+        for name in ("lr", "threshold_lr", "scale_lr", "weight_decay", "warmup_epochs", "momentum"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class AllocationConfig:
+    """How bits are spread over the layers.
+
+    Attributes:
+        weight_bits: budget, average bits over the quantized layers' weights; None keeps every layer at
+            ``quantization.weight.bits``.
+        bits: widths to choose from.
+        estimator: of sensitivity: ``fisher``, ``loss`` or ``hessian``.
+        batches: calibration batches that the scores are taken over.
+        file: an allocation to use as it is, instead of computing one.
+    """
+
+    weight_bits: float | None = 3.0
+    bits: tuple[int, ...] = (2, 3, 4)
+    estimator: Literal["fisher", "loss", "hessian"] = "fisher"
+    batches: int = 8
+    file: str | None = None
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+
+
+@dataclass(frozen=True)
+class DistillationConfig:
+    """Loss = (1 - alpha) cross entropy + alpha T^2 KL(float network || quantized network)."""
+
+    alpha: float = 1.0
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How the machine is used.
+
+    Attributes:
+        device: ``auto`` (a GPU where there is one) or ``cpu``.
+        mixed_precision: ``no``, ``bf16`` or ``fp16`` autocast.
+        accumulation: micro-batches per optimizer step.
+        channels_last: NHWC memory format.
+        compile: run the training steps through ``torch.compile``.
+        checkpoint_steps: also write a checkpoint every so many optimizer steps inside an epoch; 0: at the end of
+            epochs only.
+        keep: checkpoints to keep.
+        tensorboard: also write TensorBoard events (extra ``tensorboard``).
+    """
+
+    device: Literal["auto", "cpu"] = "auto"
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    accumulation: int = 1
+    channels_last: bool = False
+    compile: bool = False
+    checkpoint_steps: int = 0
+    keep: int = 2
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        if self.accumulation < 1 or self.keep < 1 or self.checkpoint_steps < 0:
+            raise ValueError("accumulation and keep must be at least 1, checkpoint_steps not negative")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run of ``adq train``: data, network, float training, quantization, QAT."""
+
+    seed: int = 0
+    output: str | None = None
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    float: PhaseConfig = field(default_factory=PhaseConfig)
+    quantization: ADQConfig = field(default_factory=ADQConfig)
+    allocation: AllocationConfig = field(default_factory=AllocationConfig)
+    qat: PhaseConfig = field(default_factory=PhaseConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with adq."""
+    return sorted(item.name[:-5] for item in resources.files(RECIPES).iterdir() if item.name.endswith(".yaml"))
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """The mapping of a YAML file, or of a recipe that comes with adq by its name."""
+    if Path(name).suffix in (".yaml", ".yml"):
+        return load_yaml(name)
+    if name not in recipe_names():
+        raise ValueError(f"adq: no recipe {name!r}; known: {', '.join(recipe_names())}, or the path of a .yaml file")
+    return load_yaml(str(resources.files(RECIPES) / f"{name}.yaml"))
+
+
+def parse_assignment(text: str) -> dict[str, Any]:
+    """``a.b.c=value`` as a nested mapping; the value is YAML."""
+    path, equals, value = text.partition("=")
+    if not equals or not path:
+        raise ValueError(f"adq: --set takes KEY=VALUE, got {text!r}")
+    nested: Any = yaml.safe_load(value)
+    for key in reversed(path.split(".")):
+        nested = {key: nested}
+    return nested
+
+
+def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with the leaves of ``change`` put in."""
+    merged = dict(base)
+    for key, value in change.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def resolve(recipe: str | None, changes: Sequence[Mapping[str, Any]]) -> RunConfig:
+    """The run's configuration: a recipe, then each change over it.
+
+    Raises:
+        FileNotFoundError, ValueError: no such recipe or file; an unknown key (with the closest known one)
+            or a value of the wrong kind, each with its place.
+    """
+    values = read_recipe(recipe or "digits")
+    for change in changes:
+        values = merge(values, change)
+    config = from_dict(RunConfig, values)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, seed=config.seed))

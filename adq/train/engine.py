@@ -1,0 +1,286 @@
+"""The training loop: one phase of epochs on Hugging Face Accelerate, with checkpoints it can resume from."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+
+from adq.nn.activation import ActivationQuantizer
+from adq.nn.weight import WeightQuantizer
+from adq.train.checkpoint import Checkpoints, Progress
+from adq.train.config import PhaseConfig
+from adq.train.data import EpochSampler
+from adq.train.display import Display
+from adq.train.metrics import MetricsLog
+
+CHECK_EVERY = 20
+"""On a GPU the loss is read back, and checked, every so many micro-batches; on a CPU at each one."""
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class TrainingStopped(RuntimeError):
+    """Training could not go on; the message says why and where the last good checkpoint is."""
+
+
+def parameter_groups(model: nn.Module, config: PhaseConfig) -> list[dict[str, Any]]:
+    """Parameters by what they are: weight decay for weights only, learning rates of their own for quantizers."""
+    groups: dict[str, dict[str, Any]] = {
+        "weights": {"lr": config.lr, "weight_decay": config.weight_decay},
+        "biases and norms": {"lr": config.lr, "weight_decay": 0.0},
+        "thresholds": {"lr": config.lr * config.threshold_lr, "weight_decay": 0.0},
+        "scales": {"lr": config.lr * config.scale_lr, "weight_decay": 0.0},
+        "codebooks": {"lr": config.lr, "weight_decay": 0.0},
+    }
+    for group in groups.values():
+        group["params"] = []
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            groups[_group(module, name, parameter)]["params"].append(parameter)
+    return [{"name": name, **group} for name, group in groups.items() if group["params"]]
+
+
+def _group(module: nn.Module, name: str, parameter: Tensor) -> str:
+    if isinstance(module, ActivationQuantizer):
+        return "scales" if name.endswith("scale") else "thresholds"
+    if isinstance(module, WeightQuantizer):
+        return "codebooks"
+    return "weights" if parameter.dim() > 1 else "biases and norms"
+
+
+def build_optimizer(model: nn.Module, config: PhaseConfig) -> torch.optim.Optimizer:
+    """The phase's optimizer over :func:`parameter_groups`."""
+    groups = parameter_groups(model, config)
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr)
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, config: PhaseConfig, steps_per_epoch: int) -> LambdaLR:
+    """Learning rate over the steps of a phase: linear warm-up, then the decay."""
+    warmup = config.warmup_epochs * steps_per_epoch
+    total = max(1, config.epochs * steps_per_epoch)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        done = min(1.0, (step - warmup) / max(1.0, total - warmup))
+        if config.schedule == "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * done))
+        return 1.0 - done if config.schedule == "linear" else 1.0
+
+    return LambdaLR(optimizer, factor)
+
+
+@dataclass
+class Totals:
+    """Sums over the samples seen, kept on the device."""
+
+    loss: Tensor
+    correct: Tensor
+    samples: int = 0
+
+    @classmethod
+    def zeros(cls, device: torch.device) -> Totals:
+        return cls(torch.zeros((), device=device), torch.zeros((), device=device, dtype=torch.int64))
+
+    def add(self, loss: Tensor, logits: Tensor, target: Tensor) -> None:
+        self.loss += loss.detach().float() * len(target)
+        self.correct += (logits.detach().argmax(1) == target).sum()
+        self.samples += len(target)
+
+    def means(self, accelerator: Accelerator) -> tuple[float, float]:
+        """Mean loss and top-1 in percent over all processes."""
+        sums = torch.stack([self.loss.double(), self.correct.double(), self.loss.new_tensor(self.samples).double()])
+        loss, correct, samples = accelerator.reduce(sums, "sum").tolist()
+        return loss / max(1.0, samples), 100.0 * correct / max(1.0, samples)
+
+
+@torch.no_grad()
+def evaluate(accelerator: Accelerator, model: nn.Module, loader: DataLoader[Any]) -> tuple[float, float]:
+    """Mean cross entropy and top-1 in percent over every image of a prepared loader, once each."""
+    was_training = model.training
+    model.eval()
+    loss = torch.zeros((), device=accelerator.device, dtype=torch.float64)
+    correct = torch.zeros((), device=accelerator.device, dtype=torch.int64)
+    samples = 0
+    for images, target in loader:
+        logits, target = accelerator.gather_for_metrics((model(images), target))
+        loss += nn.functional.cross_entropy(logits.float(), target, reduction="sum").double()
+        correct += (logits.argmax(1) == target).sum()
+        samples += len(target)
+    model.train(was_training)
+    if samples == 0:
+        raise ValueError("adq: no images to evaluate on")
+    return loss.item() / samples, 100.0 * correct.item() / samples
+
+
+@dataclass
+class Trainer:
+    """Trains one phase.
+
+    Args:
+        accelerator: device, autocast, processes and accumulation.
+        phase: its name, as in checkpoints and metrics: ``float`` or ``qat``.
+        config: epochs, optimizer, schedule.
+        model: not prepared yet.
+        loss: ``(logits, images, target) -> scalar``.
+        train, test: prepared loaders.
+        sampler: of ``train``.
+        checkpoints, metrics, display: where things go.
+        checkpoint_steps: optimizer steps between checkpoints inside an epoch, 0 for none.
+        compiled: run the model through ``torch.compile``.
+    """
+
+    accelerator: Accelerator
+    phase: str
+    config: PhaseConfig
+    model: nn.Module
+    loss: Loss
+    train: DataLoader[Any]
+    test: DataLoader[Any]
+    sampler: EpochSampler
+    checkpoints: Checkpoints
+    metrics: MetricsLog
+    display: Display
+    checkpoint_steps: int = 0
+    compiled: bool = False
+
+    def run(self, resume: Progress | None = None) -> nn.Module:
+        """Train to the end, from ``resume`` where given; returns the model, unwrapped."""
+        accelerator = self.accelerator
+        batches = len(self.train)
+        updates = math.ceil(batches / accelerator.gradient_accumulation_steps)
+        inner = build_optimizer(self.model, self.config)
+        model, optimizer, schedule = accelerator.prepare(
+            self.model, inner, build_schedule(inner, self.config, updates)
+        )
+        progress = Progress(self.phase, 0, 0)
+        if resume is not None:
+            self.checkpoints.restore(accelerator, resume)
+            progress = resume
+        else:
+            self._save(progress)
+        forward = torch.compile(model) if self.compiled else model
+        for epoch in range(progress.epoch, self.config.epochs):
+            self._epoch(forward, optimizer, schedule, epoch, progress.batch if epoch == progress.epoch else 0)
+        accelerator.wait_for_everyone()
+        trained: nn.Module = accelerator.unwrap_model(model)
+        accelerator.free_memory()
+        return trained
+
+    def _batches(self, epoch: int, start: int) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
+        self.train.set_epoch(epoch)  # type: ignore[attr-defined]
+        self.sampler.resume(epoch, start * self.train.total_batch_size)  # type: ignore[attr-defined]
+        yield from enumerate(self.train, start)
+
+    def _epoch(
+        self, model: nn.Module, optimizer: Any, schedule: Any, epoch: int, start: int
+    ) -> None:
+        accelerator = self.accelerator
+        model.train()
+        totals, began = Totals.zeros(accelerator.device), time.perf_counter()
+        exact_check = 1 if accelerator.device.type == "cpu" else CHECK_EVERY
+        last = len(self.train) - 1
+        with self.display.epoch(self.phase, epoch, self.config.epochs, last + 1, start) as bar:
+            for index, (images, target) in self._batches(epoch, start):
+                with accelerator.accumulate(model):
+                    logits = model(images)
+                    loss = self.loss(logits, images, target)
+                    accelerator.backward(loss)
+                    if accelerator.sync_gradients and self.config.clip_grad_norm is not None:
+                        accelerator.clip_grad_norm_(model.parameters(), self.config.clip_grad_norm)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                totals.add(loss, logits, target)
+                if accelerator.sync_gradients and not optimizer.step_was_skipped:
+                    schedule.step()
+                checked = index % exact_check == 0 or index == last
+                if checked:
+                    self._check(totals.loss, images, epoch, index)
+                    bar.update(index + 1, totals, schedule.get_last_lr()[0])
+                if self._is_checkpoint(index, last):
+                    self._check(totals.loss, images, epoch, index)
+                    self._save(Progress(self.phase, epoch, index + 1))
+        self._finish_epoch(model, totals, epoch, time.perf_counter() - began, schedule)
+
+    def _is_checkpoint(self, index: int, last: int) -> bool:
+        every = self.checkpoint_steps * self.accelerator.gradient_accumulation_steps
+        return every > 0 and (index + 1) % every == 0 and index != last
+
+    def _finish_epoch(self, model: nn.Module, totals: Totals, epoch: int, seconds: float, schedule: Any) -> None:
+        train_loss, train_top1 = totals.means(self.accelerator)
+        test_loss, test_top1 = evaluate(self.accelerator, model, self.test)
+        row = {
+            "phase": self.phase,
+            "epoch": epoch + 1,
+            "train_loss": train_loss,
+            "train_top1": train_top1,
+            "test_loss": test_loss,
+            "test_top1": test_top1,
+            "lr": schedule.get_last_lr()[0],
+            "seconds": seconds,
+            "images_per_second": totals.samples * self.accelerator.num_processes / seconds,
+        }
+        self.metrics.write(row)
+        self.display.row(row, self.config.epochs)
+        self._save(Progress(self.phase, epoch + 1, 0))
+
+    def _save(self, progress: Progress) -> None:
+        bad = first_non_finite(self.accelerator.unwrap_model(self.model))
+        if bad:
+            self._stop(f"{bad} holds NaN or infinity at epoch {progress.epoch + 1}")
+        self.checkpoints.save(self.accelerator, progress, self.metrics.size())
+
+    def _check(self, total_loss: Tensor, images: Tensor, epoch: int, index: int) -> None:
+        if not math.isfinite(total_loss.item()):
+            where = blame(self.accelerator.unwrap_model(self.model), images)
+            self._stop(f"the loss is not finite at epoch {epoch + 1}, batch {index + 1}: {where}")
+
+    def _stop(self, reason: str) -> None:
+        kept = self.checkpoints.latest()
+        last = f"the last good checkpoint is {kept.path}" if kept else "no checkpoint had been written yet"
+        raise TrainingStopped(f"adq: training stopped: {reason}; {last}")
+
+
+def first_non_finite(model: nn.Module) -> str | None:
+    """Name of the first parameter or buffer with a NaN or an infinity, None if there is none."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            return name
+    return None
+
+
+def blame(model: nn.Module, images: Tensor) -> str:
+    """Where the first NaN or infinity of a forward pass comes from, in words."""
+    found: list[str] = []
+
+    def hook(name: str) -> Callable[..., None]:
+        def look(module: nn.Module, args: Any, output: Any) -> None:
+            if not found and isinstance(output, Tensor) and not bool(output.isfinite().all()):
+                found.append(name)
+
+        return look
+
+    if not bool(images.isfinite().all()):
+        return "the images hold NaN or infinity"
+    bad = first_non_finite(model)
+    leaves = [(name, module) for name, module in model.named_modules() if not list(module.children()) or hasattr(module, "weight")]
+    handles = [module.register_forward_hook(hook(name)) for name, module in leaves]
+    try:
+        with torch.no_grad():
+            model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    place = f"the output of layer {found[0]!r} is the first that is not" if found else "all layers are finite on this batch"
+    return f"{place}; {bad} holds NaN or infinity" if bad else place

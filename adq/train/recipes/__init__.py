@@ -1,0 +1,1 @@
+"""Recipes of ``adq train --config NAME``, one YAML file each."""

@@ -1,0 +1,312 @@
+"""The main job: float network, calibration, sensitivity, allocation, QAT, evaluation, files."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import set_seed
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from adq import models
+from adq.allocate import Allocation, Budget, allocate, apply_allocation_, describe_allocation
+from adq.artifact import save
+from adq.config import dump_yaml, from_dict, load_yaml
+from adq.convert import calibrate_, quantize_, weight_quantizers
+from adq.distill import DistillationLoss
+from adq.sensitivity import SensitivityTable, sensitivity
+from adq.store import replacing, write_text
+from adq.summary import summary
+from adq.train import figures
+from adq.train.checkpoint import Checkpoints, Progress
+from adq.train.config import RunConfig
+from adq.train.data import Data, build_data, check_classes
+from adq.train.display import Display
+from adq.train.engine import Trainer, evaluate
+from adq.train.metrics import MetricsLog
+
+RESULT = "result.json"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where each file of a run is."""
+
+    path: Path
+
+    config = property(lambda self: self.path / "config.yaml")
+    metrics = property(lambda self: self.path / "metrics.jsonl")
+    float_weights = property(lambda self: self.path / "float.safetensors")
+    sensitivity = property(lambda self: self.path / "sensitivity.yaml")
+    allocation = property(lambda self: self.path / "allocation.yaml")
+    model = property(lambda self: self.path / "model.safetensors")
+    summary = property(lambda self: self.path / "summary.txt")
+    result = property(lambda self: self.path / RESULT)
+    checkpoints = property(lambda self: self.path / "checkpoints")
+    figures = property(lambda self: self.path / "figures")
+
+
+def choose_folder(config: RunConfig, resume: bool) -> RunFolder:
+    """The run's folder: ``output``, or the first free ``runs/DATA-MODEL[-N]`` (with ``resume`` the last used one).
+
+    Raises:
+        ValueError: the folder holds another run and ``resume`` is not given; nothing to resume.
+    """
+    if config.output is not None:
+        folder = RunFolder(Path(config.output))
+        if folder.config.exists() and not resume:
+            raise ValueError(f"adq: {folder.path} holds a run already; pass --resume to go on with it, or another --output")
+        return folder
+    base = f"{config.data.name}-{config.model.name.replace('/', '_')}"
+    taken = 0
+    while (path := Path("runs") / (base if not taken else f"{base}-{taken + 1}")).joinpath("config.yaml").exists():
+        taken += 1
+    if resume and taken:
+        return RunFolder(Path("runs") / (base if taken == 1 else f"{base}-{taken}"))
+    return RunFolder(path)
+
+
+class Run:
+    """One run of ``adq train``.
+
+    Args:
+        config: everything it is told.
+        resume: go on from the folder's last checkpoint; without one, start.
+        display: where progress is shown.
+    """
+
+    def __init__(self, config: RunConfig, resume: bool = False, display: Display | None = None) -> None:
+        engine = config.engine
+        self.accelerator = Accelerator(
+            cpu=engine.device == "cpu",
+            mixed_precision=engine.mixed_precision,
+            gradient_accumulation_steps=engine.accumulation,
+            step_scheduler_with_optimizer=False,
+            # codebooks are the same on every process by construction
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
+        main = self.accelerator.is_main_process
+        self.display = display or Display()
+        self.display.active = main
+        self.folder = choose_folder(config, resume)
+        self.config = self._resumed(config) if resume and self.folder.config.exists() else config
+        self.resume = resume
+        self.checkpoints = Checkpoints(self.folder.checkpoints, engine.keep)
+        self.metrics = MetricsLog(self.folder.metrics, main, self._tensorboard() if main and engine.tensorboard else None)
+
+    def _resumed(self, config: RunConfig) -> RunConfig:
+        """The saved configuration must be the one asked for, where it shapes the result."""
+        saved = from_dict(RunConfig, load_yaml(self.folder.config))
+        comparable = replace(config, output=saved.output, engine=saved.engine)
+        if dump_yaml(comparable) != dump_yaml(saved):
+            raise ValueError(
+                f"adq: {self.folder.config} differs from this command's configuration; resume with the same command"
+            )
+        return config
+
+    def _tensorboard(self) -> Any:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ImportError("adq: TensorBoard is not installed: pip install 'adq[tensorboard]'") from error
+        return SummaryWriter(self.folder.path / "tensorboard")
+
+    def execute(self) -> dict[str, Any]:
+        """Do the job, or what is left of it; returns the result, which is also in ``result.json``."""
+        if self.resume and self.folder.result.exists():
+            self.display.say(f"{self.folder.path} is complete")
+            result: dict[str, Any] = json.loads(self.folder.result.read_text())
+            self.display.result(result)
+            return result
+        began = time.perf_counter()
+        data = build_data(self.config.data)
+        model = self._create(data)
+        self._start_folder()
+        train, test = self.accelerator.prepare(data.train, data.test)
+        model, float_seconds = self._float_phase(model, data, train, test)
+        teacher = copy.deepcopy(model).eval().requires_grad_(False).to(self.accelerator.device)
+        float_top1 = evaluate(self.accelerator, teacher, test)[1]
+        self.display.say(f"float top-1 {float_top1:.2f}")
+        allocation = self._quantize(model, data)
+        calibrated_top1 = evaluate(self.accelerator, model.to(self.accelerator.device), test)[1]
+        self.display.say(f"top-1 after calibration, before training {calibrated_top1:.2f}")
+        self.metrics.write({"phase": "calibrated", "float_top1": float_top1, "calibrated_top1": calibrated_top1})
+        shown = figures.shown_layer(model)
+        before = figures.codebook_view(model, shown)
+        model = self._qat_phase(model, teacher, data, train, test)
+        quantized_top1 = evaluate(self.accelerator, model, test)[1]
+        result = self._result(model, data, float_top1, calibrated_top1, quantized_top1, allocation)
+        result["seconds"] = time.perf_counter() - began
+        if self.accelerator.is_main_process:
+            self._write(model, result, allocation, shown, before)
+        self.accelerator.wait_for_everyone()
+        self.display.result(result)
+        self.display.say(f"run folder: {self.folder.path}")
+        return result
+
+    def _create(self, data: Data) -> nn.Module:
+        set_seed(self.config.seed)
+        model = models.create_model(self.config.model.name, data.num_classes, **self.config.model.kwargs)
+        if self.config.model.weights is not None:
+            models.load_float_weights(model, self.config.model.weights)
+        check_classes(model, data)
+        if self.config.engine.channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        return model
+
+    def _start_folder(self) -> None:
+        if self.accelerator.is_main_process:
+            self.folder.path.mkdir(parents=True, exist_ok=True)
+            write_text(self.folder.config, dump_yaml(replace(self.config, output=str(self.folder.path))))
+            progress = self.checkpoints.latest() if self.resume else None
+            self.metrics.truncate(progress.metrics_size if progress else 0)
+        self.accelerator.wait_for_everyone()
+
+    def _trainer(self, phase: str, model: nn.Module, loss: Any, data: Data, train: Any, test: Any) -> Trainer:
+        engine = self.config.engine
+        return Trainer(
+            accelerator=self.accelerator,
+            phase=phase,
+            config=getattr(self.config, phase),
+            model=model,
+            loss=loss,
+            train=train,
+            test=test,
+            sampler=data.sampler,
+            checkpoints=self.checkpoints,
+            metrics=self.metrics,
+            display=self.display,
+            checkpoint_steps=engine.checkpoint_steps,
+            compiled=engine.compile,
+        )
+
+    def _float_phase(self, model: nn.Module, data: Data, train: Any, test: Any) -> tuple[nn.Module, float]:
+        """Trained float weights: given, from an earlier part of this run, or trained now."""
+        began = time.perf_counter()
+        if self.config.model.weights is not None:
+            return model, 0.0
+        if self.resume and self.folder.float_weights.exists():
+            model.load_state_dict(load_file(self.folder.float_weights))
+            return model, 0.0
+        self.display.say(f"training the float network: {self.config.model.name}, {self.config.float.epochs} epochs")
+        set_seed(self.config.seed + 1)
+        cross_entropy = nn.CrossEntropyLoss(label_smoothing=self.config.float.label_smoothing)
+
+        def loss(logits: Tensor, images: Tensor, target: Tensor) -> Tensor:
+            return cross_entropy(logits, target)
+
+        trainer = self._trainer("float", model, loss, data, train, test)
+        model = trainer.run(self.checkpoints.latest("float") if self.resume else None)
+        if self.accelerator.is_main_process:
+            with replacing(self.folder.float_weights) as temporary:
+                save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, temporary)
+        self.accelerator.wait_for_everyone()
+        return model, time.perf_counter() - began
+
+    def _calibration(self, data: Data) -> Iterator[Any]:
+        device = self.accelerator.device
+        return ((images.to(device), target.to(device)) for images, target in data.calibration)
+
+    def _quantize(self, model: nn.Module, data: Data) -> Allocation:
+        """Quantize, calibrate, score and allocate; on resume with the allocation that the run already chose."""
+        model.to(self.accelerator.device)
+        quantize_(model, self.config.quantization)
+        calibrate_(model, self._calibration(data))
+        allocation = self._allocation(model, data)
+        apply_allocation_(model, allocation)
+        if self.accelerator.is_main_process:
+            allocation.save(self.folder.allocation)
+        self.display.say(
+            f"allocation: {allocation.average_quantized:.3f} bits over the quantized layers, "
+            f"{allocation.average_network:.3f} over the whole network"
+        )
+        return allocation
+
+    def _allocation(self, model: nn.Module, data: Data) -> Allocation:
+        config = self.config.allocation
+        chosen = config.file or (str(self.folder.allocation) if self.resume and self.folder.allocation.exists() else None)
+        if chosen is not None:
+            given = Allocation.load(chosen)
+            present = {name: quantizer.bits for name, (_, quantizer) in weight_quantizers(model).items()}
+            unknown = sorted(set(given.bits) - set(present))
+            if unknown:
+                raise ValueError(f"adq: {chosen} names an unknown layer {unknown[0]!r}")
+            table = self._score(model, data, batches=1)
+            return describe_allocation(table, {**present, **given.bits})
+        if config.weight_bits is None:
+            table = self._score(model, data, batches=1)
+            return describe_allocation(table, {n: q.bits for n, (_, q) in weight_quantizers(model).items()})
+        began = time.perf_counter()
+        table = self._score(model, data, config.batches)
+        seconds = time.perf_counter() - began
+        self.metrics.write({"phase": "sensitivity", "estimator": config.estimator, "seconds": seconds})
+        if self.accelerator.is_main_process:
+            write_text(self.folder.sensitivity, dump_yaml(table.to_dict()))
+        return allocate(table, Budget(weight_bits=config.weight_bits))
+
+    def _score(self, model: nn.Module, data: Data, batches: int) -> SensitivityTable:
+        config = self.config.allocation
+        return sensitivity(
+            model,
+            islice(self._calibration(data), batches),
+            nn.functional.cross_entropy,
+            bits=config.bits,
+            estimator=config.estimator,
+        )
+
+    def _qat_phase(self, model: nn.Module, teacher: nn.Module, data: Data, train: Any, test: Any) -> nn.Module:
+        self.display.say(f"quantization-aware training, {self.config.qat.epochs} epochs")
+        set_seed(self.config.seed + 2)
+        task = nn.CrossEntropyLoss(label_smoothing=self.config.qat.label_smoothing)
+        distill = self.config.distillation
+        loss = DistillationLoss(teacher, distill.alpha, distill.temperature, task)
+        trainer = self._trainer("qat", model, loss, data, train, test)
+        progress: Progress | None = self.checkpoints.latest("qat") if self.resume else None
+        return trainer.run(progress).eval()
+
+    def _result(
+        self,
+        model: nn.Module,
+        data: Data,
+        float_top1: float,
+        calibrated_top1: float,
+        quantized_top1: float,
+        allocation: Allocation,
+    ) -> dict[str, Any]:
+        report = summary(model)
+        return {
+            "model": self.config.model.name,
+            "data": data.name,
+            "float_top1": float_top1,
+            "calibrated_top1": calibrated_top1,
+            "quantized_top1": quantized_top1,
+            "average_bits_quantized": report.average_bits_quantized,
+            "average_bits_network": report.average_bits_network,
+            "bytes_float": report.bytes_float,
+            "bytes_packed": report.bytes_packed,
+        }
+
+    def _write(
+        self, model: nn.Module, result: dict[str, Any], allocation: Allocation, shown: str, before: figures.CodebookView
+    ) -> None:
+        folder = self.folder
+        save(model, folder.model)
+        save(model, folder.path / "model-packed.safetensors", packed=True)
+        write_text(folder.summary, f"{summary(model)}\n")
+        weights = {name: layer.weight.numel() for name, (layer, _) in weight_quantizers(model).items()}
+        figures.draw_allocation(folder.figures / "bits-per-layer.png", allocation, weights)
+        figures.draw_codebook(folder.figures / "codebook.png", shown, before, figures.codebook_view(model, shown))
+        rows = [row for row in self.metrics.rows() if row["phase"] == "qat"]
+        if rows:
+            figures.draw_history(folder.figures / "training.png", rows, result["float_top1"])
+        self.metrics.write({"phase": "result", **result})
+        write_text(folder.result, json.dumps(result, indent=2) + "\n")

@@ -1,0 +1,49 @@
+"""``adq sensitivity``: the table and the allocation of a float network, without training."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+
+from torch import nn
+
+from adq import models
+from adq.allocate import Budget, allocate
+from adq.config import dump_yaml
+from adq.convert import quantize_
+from adq.sensitivity import sensitivity
+from adq.store import write_text
+from adq.train.config import RunConfig
+from adq.train.data import build_data, check_classes
+
+
+def score(config: RunConfig, output: Path | None, allocation: Path | None) -> str:
+    """Score, allocate where a budget is given, write the files asked for; returns the text to show.
+
+    Raises:
+        ValueError: no float weights are given; they would be random.
+    """
+    if config.model.weights is None:
+        raise ValueError("adq: sensitivity needs trained float weights: --weights FILE")
+    data = build_data(config.data)
+    model = models.create_model(config.model.name, data.num_classes, **config.model.kwargs)
+    models.load_float_weights(model, config.model.weights)
+    check_classes(model, data)
+    quantize_(model, config.quantization)
+    chosen = config.allocation
+    batches = islice(data.calibration, chosen.batches)
+    table = sensitivity(model, batches, nn.functional.cross_entropy, chosen.bits, chosen.estimator)
+    texts = []
+    for result, path in ((table, output), (_allocated(table, config), allocation)):
+        text = dump_yaml(result.to_dict()) if result is not None else ""
+        if path is not None and result is not None:
+            write_text(path, text)
+            texts.append(f"wrote {path}\n")
+        else:
+            texts.append(text)
+    return "".join(texts)
+
+
+def _allocated(table, config):  # type: ignore[no-untyped-def]
+    budget = config.allocation.weight_bits
+    return None if budget is None else allocate(table, Budget(weight_bits=budget))

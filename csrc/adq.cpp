@@ -1,0 +1,274 @@
+// The operators: tables from the parameters, chunks over the threads, partial sums in a fixed order.
+#include "adq.h"
+
+#include <algorithm>
+#include <limits>
+#include <type_traits>
+
+#include "isa.h"
+#include "kernels.h"
+#include "parallel.h"
+
+namespace adq {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// The size of the searches' tables that holds the cells.
+int table_size(int count) {
+    for (int cells : {4, 8, 16, 32, 64}) {
+        if (count <= cells) return cells;
+    }
+    return kMaxLevels;
+}
+
+// Completes a table whose first `count` sorted edges are set.
+void finish(EdgeTable& edges, int count) {
+    edges.cells = table_size(count + 1);
+    std::fill(edges.sorted + count, edges.sorted + kMaxLevels, kInfinity);
+    std::fill(edges.heap, edges.heap + 16, 0.0f);
+    for (int first = 1; first < edges.cells; first *= 2) {
+        const int stride = edges.cells / first;
+        for (int i = 0; i < first; ++i) edges.heap[first + i] = edges.sorted[i * stride + stride / 2 - 1];
+    }
+}
+
+// Repeats a table of `cells` entries up to 16, after clearing those above the `count` real ones.
+void finish(float* table, int count, int cells, float clear) {
+    std::fill(table + count, table + cells, clear);
+    for (int i = cells; i < 16; ++i) table[i] = table[i - cells];
+}
+
+// Element `index` of an array of the dtype; null stays null.
+template <class Pointer>
+Pointer at(Pointer data, Dtype dtype, std::int64_t index) {
+    using Byte = typename std::conditional<std::is_const<typename std::remove_pointer<Pointer>::type>::value,
+                                           const char, char>::type;
+    const std::int64_t size = dtype == Dtype::kFloat32 ? 4 : 2;
+    return data == nullptr ? nullptr : static_cast<Byte*>(data) + size * index;
+}
+
+// Completes a table whose edges and values are set, and rounds the values to their storage type.
+void finish(StepTable& table, Dtype dtype) {
+    finish(table.edges, table.levels - 1);
+    finish(table.value, table.levels, table.edges.cells, 0.0f);
+    kernels().encode(dtype, table.value, std::max(table.edges.cells, 16));
+}
+
+struct Statistics {
+    double* total;
+    std::int64_t* count;
+};
+
+// Per-chunk statistics, one row of `cells` entries a chunk.
+class StatisticsGrid {
+ public:
+    StatisticsGrid(std::int64_t chunks, int cells)
+        : cells_(cells), total_(chunks * cells), count_(chunks * cells) {}
+
+    Statistics row(std::int64_t chunk) {
+        return {total_.data() + chunk * cells_, count_.data() + chunk * cells_};
+    }
+
+    void sum(int levels, std::int64_t* count, float* total) const {
+        for (int k = 0; k < levels; ++k) {
+            double sum = 0.0;
+            count[k] = 0;
+            for (std::size_t i = k; i < total_.size(); i += cells_) {
+                sum += total_[i];
+                count[k] += count_[i];
+            }
+            total[k] = static_cast<float>(sum);
+        }
+    }
+
+ private:
+    std::size_t cells_;
+    std::vector<double> total_;
+    std::vector<std::int64_t> count_;
+};
+
+// Width, start and edges of the segments as float32 additions in order give them.
+struct Segments {
+    float boundary[kMaxLevels + 1];  // T_0 .. T_n
+    float width[kMaxLevels];
+    float edge[kMaxLevels];  // T_i + width[i] / 2
+};
+
+float clamped(float interval) { return interval < kMinInterval ? kMinInterval : interval; }
+
+bool is_uniform(const Quantizer& quantizer) { return quantizer.intervals != quantizer.steps; }
+
+Segments find_segments(const Quantizer& quantizer) {
+    Segments out;
+    out.boundary[0] = *quantizer.start;
+    for (int i = 0; i < quantizer.steps; ++i) {
+        out.width[i] = clamped(quantizer.interval[i]);
+        out.edge[i] = out.boundary[i] + 0.5f * out.width[i];
+        out.boundary[i + 1] = out.boundary[i] + out.width[i];
+    }
+    return out;
+}
+
+UniformTable uniform_table(const Quantizer& quantizer) {
+    UniformTable table;
+    table.scale = *quantizer.in_scale;
+    table.start = *quantizer.start;
+    table.width = clamped(*quantizer.interval);
+    table.steps = static_cast<float>(quantizer.steps);
+    table.step = static_cast<float>(kActivationRange / quantizer.steps);
+    table.offset = *quantizer.offset;
+    table.out_scale = *quantizer.out_scale;
+    return table;
+}
+
+StepTable step_table(const Quantizer& quantizer, Dtype dtype) {
+    const Segments segments = find_segments(quantizer);
+    const UniformTable level = uniform_table(quantizer);
+    StepTable table;
+    table.levels = quantizer.steps + 1;
+    table.scale = level.scale;
+    std::copy(segments.edge, segments.edge + quantizer.steps, table.edges.sorted);
+    for (int q = 0; q <= quantizer.steps; ++q) {
+        table.value[q] = level.out_scale * (level.step * static_cast<float>(q) - level.offset);
+    }
+    finish(table, dtype);
+    return table;
+}
+
+// R / span of the whole surrogate where one interval serves all steps, else D / span of a segment.
+double rise(const Quantizer& quantizer) {
+    return is_uniform(quantizer) ? kActivationRange : kActivationRange / quantizer.steps;
+}
+
+void set_segment(SlopeTable& table, int i, float origin, double span, float middle) {
+    table.origin[i] = origin;
+    table.inverse[i] = static_cast<float>(1.0 / span);
+    table.middle[i] = middle;
+}
+
+void set_segments(SlopeTable& table, const Quantizer& quantizer) {
+    if (table.uniform) {
+        table.segments = 1;
+        table.high = table.low + table.level.steps * table.level.width;
+        set_segment(table, 0, table.low, static_cast<double>(table.level.width) * quantizer.steps, 0.0f);
+        return;
+    }
+    const Segments segments = find_segments(quantizer);
+    table.segments = quantizer.steps;
+    table.high = segments.boundary[quantizer.steps];
+    for (int i = 0; i < quantizer.steps; ++i) {
+        set_segment(table, i, segments.boundary[i], segments.width[i], segments.edge[i]);
+        if (i > 0) table.boundaries.sorted[i - 1] = segments.boundary[i];
+    }
+}
+
+SlopeTable slope_table(const Quantizer& quantizer) {
+    SlopeTable table;
+    table.uniform = is_uniform(quantizer);
+    table.level = uniform_table(quantizer);
+    table.low = *quantizer.start;
+    table.dx_scale = static_cast<float>(rise(quantizer) * *quantizer.out_scale * *quantizer.in_scale);
+    set_segments(table, quantizer);
+    finish(table.boundaries, table.segments - 1);
+    finish(table.origin, table.segments, table.boundaries.cells, 0.0f);
+    finish(table.inverse, table.segments, table.boundaries.cells, 0.0f);
+    finish(table.middle, table.segments, table.boundaries.cells, kInfinity);
+    return table;
+}
+
+void store_gradients(const Quantizer& quantizer, const SlopeTable& table,
+                     const std::vector<SlopeSums>& chunks, const QuantizerGradients& gradients) {
+    const double scale = rise(quantizer) * *quantizer.out_scale;
+    double common[3] = {};
+    for (const SlopeSums& sums : chunks) {
+        for (int i = 0; i < 3; ++i) common[i] += sums.common[i];
+    }
+    *gradients.start = static_cast<float>(-scale * common[SlopeSums::kFlow]);
+    *gradients.in_scale = static_cast<float>(scale * common[SlopeSums::kIn]);
+    *gradients.out_scale = static_cast<float>(common[SlopeSums::kOut]);
+    const int shared = table.uniform ? quantizer.steps : 1;
+    for (int i = 0; i < table.segments; ++i) {
+        double ramp = 0.0;
+        for (const SlopeSums& sums : chunks) ramp += sums.ramp[i];
+        gradients.interval[i] =
+            quantizer.interval[i] > kMinInterval ? static_cast<float>(-scale * shared * ramp) : 0.0f;
+    }
+}
+
+}  // namespace
+
+void codebook_lookup(const Lookup& args, int threads) {
+    StepTable table;
+    table.levels = args.levels;
+    table.scale = 1.0f;
+    std::copy(args.thresholds, args.thresholds + args.levels - 1, table.edges.sorted);
+    if (args.w_q != nullptr)
+        std::copy(args.codebook, args.codebook + args.levels, table.value);
+    else
+        std::fill(table.value, table.value + args.levels, 0.0f);
+    finish(table, args.dtype);
+    const bool counted = args.count != nullptr;
+    StatisticsGrid grid(counted ? chunk_count(args.n, kChunk) : 0, table.edges.cells);
+    const Kernels& isa = kernels();
+    for_chunks(args.n, kChunk, threads, [&](std::int64_t chunk, std::int64_t begin, std::int64_t n) {
+        const Statistics row = counted ? grid.row(chunk) : Statistics{nullptr, nullptr};
+        std::uint8_t* codes = args.codes != nullptr ? args.codes + begin : nullptr;
+        isa.steps(args.dtype, table, at(args.w, args.dtype, begin), n, at(args.w_q, args.dtype, begin), codes,
+                  row.total, row.count);
+    });
+    if (counted) grid.sum(args.levels, args.count, args.total);
+}
+
+void threshold_quantize(Dtype dtype, const void* x, std::int64_t n, const Quantizer& quantizer, void* y,
+                        int threads) {
+    const Kernels& isa = kernels();
+    if (is_uniform(quantizer)) {
+        const UniformTable table = uniform_table(quantizer);
+        for_chunks(n, kChunk, threads, [&](std::int64_t, std::int64_t begin, std::int64_t count) {
+            isa.uniform(dtype, table, at(x, dtype, begin), count, at(y, dtype, begin));
+        });
+        return;
+    }
+    const StepTable table = step_table(quantizer, dtype);
+    for_chunks(n, kChunk, threads, [&](std::int64_t, std::int64_t begin, std::int64_t count) {
+        isa.steps(dtype, table, at(x, dtype, begin), count, at(y, dtype, begin), nullptr, nullptr, nullptr);
+    });
+}
+
+void threshold_quantize_backward(Dtype dtype, const void* grad, const void* x, std::int64_t n,
+                                 const Quantizer& quantizer, const QuantizerGradients& gradients,
+                                 int threads) {
+    const Kernels& isa = kernels();
+    const SlopeTable table = slope_table(quantizer);
+    std::vector<SlopeSums> sums(chunk_count(n, kChunk));
+    for_chunks(n, kChunk, threads, [&](std::int64_t chunk, std::int64_t begin, std::int64_t count) {
+        isa.slopes(dtype, table, at(grad, dtype, begin), at(x, dtype, begin), count,
+                   at(gradients.x, dtype, begin), &sums[chunk]);
+    });
+    store_gradients(quantizer, table, sums, gradients);
+}
+
+void pack_bits(const std::uint8_t* codes, std::int64_t n, int bits, std::uint8_t* packed, int threads) {
+    const Kernels& isa = kernels();
+    for_chunks(n, 2 * kChunk, threads, [&](std::int64_t, std::int64_t begin, std::int64_t count) {
+        isa.pack(codes + begin, count, bits, packed + begin / 8 * bits);
+    });
+}
+
+void unpack_bits(const std::uint8_t* packed, int bits, std::int64_t n, std::uint8_t* codes, int threads) {
+    const Kernels& isa = kernels();
+    for_chunks(n, 2 * kChunk, threads, [&](std::int64_t, std::int64_t begin, std::int64_t count) {
+        isa.unpack(packed + begin / 8 * bits, bits, count, codes + begin);
+    });
+}
+
+bool has_openmp() {
+#ifdef _OPENMP
+    return true;
+#else
+    return false;
+#endif
+}
+
+}  // namespace adq

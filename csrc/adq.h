@@ -1,0 +1,75 @@
+// The C++ CPU kernels of adq: raw pointers and sizes, no torch, no Python.
+//
+// Conventions. `n` counts elements; data pointers need the alignment of their element type only and
+// may be null where marked optional. Arithmetic is float32 without contraction, stores round to
+// nearest even, NaN stays NaN. Every result is bit-identical for any `threads` and any Isa:
+// reductions run over 16 virtual lanes and chunks of kChunk elements, whatever the hardware.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace adq {
+
+enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+constexpr int kMaxLevels = 256;
+constexpr float kMinInterval = 1e-3f;     // smaller intervals are clamped, with gradient zero
+constexpr double kActivationRange = 2.0;  // R of the activation quantizer
+constexpr std::int64_t kChunk = 32768;    // elements a partial sum covers, and a thread's unit of work
+
+// Nearest codeword of w[n]: code = #{k : w > thresholds[k]}, w_q = codebook[code].
+struct Lookup {
+    Dtype dtype;
+    const void* w;  // [n]
+    std::int64_t n;
+    const float* codebook;    // [levels]; unused if w_q is null
+    const float* thresholds;  // [levels - 1], ascending
+    int levels;               // 1..256
+    void* w_q;                // [n], optional
+    std::uint8_t* codes;      // [n], optional; NaN has code 0
+    std::int64_t* count;      // [levels], optional (both or neither): elements in each cell, NaN in none
+    float* total;             // [levels]: their sum
+};
+void codebook_lookup(const Lookup& args, int threads);
+
+// Parameters of the activation quantizer, y = out_scale * (D q - offset) with D = R / steps.
+struct Quantizer {
+    const float* start;      // [1] T_0
+    const float* interval;   // [intervals] T_{i+1} - T_i before clamping
+    const float* in_scale;   // [1] u = in_scale * x
+    const float* out_scale;  // [1]
+    const float* offset;     // [1]
+    int intervals;           // steps, or 1: one interval for all steps
+    int steps;               // 1..255
+};
+
+// y[n] of x[n]: q = #{i : u > T_i + interval[i] / 2}.
+void threshold_quantize(Dtype dtype, const void* x, std::int64_t n, const Quantizer& quantizer, void* y,
+                        int threads);
+
+// All gradients of threshold_quantize in one pass over (x, grad); the formulas stand in threshold.h.
+struct QuantizerGradients {
+    void* x;           // [n], optional
+    float* start;      // [1]
+    float* interval;   // [intervals]
+    float* in_scale;   // [1]
+    float* out_scale;  // [1]
+};
+void threshold_quantize_backward(Dtype dtype, const void* grad, const void* x, std::int64_t n,
+                                 const Quantizer& quantizer, const QuantizerGradients& gradients,
+                                 int threads);
+
+// Code i of codes[n] <-> bits [i b, (i + 1) b) of the little-endian stream packed[ceil(n b / 8)], 1 <= b
+// <= 8.
+void pack_bits(const std::uint8_t* codes, std::int64_t n, int bits, std::uint8_t* packed, int threads);
+void unpack_bits(const std::uint8_t* packed, int bits, std::int64_t n, std::uint8_t* codes, int threads);
+
+// Instruction sets: "avx512", "avx2" or "baseline", the best available one until set_isa chooses another.
+std::string isa();
+std::vector<std::string> available_isas();
+void set_isa(const std::string& name);  // throws std::invalid_argument
+bool has_openmp();
+
+}  // namespace adq

@@ -1,0 +1,94 @@
+// adq._C: the kernels of adq.h for Python. Pointers come as integers (tensor.data_ptr()), null as 0;
+// the caller vouches for dtypes, sizes and memory. The GIL is released while a kernel runs.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "adq.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Address = std::uintptr_t;
+
+template <class T>
+T* pointer(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+void codebook_lookup(int dtype, Address w, std::int64_t n, Address codebook, Address thresholds, int levels,
+                     Address w_q, Address codes, Address count, Address total, int threads) {
+    adq::Lookup args;
+    args.dtype = static_cast<adq::Dtype>(dtype);
+    args.w = pointer<void>(w);
+    args.n = n;
+    args.codebook = pointer<float>(codebook);
+    args.thresholds = pointer<float>(thresholds);
+    args.levels = levels;
+    args.w_q = pointer<void>(w_q);
+    args.codes = pointer<std::uint8_t>(codes);
+    args.count = pointer<std::int64_t>(count);
+    args.total = pointer<float>(total);
+    adq::codebook_lookup(args, threads);
+}
+
+adq::Quantizer quantizer(Address start, Address interval, Address in_scale, Address out_scale, Address offset,
+                         int intervals, int steps) {
+    return {pointer<float>(start),
+            pointer<float>(interval),
+            pointer<float>(in_scale),
+            pointer<float>(out_scale),
+            pointer<float>(offset),
+            intervals,
+            steps};
+}
+
+void threshold_quantize(int dtype, Address x, std::int64_t n, Address start, Address interval,
+                        Address in_scale, Address out_scale, Address offset, int intervals, int steps,
+                        Address y, int threads) {
+    adq::threshold_quantize(static_cast<adq::Dtype>(dtype), pointer<void>(x), n,
+                            quantizer(start, interval, in_scale, out_scale, offset, intervals, steps),
+                            pointer<void>(y), threads);
+}
+
+void threshold_quantize_backward(int dtype, Address grad, Address x, std::int64_t n, Address start,
+                                 Address interval, Address in_scale, Address out_scale, Address offset,
+                                 int intervals, int steps, Address d_x, Address d_start, Address d_interval,
+                                 Address d_in_scale, Address d_out_scale, int threads) {
+    const adq::QuantizerGradients gradients = {pointer<void>(d_x), pointer<float>(d_start),
+                                               pointer<float>(d_interval), pointer<float>(d_in_scale),
+                                               pointer<float>(d_out_scale)};
+    adq::threshold_quantize_backward(
+        static_cast<adq::Dtype>(dtype), pointer<void>(grad), pointer<void>(x), n,
+        quantizer(start, interval, in_scale, out_scale, offset, intervals, steps), gradients, threads);
+}
+
+void pack_bits(Address codes, std::int64_t n, int bits, Address packed, int threads) {
+    adq::pack_bits(pointer<std::uint8_t>(codes), n, bits, pointer<std::uint8_t>(packed), threads);
+}
+
+void unpack_bits(Address packed, int bits, std::int64_t n, Address codes, int threads) {
+    adq::unpack_bits(pointer<std::uint8_t>(packed), bits, n, pointer<std::uint8_t>(codes), threads);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+    using NoGil = py::call_guard<py::gil_scoped_release>;
+    module.doc() = "C++ kernels of adq; the interface for users is adq.backends.cpu.";
+    module.def("codebook_lookup", &codebook_lookup, NoGil(),
+               "(dtype, w, n, codebook, thresholds, levels, w_q, codes, count, total, threads)");
+    module.def("threshold_quantize", &threshold_quantize, NoGil(),
+               "(dtype, x, n, start, interval, in_scale, out_scale, offset, intervals, steps, y, threads)");
+    module.def(
+        "threshold_quantize_backward", &threshold_quantize_backward, NoGil(),
+        "(dtype, grad, x, n, start, interval, in_scale, out_scale, offset, intervals, steps, d_x, d_start, "
+        "d_interval, d_in_scale, d_out_scale, threads)");
+    module.def("pack_bits", &pack_bits, NoGil(), "(codes, n, bits, packed, threads)");
+    module.def("unpack_bits", &unpack_bits, NoGil(), "(packed, bits, n, codes, threads)");
+    module.def("isa", &adq::isa, "Name of the instruction set in use.");
+    module.def("available_isas", &adq::available_isas,
+               "Names of the instruction sets this processor has, best first.");
+    module.def("set_isa", &adq::set_isa, "Choose an instruction set; ValueError if it is not available.");
+    module.def("openmp", &adq::has_openmp, "Whether the kernels were built with OpenMP.");
+}

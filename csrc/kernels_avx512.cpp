@@ -1,0 +1,6 @@
+// The kernels in AVX-512 (F, BW, DQ, VL); compiled with the flags for it, and run only where the processor
+// has it.
+#if defined(__x86_64__)
+#define ADQ_ISA avx512
+#include "kernels_impl.h"
+#endif

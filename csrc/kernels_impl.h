@@ -1,0 +1,65 @@
+// The kernel table of the instruction set ADQ_ISA; included once by each kernels_<isa>.cpp.
+#pragma once
+
+#include <type_traits>
+
+#include "bits.h"
+#include "kernels.h"
+#include "slopes.h"
+#include "steps.h"
+#include "uniform.h"
+
+namespace adq {
+namespace ADQ_ISA {
+namespace {
+
+// Calls function with a null pointer of the element type that dtype names.
+template <class Function>
+void with_type(Dtype dtype, Function&& function) {
+    switch (dtype) {
+        case Dtype::kFloat32: return function(static_cast<float*>(nullptr));
+        case Dtype::kBFloat16: return function(static_cast<BFloat16*>(nullptr));
+        case Dtype::kFloat16: return function(static_cast<Float16*>(nullptr));
+    }
+}
+
+void any_encode(Dtype dtype, float* values, int count) {
+    with_type(dtype, [&](auto* type) {
+        using T = typename std::remove_pointer<decltype(type)>::type;
+        for (int i = 0; i < count; i += kWidth) {
+            const Ints word = Storage<T>::encode(load_floats(values + i));
+            std::memcpy(values + i, &word, sizeof word);
+        }
+    });
+}
+
+void any_steps(Dtype dtype, const StepTable& table, const void* x, std::int64_t n, void* y,
+               std::uint8_t* codes, double* total, std::int64_t* count) {
+    with_type(dtype, [&](auto* type) {
+        using T = typename std::remove_pointer<decltype(type)>::type;
+        steps<T>(table, static_cast<const T*>(x), n, static_cast<T*>(y), codes, total, count);
+    });
+}
+
+void any_uniform(Dtype dtype, const UniformTable& table, const void* x, std::int64_t n, void* y) {
+    with_type(dtype, [&](auto* type) {
+        using T = typename std::remove_pointer<decltype(type)>::type;
+        uniform<T>(table, static_cast<const T*>(x), n, static_cast<T*>(y));
+    });
+}
+
+void any_slopes(Dtype dtype, const SlopeTable& table, const void* grad, const void* x, std::int64_t n,
+                void* d_x, SlopeSums* sums) {
+    with_type(dtype, [&](auto* type) {
+        using T = typename std::remove_pointer<decltype(type)>::type;
+        slopes<T>(table, static_cast<const T*>(grad), static_cast<const T*>(x), n, static_cast<T*>(d_x),
+                  sums);
+    });
+}
+
+}  // namespace
+
+extern const Kernels kKernels = {any_encode, any_steps, any_uniform, any_slopes, pack, unpack};
+
+}  // namespace ADQ_ISA
+}  // namespace adq

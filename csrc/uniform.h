@@ -1,0 +1,53 @@
+// The activation quantizer with one interval for all steps, in closed form:
+// q = clamp(ceil((u - start) / width - 0.5), 0, steps), y = out_scale * (step * q - offset).
+#pragma once
+
+#include "groups.h"
+#include "kernels.h"
+
+namespace adq {
+namespace ADQ_ISA {
+
+struct UniformLevel {
+    const Floats start, width, steps;
+
+    explicit ADQ_INLINE UniformLevel(const UniformTable& table)
+        : start(fill(table.start)), width(fill(table.width)), steps(fill(table.steps)) {}
+
+    // The position whose ceiling, clamped, is the level.
+    ADQ_INLINE Floats position(Floats u) const { return (u - start) / width - fill(0.5f); }
+
+    // Clamping first keeps the conversion in range; NaN gives 0.
+    ADQ_INLINE Floats level(Floats position) const {
+        Floats v = only_where(greater(position, fill(0.0f)), position);
+        v = select(greater(v, steps), steps, v);
+        const Floats floor = to_float(truncate(v));
+        return add_where(floor, greater(v, floor), fill(1.0f));
+    }
+};
+
+// n is a multiple of 16.
+template <class T>
+void sweep_uniform(const UniformTable& table, const T* x, std::int64_t n, T* y) {
+    const UniformLevel levels(table);
+    const Floats scale = fill(table.scale), out_scale = fill(table.out_scale);
+    const Floats step = fill(table.step), offset = fill(table.offset);
+    for (std::int64_t i = 0; i < n; i += kWidth) {
+        const Floats position = levels.position(Storage<T>::load(x + i) * scale);
+        const Ints word = Storage<T>::encode(out_scale * (step * levels.level(position) - offset));
+        Storage<T>::store_bits(y + i, select(is_number(position), word, fill(Storage<T>::kNan)));
+    }
+}
+
+template <class T>
+void uniform(const UniformTable& table, const T* x, std::int64_t n, T* y) {
+    sweep_uniform(table, x, whole_groups(n), y);
+    if (whole_groups(n) == n) return;
+    const InputTail<T> x_tail(x, n);
+    OutputTail<T> y_tail(y, n);
+    sweep_uniform(table, x_tail.lane, kLanes, y_tail.data());
+    y_tail.copy();
+}
+
+}  // namespace ADQ_ISA
+}  // namespace adq

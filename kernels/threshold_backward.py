@@ -1,0 +1,194 @@
+"""The N2UQ activation quantizer (arXiv 2111.14826), backward: all five gradients in one pass.
+
+With ``r = clamp(u - T_i, 0, w_i)``, the part of segment i that lies below u, and ``s = g D / w`` of u's own
+segment (0 outside all of them), the sums of the reference collapse to one a segment::
+
+    d_x = s in_scale        d_interval[i] = -sum(s r_i) / w_i        d_start = -sum(s)
+    d_in_scale = sum(s x)   d_out_scale = sum(grad (D q - offset))
+"""
+
+import triton
+import triton.language as tl
+
+from adq.kernels.threshold import chain_level, load_segments, uniform_level
+from adq.kernels.tiles import ADD, lane_zeros, load_tile, search, store_tile, tile_offsets
+
+
+@triton.jit
+def _chain_slope(u, segments, slopes, SEGMENTS: tl.constexpr):
+    """Slope of the surrogate at u, 0 outside ``(T_0, T_n]``."""
+    slope = tl.full(u.shape, 0, tl.float32)
+    for i in tl.static_range(SEGMENTS):
+        slope = tl.where(u > segments[i], slopes[i], slope)
+    return tl.where(u > segments[SEGMENTS], 0.0, slope)
+
+
+@triton.jit
+def _accumulate(sums, rise, reach, widths, SEGMENTS: tl.constexpr):
+    """Add ``rise r_i`` of a tile to the sums ``[LANES]`` of each segment, where ``reach = u - T_0``."""
+    added = ()
+    for i in tl.static_range(SEGMENTS):
+        part = reach
+        if i + 1 < SEGMENTS:
+            part = tl.minimum(reach, widths[i])
+            reach -= part
+        added = added + (sums[i] + tl.reduce(rise * part, 1, ADD),)
+    return added
+
+
+@triton.jit(do_not_specialize=["numel"])
+def threshold_backward_kernel(
+    grad,
+    x,
+    start,
+    interval,
+    in_scale,
+    out_scale,
+    offset,
+    d_x,
+    partials,
+    numel,
+    STEPS: tl.constexpr,
+    UNIFORM: tl.constexpr,
+    STEP: tl.constexpr,
+    MIN_INTERVAL: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """``d_x`` and the partial sums of the other gradients, for up to 15 segments; UNIFORM has a single one.
+
+    grad, x                              ``[numel]`` float32, bfloat16 or float16
+    start, in_scale, out_scale, offset   ``[1]`` float32
+    interval                             ``[STEPS]`` float32, ``[1]`` if UNIFORM
+    d_x                                  out, ``[numel]`` in x's dtype
+    partials                             out, ``[SEGMENTS + 3, programs]`` float32: the sums
+                                         ``s r_i``, ``s``, ``s x`` and ``grad (D q - offset)``
+    """
+    SIZE: tl.constexpr = LANES * VECTOR
+    SEGMENTS: tl.constexpr = 1 if UNIFORM else STEPS
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    tile = tile_offsets(LANES, VECTOR)
+    u_scale, y_scale, zero = tl.load(in_scale), tl.load(out_scale), tl.load(offset)
+    segments, edges, widths = load_segments(start, interval, SEGMENTS, MIN_INTERVAL)
+    if UNIFORM:
+        segments = (segments[0], segments[0] + STEPS * widths[0])
+    slopes = ()
+    for i in tl.static_range(SEGMENTS):
+        slopes = slopes + (STEP / widths[i],)
+    sums = lane_zeros(SEGMENTS, LANES, tl.float32)
+    flow, d_in, d_out = lane_zeros(3, LANES, tl.float32)
+    for first in range(program.to(tl.int64) * SIZE, numel, programs * SIZE):
+        value = load_tile(x, first, tile, numel, float("nan"))
+        dy = load_tile(grad, first, tile, numel, 0.0)
+        u = u_scale * value
+        inside = (u > segments[0]) & (u <= segments[SEGMENTS])
+        rise = tl.where(inside, dy * y_scale * _chain_slope(u, segments, slopes, SEGMENTS), 0.0)
+        store_tile(d_x, first, tile, numel, rise * u_scale)
+        if UNIFORM:
+            level = uniform_level(u, segments[0], widths[0], STEPS)
+        else:
+            level = chain_level(u, edges, STEPS)
+        sums = _accumulate(sums, rise, tl.where(inside, u - segments[0], 0.0), widths, SEGMENTS)
+        flow += tl.reduce(rise, 1, ADD)
+        d_in += tl.reduce(rise * tl.where(inside, value, 0.0), 1, ADD)
+        d_out += tl.reduce(tl.where(u == u, dy * (STEP * level - zero), 0.0), 1, ADD)
+    sums = sums + (flow, d_in, d_out)
+    for i in tl.static_range(SEGMENTS + 3):
+        tl.store(partials + i * programs + program, tl.reduce(sums[i], 0, ADD))
+
+
+@triton.jit(do_not_specialize=["numel"])
+def threshold_backward_search_kernel(
+    grad,
+    x,
+    segments,
+    edges,
+    widths,
+    in_scale,
+    out_scale,
+    offset,
+    d_x,
+    partials,
+    numel,
+    STEPS: tl.constexpr,
+    PROBES: tl.constexpr,
+    STEP: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """:func:`threshold_backward_kernel` for 16 to 255 learned intervals, from the tables in memory.
+
+    The sums of a segment ``16 i + j`` are matrix products in IEEE float32, as in
+    :func:`adq.kernels.codebook.codebook_statistics_kernel`.
+
+    segments        ``[STEPS + 1]`` float32
+    edges, widths   ``[STEPS]`` float32
+    """
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    digit = tl.arange(0, 16)
+    tile = tile_offsets(SIZE, 1)
+    u_scale, y_scale, zero = tl.load(in_scale), tl.load(out_scale), tl.load(offset)
+    flow = tl.full((16, 16), 0, tl.float32)
+    part = tl.full((16, 16), 0, tl.float32)
+    d_in = tl.full((SIZE,), 0, tl.float32)
+    d_out = tl.full((SIZE,), 0, tl.float32)
+    for first in range(program.to(tl.int64) * SIZE, numel, programs * SIZE):
+        value = tl.reshape(load_tile(x, first, tile, numel, float("nan")), (SIZE,))
+        dy = tl.reshape(load_tile(grad, first, tile, numel, 0.0), (SIZE,))
+        u = u_scale * value
+        above = search(u, segments, STEPS + 1, PROBES)
+        inside = (above > 0) & (above <= STEPS)
+        segment = tl.where(inside, above - 1, 0)
+        rise = tl.where(inside, dy * y_scale * (STEP / tl.load(widths + segment)), 0.0)
+        store_tile(d_x, first, tile, numel, tl.reshape(rise * u_scale, (SIZE, 1)))
+        level = tl.where(inside, segment + (u > tl.load(edges + segment)).to(tl.int32), tl.minimum(above, STEPS))
+        d_in += rise * tl.where(inside, value, 0.0)
+        d_out += tl.where(u == u, dy * (STEP * level.to(tl.float32) - zero), 0.0)
+        reach = rise * tl.where(inside, u - tl.load(segments + segment), 0.0)
+        row = ((segment >> 4)[None, :] == digit[:, None]).to(tl.float32)
+        column = (segment & 15)[:, None] == digit[None, :]
+        flow = tl.dot(row, tl.where(column, rise[:, None], 0.0), flow, input_precision="ieee")
+        part = tl.dot(row, tl.where(column, reach[:, None], 0.0), part, input_precision="ieee")
+    segment = tl.arange(0, 256)
+    flow = tl.reshape(flow, (256,))
+    width = tl.load(widths + segment, mask=segment < STEPS, other=0.0)
+    passed = tl.cumsum(flow, 0, reverse=True) - flow
+    part = tl.reshape(part, (256,)) + width * passed
+    tl.store(partials + segment * programs + program, part, mask=segment < STEPS)
+    tl.store(partials + STEPS * programs + program, tl.reduce(flow, 0, ADD))
+    tl.store(partials + (STEPS + 1) * programs + program, tl.reduce(d_in, 0, ADD))
+    tl.store(partials + (STEPS + 2) * programs + program, tl.reduce(d_out, 0, ADD))
+
+
+@triton.jit(do_not_specialize=["programs"])
+def threshold_reduce_kernel(
+    partials,
+    interval,
+    d_start,
+    d_interval,
+    d_in_scale,
+    d_out_scale,
+    programs,
+    SEGMENTS: tl.constexpr,
+    MIN_INTERVAL: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+):
+    """Add the partials in a fixed order, in float64, and finish the gradients; one program a row.
+
+    partials                             ``[SEGMENTS + 3, programs]`` float32, programs <= PROGRAMS
+    interval                             ``[SEGMENTS]`` float32
+    d_interval                           out, ``[SEGMENTS]`` float32, 0 where the interval is clamped
+    d_start, d_in_scale, d_out_scale     out, ``[1]`` float32
+    """
+    row = tl.program_id(0)
+    column = tl.arange(0, PROGRAMS)
+    values = tl.load(partials + row * programs + column, mask=column < programs, other=0.0)
+    total = tl.reduce(values.to(tl.float64), 0, ADD).to(tl.float32)
+    if row < SEGMENTS:
+        width = tl.load(interval + row)
+        tl.store(d_interval + row, tl.where(width > MIN_INTERVAL, -total / width, 0.0))
+    elif row == SEGMENTS:
+        tl.store(d_start, -total)
+    elif row == SEGMENTS + 1:
+        tl.store(d_in_scale, total)
+    else:
+        tl.store(d_out_scale, total)

@@ -1,0 +1,226 @@
+"""Compiles the Triton kernels ahead of time, without a GPU, and reads what the compiler made of them.
+
+``python tests/aot.py sm_90`` runs every launcher of :mod:`adq.backends.cuda` on small CPU tensors with the
+launch itself replaced by a recorder, compiles each recorded launch for the target as the runtime would
+(same constants, options and pointer alignment), and prints one JSON line a kernel. Needs Triton's
+compiler, so it must not run under ``TRITON_INTERPRET=1``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from adq.backends import cuda
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.float64: "*fp64",
+}
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+Code = list[tuple[str, int | None, bool]]
+"""Instructions: text, index of the branch target or None, and whether the next one is not reached from it."""
+
+
+def _sass(text: str) -> Code:
+    lines = [(int(m[1], 16), m[2].strip()) for m in re.finditer(r"^\s+/\*([0-9a-f]{4,5})\*/\s+(.*?);", text, re.M)]
+    place = {address: i for i, (address, _) in enumerate(lines)}
+    code: Code = []
+    for address, line in lines:
+        target = re.search(r"\bBRA\b.*?\b0x([0-9a-f]+)", line)
+        if target and int(target[1], 16) == address:
+            break  # the padding behind the program
+        code.append((line, place[int(target[1], 16)] if target else None, bool(re.match(r"(BRA|EXIT|RET)", line))))
+    return code
+
+
+def _gcn(text: str) -> Code:
+    lines = [line.strip() for line in text.splitlines()]
+    lines = [line for line in lines if re.match(r"([a-z]+_\w+|\.LBB\w+:)", line)]
+    place, plain = {}, []
+    for line in lines:
+        if line.startswith("."):
+            place[line.split(":")[0]] = len(plain)
+        else:
+            plain.append(line)
+    code: Code = []
+    for line in plain:
+        target = re.match(r"s_c?branch\S*\s+(\.LBB\w+)", line)
+        code.append((line, place[target[1]] if target else None, line.startswith(("s_branch", "s_endpgm"))))
+    return code
+
+
+def _distances(code: Code, origin: int) -> dict[int, int]:
+    """Instructions executed from ``origin`` on, by the shortest way, until each reachable one has been."""
+    reached, front = {origin: 1}, [origin]
+    while front:
+        following = []
+        for i in front:
+            _, target, ends = code[i]
+            for j in (target, None if ends else i + 1):
+                if j is not None and j < len(code) and j not in reached:
+                    reached[j] = reached[i] + 1
+                    following.append(j)
+        front = following
+    return reached
+
+
+def _hot_path(code: Code, anchor: str) -> int:
+    """Instructions of the shortest way around the loop through a memory access that matches ``anchor``, or
+    through the whole program where there is no loop. Full tiles have the wide accesses, so this is theirs."""
+    around, through = [], []
+    begin = _distances(code, 0)
+    for at in (i for i, (line, _, _) in enumerate(code) if i in begin and re.search(anchor, line)):
+        onwards = _distances(code, at)
+        before = [i for i, (_, target, ends) in enumerate(code) if target == at or (i + 1 == at and not ends)]
+        around += [min(onwards[i] for i in before if i in onwards)] if any(i in onwards for i in before) else []
+        through.append(begin[at] + min(n for i, n in onwards.items() if re.search("EXIT|s_endpgm", code[i][0])) - 1)
+    return max(around or through)
+
+
+def _nvidia(compiled) -> dict:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+
+        def cuobjdump(option):
+            return subprocess.run(
+                [TOOLS / "cuobjdump", option, cubin.name], capture_output=True, text=True, check=True
+            ).stdout
+
+        usage = dict(re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", cuobjdump("--dump-resource-usage")))
+        code = _sass(cuobjdump("--dump-sass"))
+    wide = [i for i, _, _ in code if re.search(r"(LDG|STG)\.E\S*\.128", i)]
+    return {
+        "registers": int(usage["REG"]),
+        "spills": int(usage["STACK"]) + int(usage["LOCAL"]),
+        "shared": int(usage["SHARED"]),
+        "wide_loads": sum("LDG" in i for i in wide),
+        "wide_stores": sum("STG" in i for i in wide),
+        "fused": sum("FFMA" in i for i, _, _ in code),
+        "path": _hot_path(code, r"(LDG|STG)\.E\S*\.128" if wide else "LDG"),
+        "total": len(code),
+    }
+
+
+def _amd(compiled) -> dict:
+    assembly = compiled.asm["amdgcn"]
+
+    def field(name):
+        return int(re.search(rf"\.{name}:\s+(\d+)", assembly)[1])
+
+    code = _gcn(assembly)
+    wide = [i for i, _, _ in code if re.match(r"(global|buffer)_(load|store)_dwordx4", i)]
+    return {
+        "registers": field("vgpr_count"),
+        "spills": field("vgpr_spill_count") + field("private_segment_fixed_size"),
+        "shared": field("group_segment_fixed_size"),
+        "wide_loads": sum("load" in i for i in wide),
+        "wide_stores": sum("store" in i for i in wide),
+        "fused": sum(i.startswith(("v_fma", "v_pk_fma", "v_fmac")) for i, _, _ in code),
+        "path": _hot_path(code, r"(global|buffer)_(load|store)_dwordx4" if wide else r"(global|buffer)_load"),
+        "total": len(code),
+    }
+
+
+def compile_launch(target: GPUTarget, kernel, args, constants, options) -> dict:
+    """Compile one recorded launch as the runtime would and measure it."""
+    signature, constexprs, attributes = {}, dict(constants), {}
+    for i, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
+        if value is None:
+            constexprs[name] = None
+        elif isinstance(value, torch.Tensor):
+            signature[name] = POINTERS[value.dtype]
+            if value.data_ptr() % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "i32" if value < 2**31 else "i64"
+    signature = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
+    options = cuda.launch_options(target.backend == "hip", **options)
+    compiled = triton.compile(ASTSource(kernel, signature, constexprs, attributes), target=target, options=options)
+    return _nvidia(compiled) if target.backend == "cuda" else _amd(compiled)
+
+
+class Recorder:
+    """Stands in for :func:`adq.backends.cuda._launch`."""
+
+    def __init__(self):
+        self.launches = []
+
+    def __call__(self, kernel, programs, *args, warp=False, registers=None, **constants):
+        self.launches.append((kernel, args, constants, {"warp": warp, "registers": registers}))
+
+
+def codebook_cases():
+    """(label, call) of every codebook launch of the product, 1 to 8 bits."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for bits in range(1, 9):
+            levels = 2**bits - (bits == 7)
+            w, c, t = torch.zeros(4096, dtype=dtype), torch.zeros(levels), torch.zeros(levels - 1)
+            name = f"{str(dtype)[6:]} K={levels}"
+            yield f"lookup {name}", lambda a=(w, c, t): cuda.codebook_lookup(*a, True)
+            yield f"lookup, no codes {name}", lambda a=(w, c, t): cuda.codebook_lookup(*a, False)
+            yield f"statistics {name}", lambda a=(w, t): cuda.codebook_statistics(*a)
+            yield f"lookup_statistics {name}", lambda a=(w, c, t): cuda.codebook_lookup_statistics(*a, True)
+
+
+def threshold_cases():
+    """(label, call) of every launch of the activation quantizer, 1 to 8 bits and uniform."""
+    one = torch.ones(1)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for bits in range(1, 9):
+            steps = 2**bits - 1
+            x = torch.zeros(4096, dtype=dtype)
+            for kind, interval in (("learned", torch.ones(steps)), ("uniform", one)):
+                a = (x, one, interval, one, one, one, steps)
+                name = f"{kind} {str(dtype)[6:]} n={steps}"
+                yield f"forward {name}", lambda a=a: cuda.threshold_quantize(*a)
+                yield f"backward {name}", lambda a=a: cuda.threshold_quantize_backward(a[0], *a)
+
+
+def bits_cases():
+    """(label, call) of the bit packers."""
+    for bits in range(1, 9):
+        codes, packed = torch.zeros(4096, dtype=torch.uint8), torch.zeros(512 * bits, dtype=torch.uint8)
+        yield f"pack b={bits}", lambda a=(codes, bits): cuda.pack_bits(*a)
+        yield f"unpack b={bits}", lambda a=(packed, bits, 4096): cuda.unpack_bits(*a)
+
+
+def main(target: str, pattern: str = "") -> None:
+    recorder = cuda._launch = Recorder()
+    cuda.PRODUCT_SIZE = TARGETS[target].warp_size
+    for cases in (codebook_cases, threshold_cases, bits_cases):
+        for label, call in cases():
+            if not re.search(pattern, label):
+                continue
+            recorder.launches.clear()
+            call()
+            for kernel, args, constants, options in recorder.launches:
+                figures = compile_launch(TARGETS[target], kernel, args, constants, options)
+                figures["elements"] = constants.get("VECTOR", 1)
+                print(json.dumps({"case": label, "kernel": kernel.__name__, **figures}), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
