@@ -120,7 +120,8 @@ def lloyd(v: Tensor, codebook: Tensor) -> Tensor:
         if not now - before >= LLOYD_GAIN_DB:  # inf - inf, without any signal, is no gain either
             break
         before = now
-        codebook = torch.where(count > 0, total / count.clamp_min(1), codebook)
+        means = torch.where(count > 0, total / count.clamp_min(1), codebook)
+        codebook = means.cummax(0).values  # equal means may have been rounded apart
     return codebook
 
 

@@ -76,7 +76,7 @@ def _levels(u: Tensor, start: Tensor, interval: Tensor, steps: int) -> Tensor:
         for edge in edges:
             q += u > edge
         return q.masked_fill(u.isnan(), torch.nan)
-    return ((u - start) / interval - 0.5).ceil().clamp(0, steps)
+    return ((u - start) / interval[0] - 0.5).ceil().clamp(0, steps) + 0.0
 
 
 def threshold_quantize(
@@ -89,6 +89,7 @@ def threshold_quantize(
     NaN in, NaN out. Source: N2UQ, arXiv 2111.14826, equation 5; the affine offset is ours.
     """
     ops.check_threshold(x, start, interval, in_scale, out_scale, offset, steps)
+    start, in_scale, out_scale, offset = start[0], in_scale[0], out_scale[0], offset[0]
     q = _levels(in_scale * x.float(), start, interval.clamp_min(ops.MIN_INTERVAL), steps)
     step = torch.tensor(ops.ACTIVATION_RANGE / steps, dtype=torch.float32, device=x.device)
     return torch.empty_like(x).copy_(out_scale * (step * q - offset))
@@ -121,11 +122,12 @@ def threshold_quantize_backward(
     ops.check_threshold(x, start, interval, in_scale, out_scale, offset, steps)
     ops.check_grad(grad, x)
     shared = interval.numel() != steps
+    start, in_scale, out_scale, offset = start[0], in_scale[0], out_scale[0], offset[0]
     width = interval.clamp_min(ops.MIN_INTERVAL)
     u, dy, x32 = in_scale * x.float(), grad.double(), x.double()
     q = _levels(u, start, width, steps).nan_to_num(0.0)
     # one segment that spans the whole range, or one segment a step
-    segments = [(start, start + steps * width)] if shared else list(pairwise(_edges(start, width)[0]))
+    segments = [(start, start + steps * width[0])] if shared else list(pairwise(_edges(start, width)[0]))
     rise = ops.ACTIVATION_RANGE if shared else ops.ACTIVATION_RANGE / steps
     spans = width.double() * (steps if shared else 1)
 
@@ -153,7 +155,7 @@ def threshold_quantize_backward(
         torch.empty_like(x).copy_(d_x),
         (-flow.sum()).reshape(1).float(),
         d_interval.float(),
-        d_in_scale.float(),
+        d_in_scale.reshape(1).float(),
         d_out_scale.float(),
     )
 

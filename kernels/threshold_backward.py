@@ -24,14 +24,11 @@ def _chain_slope(u, segments, slopes, SEGMENTS: tl.constexpr):
 
 
 @triton.jit
-def _accumulate(sums, rise, reach, widths, SEGMENTS: tl.constexpr):
-    """Add ``rise r_i`` of a tile to the sums ``[LANES]`` of each segment, where ``reach = u - T_0``."""
+def _accumulate(sums, rise, u, segments, widths, SEGMENTS: tl.constexpr):
+    """Add ``rise r_i`` of a tile to the sums ``[LANES]`` of each segment; r_i from T_i, as differences would lose bits."""
     added = ()
     for i in tl.static_range(SEGMENTS):
-        part = reach
-        if i + 1 < SEGMENTS:
-            part = tl.minimum(reach, widths[i])
-            reach -= part
+        part = tl.minimum(tl.maximum(u - segments[i], 0.0), widths[i])
         added = added + (sums[i] + tl.reduce(rise * part, 1, ADD),)
     return added
 
@@ -70,8 +67,10 @@ def threshold_backward_kernel(
     tile = tile_offsets(LANES, VECTOR)
     u_scale, y_scale, zero = tl.load(in_scale), tl.load(out_scale), tl.load(offset)
     segments, edges, widths = load_segments(start, interval, SEGMENTS, MIN_INTERVAL)
+    spans = widths
     if UNIFORM:
         segments = (segments[0], segments[0] + STEPS * widths[0])
+        spans = (STEPS * widths[0],)
     slopes = ()
     for i in tl.static_range(SEGMENTS):
         slopes = slopes + (STEP / widths[i],)
@@ -88,7 +87,7 @@ def threshold_backward_kernel(
             level = uniform_level(u, segments[0], widths[0], STEPS)
         else:
             level = chain_level(u, edges, STEPS)
-        sums = _accumulate(sums, rise, tl.where(inside, u - segments[0], 0.0), widths, SEGMENTS)
+        sums = _accumulate(sums, rise, tl.where(inside, u, segments[0]), segments, spans, SEGMENTS)
         flow += tl.reduce(rise, 1, ADD)
         d_in += tl.reduce(rise * tl.where(inside, value, 0.0), 1, ADD)
         d_out += tl.reduce(tl.where(u == u, dy * (STEP * level - zero), 0.0), 1, ADD)

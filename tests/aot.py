@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -48,7 +49,7 @@ def _sass(text: str) -> Code:
     place = {address: i for i, (address, _) in enumerate(lines)}
     code: Code = []
     for address, line in lines:
-        target = re.search(r"\bBRA\b.*?\b0x([0-9a-f]+)", line)
+        target = re.search(r"\b(?:BRA|CALL)\b.*?\b0x([0-9a-f]+)", line)
         if target and int(target[1], 16) == address:
             break  # the padding behind the program
         code.append((line, place[int(target[1], 16)] if target else None, bool(re.match(r"(BRA|EXIT|RET)", line))))
@@ -118,7 +119,6 @@ def _nvidia(compiled) -> dict:
         "shared": int(usage["SHARED"]),
         "wide_loads": sum("LDG" in i for i in wide),
         "wide_stores": sum("STG" in i for i in wide),
-        "fused": sum("FFMA" in i for i, _, _ in code),
         "path": _hot_path(code, r"(LDG|STG)\.E\S*\.128" if wide else "LDG"),
         "total": len(code),
     }
@@ -138,7 +138,6 @@ def _amd(compiled) -> dict:
         "shared": field("group_segment_fixed_size"),
         "wide_loads": sum("load" in i for i in wide),
         "wide_stores": sum("store" in i for i in wide),
-        "fused": sum(i.startswith(("v_fma", "v_pk_fma", "v_fmac")) for i, _, _ in code),
         "path": _hot_path(code, r"(global|buffer)_(load|store)_dwordx4" if wide else r"(global|buffer)_load"),
         "total": len(code),
     }
@@ -159,7 +158,8 @@ def compile_launch(target: GPUTarget, kernel, args, constants, options) -> dict:
     signature = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
     options = cuda.launch_options(target.backend == "hip", **options)
     compiled = triton.compile(ASTSource(kernel, signature, constexprs, attributes), target=target, options=options)
-    return _nvidia(compiled) if target.backend == "cuda" else _amd(compiled)
+    figures = _nvidia(compiled) if target.backend == "cuda" else _amd(compiled)
+    return {"fused": compiled.asm.get("ptx", "").count("fma."), **figures}
 
 
 class Recorder:
@@ -172,54 +172,57 @@ class Recorder:
         self.launches.append((kernel, args, constants, {"warp": warp, "registers": registers}))
 
 
-def codebook_cases():
-    """(label, call) of every codebook launch of the product, 1 to 8 bits."""
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for bits in range(1, 9):
-            levels = 2**bits - (bits == 7)
-            w, c, t = torch.zeros(4096, dtype=dtype), torch.zeros(levels), torch.zeros(levels - 1)
-            name = f"{str(dtype)[6:]} K={levels}"
-            yield f"lookup {name}", lambda a=(w, c, t): cuda.codebook_lookup(*a, True)
-            yield f"lookup, no codes {name}", lambda a=(w, c, t): cuda.codebook_lookup(*a, False)
-            yield f"statistics {name}", lambda a=(w, t): cuda.codebook_statistics(*a)
-            yield f"lookup_statistics {name}", lambda a=(w, c, t): cuda.codebook_lookup_statistics(*a, True)
+BITS = {
+    "sm_90": {torch.float32: range(1, 9), torch.bfloat16: (1, 2, 3, 4, 5, 8), torch.float16: (3, 8)},
+    "sm_80": {torch.float32: (2, 4, 8), torch.bfloat16: (3, 4)},
+    "gfx942": {torch.float32: (2, 4, 8), torch.bfloat16: (3, 4)},
+}
+"""Bit-widths to compile: all of them in float32 on one target, elsewhere those whose code differs most."""
 
 
-def threshold_cases():
-    """(label, call) of every launch of the activation quantizer, 1 to 8 bits and uniform."""
+def cases(target: str):
+    """(operation, dtype, size, call) of every launcher of the product; size is K, n or the bits of a code."""
     one = torch.ones(1)
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for bits in range(1, 9):
-            steps = 2**bits - 1
-            x = torch.zeros(4096, dtype=dtype)
-            for kind, interval in (("learned", torch.ones(steps)), ("uniform", one)):
-                a = (x, one, interval, one, one, one, steps)
-                name = f"{kind} {str(dtype)[6:]} n={steps}"
-                yield f"forward {name}", lambda a=a: cuda.threshold_quantize(*a)
-                yield f"backward {name}", lambda a=a: cuda.threshold_quantize_backward(a[0], *a)
+    for dtype, widths in BITS[target].items():
+        name = str(dtype).removeprefix("torch.")
+        x = torch.zeros(4096, dtype=dtype)
+        for bits in widths:
+            levels, steps = 2**bits - (bits == 7), 2**bits - 1  # seven bits stand for the symmetric codebooks
+            table = torch.zeros(levels), torch.zeros(levels - 1)
+            yield "lookup", name, levels, partial(cuda.codebook_lookup, x, *table, False)
+            yield "lookup with codes", name, levels, partial(cuda.codebook_lookup, x, *table, True)
+            yield "statistics", name, levels, partial(cuda.codebook_statistics, x, table[1])
+            if levels <= cuda.REGISTER_LEVELS:
+                yield "both", name, levels, partial(cuda.codebook_lookup_statistics, x, *table, True)
+            kinds = {"forward": torch.ones(steps), **({"uniform": one} if bits == 8 else {})}
+            for kind, interval in kinds.items():
+                arguments = (x, one, interval, one, one, one, steps)
+                back = "backward" if kind == "forward" else "uniform backward"
+                yield kind, name, steps, partial(cuda.threshold_quantize, *arguments)
+                yield back, name, steps, partial(cuda.threshold_quantize_backward, x, *arguments)
+    for bits in BITS[target][torch.float32]:
+        codes, packed = torch.zeros(8192, dtype=torch.uint8), torch.zeros(1024 * bits, dtype=torch.uint8)
+        yield "pack", "uint8", bits, partial(cuda.pack_bits, codes, bits)
+        yield "unpack", "uint8", bits, partial(cuda.unpack_bits, packed, bits, 8192)
 
 
-def bits_cases():
-    """(label, call) of the bit packers."""
-    for bits in range(1, 9):
-        codes, packed = torch.zeros(4096, dtype=torch.uint8), torch.zeros(512 * bits, dtype=torch.uint8)
-        yield f"pack b={bits}", lambda a=(codes, bits): cuda.pack_bits(*a)
-        yield f"unpack b={bits}", lambda a=(packed, bits, 4096): cuda.unpack_bits(*a)
-
-
-def main(target: str, pattern: str = "") -> None:
-    recorder = cuda._launch = Recorder()
+def main(target: str) -> None:
     cuda.PRODUCT_SIZE = TARGETS[target].warp_size
-    for cases in (codebook_cases, threshold_cases, bits_cases):
-        for label, call in cases():
-            if not re.search(pattern, label):
+    recorder = cuda._launch = Recorder()
+    done = set()
+    for operation, dtype, size, call in cases(target):
+        recorder.launches.clear()
+        call()
+        for kernel, args, constants, options in recorder.launches:
+            key = (kernel.__name__, str([getattr(a, "dtype", a is None) for a in args]), str(constants))
+            if key in done:
                 continue
-            recorder.launches.clear()
-            call()
-            for kernel, args, constants, options in recorder.launches:
-                figures = compile_launch(TARGETS[target], kernel, args, constants, options)
-                figures["elements"] = constants.get("VECTOR", 1)
-                print(json.dumps({"case": label, "kernel": kernel.__name__, **figures}), flush=True)
+            done.add(key)
+            elements = 16 if operation.endswith("pack") else constants.get("VECTOR", 1)
+            labels = {"operation": operation, "dtype": dtype, "size": size, "kernel": kernel.__name__}
+            figures = compile_launch(TARGETS[target], kernel, args, constants, options)
+            figures["per_element"] = round(figures["path"] / elements, 1)
+            print(json.dumps(labels | figures), flush=True)
 
 
 if __name__ == "__main__":

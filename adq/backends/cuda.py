@@ -56,9 +56,9 @@ def describe() -> str:
 
 def launch_options(hip: bool, warp: bool = False, registers: int | None = None) -> dict[str, int | bool]:
     """Compiler options: a thread for each of 128 lanes, or a single ``warp``, and products and sums never
-    contracted to fused ones, so that results are the reference's bits. ``registers`` caps a thread's
-    registers, on NVIDIA alone."""
-    options = {"num_warps": 1 if warp else 2 if hip else 4, "enable_fp_fusion": False}
+    contracted to fused ones, so that results are the reference's bits. Loops are not pipelined through
+    shared memory. ``registers`` caps a thread's registers, on NVIDIA alone."""
+    options = {"num_warps": 1 if warp else 2 if hip else 4, "num_stages": 1, "enable_fp_fusion": False}
     return options if hip or registers is None else {**options, "maxnreg": registers}
 
 

@@ -1,0 +1,373 @@
+"""The EMA step, and when it is taken: once per step of the optimizer that holds the weight."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR
+from torch.utils.checkpoint import checkpoint
+
+import adq
+from adq import update
+from adq.codebook import REVIVE_BELOW, ema_update
+
+# ---- one step ----------------------------------------------------------------------------------------
+
+
+def table(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float32)
+
+
+def test_one_step_by_hand():
+    c, n, m = ema_update(
+        table(-1, 0, 2), table(10, 20, 10), table(-10, 0, 20), torch.tensor([20, 10, 10]), table(-30, 1, 25), 0.1
+    )
+    assert n.tolist() == pytest.approx([11, 19, 10])
+    assert m.tolist() == pytest.approx([-12, 0.1, 20.5])
+    assert c.tolist() == pytest.approx([-12 / 11, 0.1 / 19, 2.05], rel=2e-5)  # up to the smoothing
+
+
+def test_smoothing_pulls_towards_the_present_level():
+    e = 1e-5 * 40 / 2
+    c, _, _ = ema_update(table(5, 10), table(1, 39), table(1, 400), torch.tensor([1, 39]), table(1, 400), 0.5)
+    assert c.tolist() == pytest.approx([(1 + 5 * e) / (1 + e), (400 + 10 * e) / (39 + e)], rel=1e-7)
+
+
+def test_rate_zero_changes_nothing_but_rounding():
+    state = table(-1, 0.25, 2), table(10, 20, 10), table(-10, 5, 20)
+    for before, after in zip(state, ema_update(*state, torch.tensor([0, 0, 40]), table(0, 0, 99), 0.0), strict=True):
+        torch.testing.assert_close(after, before, rtol=1e-6, atol=0)
+
+
+def test_an_unused_level_stays():
+    state = table(-1, 0.3, 2), table(10, 1, 10), table(-10, 0.3, 20)
+    for _ in range(200):
+        state = ema_update(*state, torch.tensor([10, 0, 10]), table(-12, 0, 18), 0.01)
+    assert state[0].tolist() == pytest.approx([-1.2, 0.3, 1.8], abs=0.06)
+    assert state[0][1].item() == pytest.approx(0.3, rel=1e-5)
+    assert state[1][1].item() == pytest.approx(0.99**200, rel=1e-4)
+
+
+@pytest.mark.parametrize("dead", [0, 1, 2, 3])
+def test_a_dead_level_is_revived_beside_the_most_used(dead):
+    c, n = torch.tensor([-1.0, 0.0, 1.0, 4.0]), torch.tensor([20.0, 20.0, 20.0, 20.0])
+    donor = 3 if dead != 3 else 2
+    n[donor], n[dead] = 60.0, 0.0
+    after_c, after_n, after_m = ema_update(c, n, n * c, n.long(), n * c, 0.01)
+    left = c[donor] - c[donor - 1]
+    right = c[donor + 1] - c[donor] if donor < 3 else torch.tensor(0.0)
+    newcomer = (c[donor] + 0.25 * right if right >= left else c[donor] - 0.25 * left).item()
+    expected = sorted([value for k, value in enumerate(c.tolist()) if k != dead] + [newcomer])
+    assert after_c.tolist() == pytest.approx(expected, abs=1e-6)
+    assert after_n.sum().item() == pytest.approx(120.0)
+    assert after_n[expected.index(newcomer)].item() == pytest.approx(30.0)
+    np.testing.assert_allclose(after_m, after_n * after_c, rtol=1e-5, atol=1e-5)
+
+
+def test_a_rare_level_is_left_alone():
+    state = table(-1, 0, 1), table(100, 0.2, 100), table(-100, 0, 100)
+    assert 0.2 > REVIVE_BELOW * 200.2 / 3
+    c, _, _ = ema_update(*state, torch.tensor([100, 0, 100]), table(-100, 0, 100), 0.01)
+    assert c.tolist() == pytest.approx([-1, 0, 1])
+
+
+def test_too_few_weights_revive_nothing():
+    state = table(-1, 0, 1), table(1, 0, 1), table(-1, 0, 1)
+    c, n, _ = ema_update(*state, torch.tensor([1, 0, 1]), table(-1, 0, 1), 0.1)
+    assert c.tolist() == pytest.approx([-1, 0, 1])
+    assert n.tolist() == pytest.approx([1, 0, 1])
+
+
+@given(data=st.data(), levels=st.integers(1, 8), rate=st.sampled_from([1.0, 0.5, 0.01, 0.0]))
+@settings(max_examples=80, deadline=None)
+def test_order_and_total_are_kept_over_any_weights(data, levels, rate):
+    """Weights jump as they like between steps; the codebook stays ascending and finite, N adds up."""
+    value = st.floats(-5, 5, width=32)
+    codebook = torch.tensor(sorted(data.draw(st.lists(value, min_size=levels, max_size=levels))))
+    size = data.draw(st.integers(1, 30))
+    count = torch.full((levels,), size / levels)
+    state = (codebook, count, count * codebook)
+    for _ in range(data.draw(st.integers(1, 8))):
+        w = np.array(data.draw(st.lists(value, min_size=size, max_size=size)), np.float32)
+        code = (w[:, None] > (0.5 * (state[0][:-1] + state[0][1:])).numpy()).sum(1)
+        n = np.bincount(code, minlength=levels)
+        s = np.bincount(code, w.astype(np.float64), minlength=levels)
+        state = ema_update(*state, torch.from_numpy(n), torch.from_numpy(s).float(), rate)
+        assert (state[0].diff() >= 0).all()
+        assert state[0].isfinite().all()
+        assert state[1].sum().item() == pytest.approx(size, rel=1e-4)
+        assert (state[1] >= 0).all()
+
+
+# ---- in training -------------------------------------------------------------------------------------
+
+
+def model(**weight) -> nn.Module:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
+    adq.quantize_(net, adq.ADQConfig(weight=adq.WeightConfig(**weight), first_last_bits=4))
+    return adq.calibrate_(net, [inputs()])
+
+
+def inputs(seed: int = 0) -> torch.Tensor:
+    return torch.randn(32, 6, generator=torch.Generator().manual_seed(seed))
+
+
+def steps(net: nn.Module) -> list[int]:
+    return [int(net[i].weight_quantizer.steps) for i in (0, 2, 4)]
+
+
+def state(net: nn.Module) -> dict[str, torch.Tensor]:
+    return {key: value.clone() for key, value in net.state_dict().items() if "weight_quantizer" in key}
+
+
+def backward(net: nn.Module, seed: int = 0, factor: float = 1.0) -> None:
+    (net(inputs(seed)).square().mean() * factor).backward()
+
+
+def sgd(net: nn.Module, lr: float = 0.1, **kwargs) -> torch.optim.Optimizer:
+    return torch.optim.SGD(net.parameters(), lr=lr, **kwargs)
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("scale", ["channel", "tensor"])
+def test_one_optimizer_step_is_one_ema_step_of_the_new_weight(scale):
+    net = model(scale=scale, ema_decay=0.9)
+    quantizer = net[2].weight_quantizer
+    c, n, m, s = (getattr(quantizer, key).double().numpy() for key in ("codebook", "ema_count", "ema_total", "scale"))
+    optimizer = sgd(net)
+    backward(net)
+    optimizer.step()
+    w = net[2].weight.detach().double().numpy()
+    code = ((w / s)[..., None] > 0.5 * (c[:-1] + c[1:])).sum(-1)
+    n = 0.9 * n + 0.1 * np.bincount(code.ravel(), minlength=8)
+    m = 0.9 * m + 0.1 * np.bincount(code.ravel(), (w / s).ravel(), minlength=8)
+    fitted = (w * c[code]).sum(1, keepdims=True) / (c[code] ** 2).sum(1, keepdims=True)
+    np.testing.assert_allclose(quantizer.ema_count, n, rtol=1e-5)
+    np.testing.assert_allclose(quantizer.ema_total, m, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(quantizer.codebook, m / n, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(quantizer.scale, 0.9 * s + 0.1 * fitted if scale == "channel" else s, rtol=1e-5)
+    assert steps(net) == [1, 1, 1]
+
+
+def test_two_runs_are_identical_bit_for_bit():
+    nets = [model(), model()]
+    for net in nets:
+        optimizer = sgd(net)
+        for seed in range(5):
+            optimizer.zero_grad()
+            backward(net, seed)
+            optimizer.step()
+    assert same(nets[0].state_dict(), nets[1].state_dict())
+    assert not same(state(nets[0]), state(model()))
+
+
+def test_evaluation_and_no_grad_change_nothing():
+    net = model()
+    before = state(net)
+    with torch.no_grad():
+        net(inputs())
+    net.eval()
+    net(inputs())
+    optimizer = sgd(net)
+    backward(net)
+    optimizer.step()  # the weights move, a model in evaluation mode does not adapt
+    assert same(before, state(net))
+
+
+def test_gradient_accumulation_is_one_step():
+    net = model()
+    optimizer = sgd(net)
+    for seed in range(4):
+        backward(net, seed)
+    optimizer.step()
+    assert steps(net) == [1, 1, 1]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_the_gradient_scaler_skips(fused):
+    net = model()
+    before = state(net)
+    optimizer = sgd(net, fused=fused)
+    scaler = torch.amp.GradScaler("cpu")
+    for factor, expected in ((float("inf"), 0), (1.0, 1)):
+        optimizer.zero_grad()
+        scaler.scale(net(inputs()).square().mean() * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert steps(net) == [expected] * 3
+        assert same(before, state(net)) == (expected == 0)
+
+
+def test_activation_checkpointing_recomputes_the_same_forward():
+    plain, recomputed = model(), model()
+    for net, forward in ((plain, plain), (recomputed, lambda x: checkpoint(recomputed, x, use_reentrant=False))):
+        optimizer = sgd(net)
+        for seed in range(3):
+            optimizer.zero_grad()
+            forward(inputs(seed)).square().mean().backward()
+            optimizer.step()
+    assert steps(recomputed) == [3, 3, 3]
+    assert same(plain.state_dict(), recomputed.state_dict())
+
+
+def test_only_layers_of_the_stepping_optimizer_move():
+    net, other = model(), model()
+    optimizer = torch.optim.SGD(net[2].parameters(), lr=0.1)
+    before = state(net), state(other)
+    backward(net)
+    optimizer.step()
+    assert steps(net) == [0, 1, 0]
+    assert same(before[1], state(other))
+    torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0).step()
+    assert steps(net) == [0, 1, 0]
+
+
+def test_step_for_foreign_optimizers():
+    ours, foreign = model(), model()
+    optimizer = sgd(ours)
+    backward(ours)
+    optimizer.step()
+    backward(foreign)
+    with torch.no_grad():
+        for parameter in foreign.parameters():
+            if parameter.grad is not None:
+                parameter.sub_(0.1 * parameter.grad)
+    assert steps(foreign) == [0, 0, 0]
+    adq.step(foreign)
+    assert same(ours.state_dict(), foreign.state_dict())
+    foreign.eval()
+    adq.step(foreign)
+    assert steps(foreign) == [1, 1, 1]
+
+
+SCHEDULES = {
+    "lambda": (lambda o: LambdaLR(o, lambda t: 1 - t / 8), lambda t: 1 - t / 8),
+    "cosine": (lambda o: CosineAnnealingLR(o, 8), lambda t: (1 + np.cos(np.pi * t / 8)) / 2),
+    "one cycle": (
+        lambda o: OneCycleLR(o, 0.3, total_steps=9, pct_start=0.25, anneal_strategy="linear", div_factor=10),
+        lambda t: 0.1 + 0.9 * t / 1.25 if t < 1.25 else 1 - (1 - 1e-5) * (t - 1.25) / 6.75,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_pace_follows_the_learning_rate_to_zero(name, monkeypatch):
+    schedule, expected = SCHEDULES[name]
+    net = model()
+    paces = []
+    original = type(net[0].weight_quantizer).update_
+    monkeypatch.setattr(
+        type(net[0].weight_quantizer),
+        "update_",
+        lambda self, weight, pace: (paces.append(pace), original(self, weight, pace)),
+    )
+    optimizer = sgd(net, 0.3)
+    scheduler = schedule(optimizer)
+    for t in range(9):
+        optimizer.zero_grad()
+        backward(net)
+        before = state(net)
+        optimizer.step()
+        if t < 8:
+            scheduler.step()
+    assert paces[::3] == pytest.approx([expected(t) for t in range(9)], abs=1e-4)
+    last = state(net)
+    drift = max((last[key] - before[key]).abs().max().item() for key in last if not key.endswith(("steps", "ema_total")))
+    assert drift < 1e-3
+
+
+def test_without_a_schedule_the_pace_is_full_and_can_be_unhooked():
+    assert update._pace({"lr": 0.3}) == 1.0
+    assert update._pace({"lr": 0.0}) == 1.0
+    assert update._pace({"lr": 0.2, "initial_lr": 0.1}) == 1.0
+    rests, moves = model(ema_follows_lr=True), model(ema_follows_lr=False)
+    for net in (rests, moves):
+        optimizer = sgd(net)
+        LambdaLR(optimizer, lambda t: 0.0)
+        net[2].weight.data.add_(1.0)
+        before = net[2].weight_quantizer.ema_count.clone()
+        backward(net)
+        optimizer.step()
+        assert torch.equal(before, net[2].weight_quantizer.ema_count) == (net is rests)
+
+
+@pytest.mark.parametrize("mode", ["frozen", "gradient"])
+def test_other_modes_leave_the_counters(mode):
+    net = model(update=mode)
+    optimizer = sgd(net)
+    before = state(net)
+    backward(net)
+    optimizer.step()
+    moved = {key for key, value in state(net).items() if not torch.equal(value, before[key])}
+    expected = {f"{i}.weight_quantizer.steps" for i in (0, 2, 4)}
+    assert moved == (expected | {f"{i}.weight_quantizer.codebook" for i in (0, 2, 4)} if mode == "gradient" else expected)
+
+
+def test_gradient_mode_learns_by_the_sum_over_each_cell():
+    net = model(update="gradient", scale="tensor")
+    layer = net[2]
+    layer.weight.requires_grad_(True)
+    captured = {}
+    w_q = layer.quantized_weight()
+    w_q.register_hook(lambda grad: captured.update(grad=grad.double().numpy()))
+    (w_q * torch.arange(256.0).reshape(16, 16)).sum().backward()
+    c, w = layer.weight_quantizer.codebook.detach().numpy(), layer.weight.detach().numpy()
+    code = (w[..., None] > np.float32(0.5) * (c[:-1] + c[1:])).sum(-1)
+    expected = [captured["grad"][code == k].sum() for k in range(8)]
+    np.testing.assert_allclose(layer.weight_quantizer.codebook.grad, expected, rtol=1e-6)
+
+
+# ---- the registry ------------------------------------------------------------------------------------
+
+
+def test_models_leave_the_registry_with_their_last_reference():
+    net = model()
+    layers = weakref.ref(net[0])
+    assert net[0] in update._LAYERS
+    before = len(update._LAYERS)
+    del net
+    gc.collect()
+    assert layers() is None
+    assert len(update._LAYERS) <= before - 3
+
+
+def test_a_failed_conversion_leaves_optimizers_working():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    nn.init.zeros_(net[1].weight)
+    with pytest.raises(ValueError, match="every weight is zero"):
+        adq.quantize_(net)
+    net(torch.ones(1, 4)).sum().backward()
+    sgd(net).step()
+    assert net[0] not in update._LAYERS
+
+
+def test_shared_weights_move_once():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    net[1].weight = net[0].weight
+    adq.quantize_(net, adq.ADQConfig(activation=None, first_last_bits=3))
+    net(torch.ones(1, 4)).sum().backward()
+    sgd(net).step()
+    assert int(net[0].weight_quantizer.steps) == 1
+
+
+def test_a_copy_adapts_on_its_own():
+    net = model()
+    twin = copy.deepcopy(net)
+    before = state(net)
+    optimizer = sgd(twin)
+    backward(twin)
+    optimizer.step()
+    assert steps(twin) == [1, 1, 1]
+    assert same(before, state(net))
