@@ -14,7 +14,7 @@ namespace ADQ_ISA {
 // One histogram a lane, so that no two lanes of a group meet. Entry `cells` of a row takes the NaNs.
 struct Histograms {
     static constexpr int kRow = kMaxLevels + 1;
-    float sum[kLanes][kRow];
+    double sum[kLanes][kRow];  // float32 would lose bits over the chunk where the weights are alike
     std::int32_t seen[kLanes][kRow];
 
     explicit Histograms(int cells) {

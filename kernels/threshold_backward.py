@@ -82,14 +82,14 @@ def threshold_backward_kernel(
         u = u_scale * value
         inside = (u > segments[0]) & (u <= segments[SEGMENTS])
         rise = tl.where(inside, dy * y_scale * _chain_slope(u, segments, slopes, SEGMENTS), 0.0)
+        sums = _accumulate(sums, rise, tl.where(inside, u, segments[0]), segments, spans, SEGMENTS)
+        flow += tl.reduce(rise, 1, ADD)
+        d_in += tl.reduce(rise * tl.where(inside, value, 0.0), 1, ADD)
         store_tile(d_x, first, tile, numel, rise * u_scale)
         if UNIFORM:
             level = uniform_level(u, segments[0], widths[0], STEPS)
         else:
             level = chain_level(u, edges, STEPS)
-        sums = _accumulate(sums, rise, tl.where(inside, u, segments[0]), segments, spans, SEGMENTS)
-        flow += tl.reduce(rise, 1, ADD)
-        d_in += tl.reduce(rise * tl.where(inside, value, 0.0), 1, ADD)
         d_out += tl.reduce(tl.where(u == u, dy * (STEP * level - zero), 0.0), 1, ADD)
     sums = sums + (flow, d_in, d_out)
     for i in tl.static_range(SEGMENTS + 3):
