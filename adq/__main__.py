@@ -17,7 +17,8 @@ def info() -> str:
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device found"
     lines = [
-        f"adq {installed_version()}, torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}",
+        f"adq {installed_version()}, torch {torch.__version__}, "
+        f"Python {platform.python_version()}, {platform.machine()}",
         f"threads: {torch.get_num_threads()}; GPU: {device}",
         *(f"{status.device}: {status.backend} ({status.detail})" for status in backends.STATUS),
     ]

@@ -106,10 +106,13 @@ class Allocation:
             raise ValueError(f"adq: {path} is not an allocation file (format: {FORMAT}, weight_bits: ...)")
         if values.get("version") != FORMAT_VERSION:
             raise ValueError(f"adq: {path} has version {values.get('version')!r}, this adq reads {FORMAT_VERSION}")
-        bits = {str(name): check_bits(b, f"bits of layer {name!r} in {path}") for name, b in values["weight_bits"].items()}
-        averages = [values.get(f"average_bits_{key}") for key in ("quantized_layers", "whole_network")]
-        averages = [float(value) if isinstance(value, (int, float)) else math.nan for value in averages]
-        return cls(bits, *averages)
+        bits = {
+            str(name): check_bits(b, f"bits of layer {name!r} in {path}") for name, b in values["weight_bits"].items()
+        }
+        quantized, network = (
+            float(values.get(f"average_bits_{key}", "nan")) for key in ("quantized_layers", "whole_network")
+        )
+        return cls(bits, quantized, network)
 
 
 def allocate(

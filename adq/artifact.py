@@ -77,7 +77,9 @@ class Header:
             raise ValueError(f"adq: {path} is not an adq model (a float checkpoint? use load_float_weights)")
         number = metadata.get("format_version", "")
         if not number.isdigit() or int(number) > FORMAT_VERSION:
-            raise ValueError(f"adq: {path} has format version {number!r}, this adq reads up to {FORMAT_VERSION}; update adq")
+            raise ValueError(
+                f"adq: {path} has format version {number!r}, this adq reads up to {FORMAT_VERSION}; update adq"
+            )
         try:
             layers = {name: _layer_config(value) for name, value in json.loads(metadata["layers"]).items()}
             values = {key: json.loads(metadata[key]) for key in ("packed", "architecture", "shapes", "aliases")}
@@ -110,11 +112,10 @@ def _present_config(model: nn.Module) -> dict[str, LayerConfig]:
     configs = {}
     for name, layer in quantized_layers(model).items():
         weight, activation = layer.weight_quantizer, layer.input_quantizer
-        is_weight = isinstance(weight, WeightQuantizer)
         configs[name] = LayerConfig(
-            weight.config if is_weight else None,
+            weight.config if isinstance(weight, WeightQuantizer) else None,
             activation.config if isinstance(activation, ActivationQuantizer) else None,
-            weight.pinned if is_weight else False,
+            weight.pinned if isinstance(weight, WeightQuantizer) else False,
         )
     return configs
 
@@ -232,12 +233,14 @@ def load(path: str | Path, model: nn.Module | None = None, *, device: str | torc
     header = read_header(path)
     if model is None:
         if header.architecture is None:
-            raise ValueError(f"adq: {path} names no registered architecture; pass the float model: adq.load(path, model)")
+            raise ValueError(
+                f"adq: {path} names no registered architecture; pass the float model: adq.load(path, model)"
+            )
         model = rebuild(header.architecture)
     elif quantized_layers(model):
         raise ValueError("adq: load takes a float model to convert, this one is quantized already")
     with safe_open(path, framework="pt") as file:
-        state = {key: file.get_tensor(key) for key in file.keys()}
+        state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     state.update({key: state[kept] for key, kept in header.aliases.items() if kept in state})
     _check_architecture(model, header, state, path)
     _decode(state, header, path)

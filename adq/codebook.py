@@ -89,7 +89,11 @@ def quantile_codebook(w: Tensor, num_levels: int, levels: str = "full") -> Tenso
     else:
         n_neg = spare - n_pos
     zero = values.new_zeros(num_levels - n_pos - n_neg)
-    sides = [_side_quantiles(negative, n_neg) if n_neg else zero[:0], zero, _side_quantiles(positive, n_pos) if n_pos else zero[:0]]
+    sides = [
+        _side_quantiles(negative, n_neg) if n_neg else zero[:0],
+        zero,
+        _side_quantiles(positive, n_pos) if n_pos else zero[:0],
+    ]
     return torch.cat(sides).sort().values
 
 
@@ -184,7 +188,9 @@ def fit(w: Tensor, config: WeightConfig, axis: int = 0) -> Fit:
     scale = channel_scale(w, axis) if per_channel else w.new_ones([1] * w.dim())
     v = w / scale
     uniform = config.init == "uniform"
-    codebook = uniform_codebook(v, config.num_levels) if uniform else quantile_codebook(v, config.num_levels, config.levels)
+    codebook = (
+        uniform_codebook(v, config.num_levels) if uniform else quantile_codebook(v, config.num_levels, config.levels)
+    )
     for _ in range(SCALE_ROUNDS if per_channel and config.refine else int(config.refine)):
         codebook = lloyd(v, codebook)
         if per_channel:
@@ -221,7 +227,7 @@ def ema_update(
 
 
 def _revive(codebook: Tensor, count: Tensor, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Move the least used level, if it is dead, beside the most used one and share its count; N and M follow together."""
+    """Move the least used level, if it is dead, beside the most used one, whose N and M it shares."""
     levels = codebook.numel()
     if levels < 2:
         return codebook, count, total

@@ -164,8 +164,13 @@ def _override_value(key: object, value: object) -> dict[str, Any] | None:
     if isinstance(value, LayerConfig):
         value = {name: getattr(value, name) for name in ("weight", "activation")}
     if not isinstance(value, Mapping) or not set(value) <= {"weight", "activation"}:
-        raise ValueError(f"adq: override {key!r} must be None or a mapping with 'weight' and 'activation', got {value!r}")
-    return {name: asdict(part) if is_dataclass(part) and not isinstance(part, type) else part for name, part in value.items()}
+        raise ValueError(
+            f"adq: override {key!r} must be None or a mapping with 'weight' and 'activation', got {value!r}"
+        )
+    return {
+        name: asdict(part) if is_dataclass(part) and not isinstance(part, type) else part
+        for name, part in value.items()
+    }
 
 
 def merge_override(layer: LayerConfig, override: Mapping[str, Any] | None) -> LayerConfig:
@@ -177,7 +182,9 @@ def merge_override(layer: LayerConfig, override: Mapping[str, Any] | None) -> La
         parts[name] = getattr(layer, name)
         if name in override:
             change = override[name]
-            parts[name] = None if change is None else from_dict(kind, change, base=parts[name], where=f"overrides.{name}")
+            parts[name] = (
+                None if change is None else from_dict(kind, change, base=parts[name], where=f"overrides.{name}")
+            )
     parts["pinned"] = layer.pinned or "bits" in (override.get("weight") or ())
     return LayerConfig(**parts)
 

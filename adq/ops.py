@@ -18,6 +18,9 @@ Conventions shared by all operators:
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -33,9 +36,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 LIBRARY = torch.library.Library("adq", "DEF")
 
 SCHEMAS = {
-    "codebook_lookup": (
-        "(Tensor w, Tensor codebook, Tensor thresholds, bool codes) -> (Tensor w_q, Tensor codes)"
-    ),
+    "codebook_lookup": ("(Tensor w, Tensor codebook, Tensor thresholds, bool codes) -> (Tensor w_q, Tensor codes)"),
     "codebook_statistics": "(Tensor w, Tensor thresholds) -> (Tensor count, Tensor total)",
     "codebook_lookup_statistics": (
         "(Tensor w, Tensor codebook, Tensor thresholds, bool codes)"
@@ -69,8 +70,7 @@ def _check_float(name: str, tensor: Tensor) -> None:
 def _check_table(name: str, tensor: Tensor, device: torch.device) -> None:
     if tensor.dtype != torch.float32 or tensor.dim() != 1:
         raise TypeError(
-            f"adq: {name} must be a one-dimensional float32 tensor, "
-            f"got {tensor.dtype} of shape {tuple(tensor.shape)}"
+            f"adq: {name} must be a one-dimensional float32 tensor, got {tensor.dtype} of shape {tuple(tensor.shape)}"
         )
     if tensor.device != device:
         raise ValueError(f"adq: {name} is on {tensor.device}, but the data is on {device}")
@@ -86,8 +86,7 @@ def check_codebook(w: Tensor, thresholds: Tensor, codebook: Tensor | None = None
         _check_table("codebook", codebook, w.device)
         if codebook.numel() != thresholds.numel() + 1:
             raise ValueError(
-                f"adq: {codebook.numel()} levels need {codebook.numel() - 1} thresholds, "
-                f"got {thresholds.numel()}"
+                f"adq: {codebook.numel()} levels need {codebook.numel() - 1} thresholds, got {thresholds.numel()}"
             )
 
 
@@ -142,15 +141,14 @@ def check_unpack(packed: Tensor, bits: int, numel: int) -> None:
         raise ValueError(f"adq: numel must not be negative, got {numel}")
     if packed.dim() != 1 or packed.numel() != packed_size(numel, bits):
         raise ValueError(
-            f"adq: {numel} codes of {bits} bits take {packed_size(numel, bits)} bytes, "
-            f"got shape {tuple(packed.shape)}"
+            f"adq: {numel} codes of {bits} bits take {packed_size(numel, bits)} bytes, got shape {tuple(packed.shape)}"
         )
 
 
 # ---- fakes -------------------------------------------------------------------------------------------
 
 
-def _register_fake(function):
+def _register_fake(function: Callable[..., Any]) -> Callable[..., Any]:
     name = function.__name__.removeprefix("_fake_")
     torch.library.register_fake(f"adq::{name}", function, lib=LIBRARY)
     return function
@@ -161,44 +159,57 @@ def _codes_like(w: Tensor, codes: bool) -> Tensor:
 
 
 @_register_fake
-def _fake_codebook_lookup(w: Tensor, codebook: Tensor, thresholds: Tensor, codes: bool):
+def _fake_codebook_lookup(w: Tensor, codebook: Tensor, thresholds: Tensor, codes: bool) -> tuple[Tensor, ...]:
     check_codebook(w, thresholds, codebook)
     return torch.empty_like(w), _codes_like(w, codes)
 
 
 @_register_fake
-def _fake_codebook_statistics(w: Tensor, thresholds: Tensor):
+def _fake_codebook_statistics(w: Tensor, thresholds: Tensor) -> tuple[Tensor, ...]:
     check_codebook(w, thresholds)
     levels = thresholds.numel() + 1
     return w.new_empty(levels, dtype=torch.int64), w.new_empty(levels, dtype=torch.float32)
 
 
 @_register_fake
-def _fake_codebook_lookup_statistics(w: Tensor, codebook: Tensor, thresholds: Tensor, codes: bool):
+def _fake_codebook_lookup_statistics(
+    w: Tensor, codebook: Tensor, thresholds: Tensor, codes: bool
+) -> tuple[Tensor, ...]:
     w_q, code = _fake_codebook_lookup(w, codebook, thresholds, codes)
     return w_q, code, *_fake_codebook_statistics(w, thresholds)
 
 
 @_register_fake
-def _fake_threshold_quantize(x, start, interval, in_scale, out_scale, offset, steps):
+def _fake_threshold_quantize(
+    x: Tensor, start: Tensor, interval: Tensor, in_scale: Tensor, out_scale: Tensor, offset: Tensor, steps: int
+) -> Tensor:
     check_threshold(x, start, interval, in_scale, out_scale, offset, steps)
     return torch.empty_like(x)
 
 
 @_register_fake
-def _fake_threshold_quantize_backward(grad, x, start, interval, in_scale, out_scale, offset, steps):
+def _fake_threshold_quantize_backward(
+    grad: Tensor,
+    x: Tensor,
+    start: Tensor,
+    interval: Tensor,
+    in_scale: Tensor,
+    out_scale: Tensor,
+    offset: Tensor,
+    steps: int,
+) -> tuple[Tensor, ...]:
     check_threshold(x, start, interval, in_scale, out_scale, offset, steps)
     check_grad(grad, x)
     return tuple(torch.empty_like(tensor) for tensor in (x, start, interval, in_scale, out_scale))
 
 
 @_register_fake
-def _fake_pack_bits(codes: Tensor, bits: int):
+def _fake_pack_bits(codes: Tensor, bits: int) -> Tensor:
     check_pack(codes, bits)
     return codes.new_empty(packed_size(codes.numel(), bits))
 
 
 @_register_fake
-def _fake_unpack_bits(packed: Tensor, bits: int, numel: int):
+def _fake_unpack_bits(packed: Tensor, bits: int, numel: int) -> Tensor:
     check_unpack(packed, bits, numel)
     return packed.new_empty(numel)

@@ -270,7 +270,9 @@ def _hessian_scores(model: nn.Module, batches: list[Any], loss_fn: LossFn, width
             gradients = _gradients(model, batch, loss_fn, layers, create_graph=True)
             curved = [i for i, gradient in enumerate(gradients) if gradient.requires_grad]  # others: constant slope
             for _ in range(HUTCHINSON_PROBES if curved else 0):
-                signs = [(torch.randint(0, 2, w.shape, generator=generator) * 2 - 1).to(device, w.dtype) for w in weights]
+                signs = [
+                    (torch.randint(0, 2, w.shape, generator=generator) * 2 - 1).to(device, w.dtype) for w in weights
+                ]
                 product = torch.autograd.grad(
                     [gradients[i] for i in curved],
                     weights,

@@ -53,7 +53,10 @@ class Summary:
     bytes_packed: int
 
     def __str__(self) -> str:
-        header = f"{'layer':<32} {'type':<16} {'weights':>9} {'W bits':>6} {'A bits':>6} {'levels':>9} {'SQNR dB':>8} {'bytes':>9}"
+        header = (
+            f"{'layer':<32} {'type':<16} {'weights':>9} {'W bits':>6} {'A bits':>6} "
+            f"{'levels':>9} {'SQNR dB':>8} {'bytes':>9}"
+        )
         lines = [header, *(_row(layer) for layer in self.layers)]
         lines += [f"{name:<32} in float: {reason}" for name, reason in self.left_in_float.items()]
         lines.append(
@@ -81,7 +84,9 @@ def _summarise(name: str, layer: QuantizedLayer, activation_bits: int | None) ->
     quantizer = layer.weight_quantizer
     weights = layer.weight.numel()
     if not isinstance(quantizer, WeightQuantizer):
-        return LayerSummary(name, type(layer).__name__, weights, None, activation_bits, None, None, None, layer.weight.nbytes)
+        return LayerSummary(
+            name, type(layer).__name__, weights, None, activation_bits, None, None, None, layer.weight.nbytes
+        )
     used = quantizer.encode(layer.weight).unique().numel()
     size = packed_size(weights, quantizer.bits) + quantizer.codebook.nbytes + quantizer.scale.nbytes
     quality = sqnr(layer.weight, layer.quantized_weight())

@@ -89,7 +89,9 @@ def fit_thresholds(values: Tensor, config: ActivationConfig) -> Thresholds:
         step, zero_level = clip / steps, torch.zeros_like(clip)
     else:
         part = torch.arange(1, SIGNED_CANDIDATES + 1, device=values.device) / SIGNED_CANDIDATES
-        clip_low, clip_high = torch.cartesian_prod(low.clamp_max(0) * part, high.clamp_min(0) * part).unique(dim=0).unbind(1)
+        clip_low, clip_high = (
+            torch.cartesian_prod(low.clamp_max(0) * part, high.clamp_min(0) * part).unique(dim=0).unbind(1)
+        )
         step = (clip_high - clip_low) / steps
         step, clip_low = step[step > 0], clip_low[step > 0]
         zero_level = (-clip_low / step).round()

@@ -7,7 +7,6 @@ group, so widths of 1, 2, 4 and 8 bits read and write whole words.
 
 import triton
 import triton.language as tl
-
 from adq.kernels.tiles import tile_offsets
 
 

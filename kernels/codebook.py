@@ -2,7 +2,6 @@
 
 import triton
 import triton.language as tl
-
 from adq.kernels.tiles import ADD, lane_zeros, load_scalars, load_tile, narrow, search, tile_mask, tile_offsets
 
 

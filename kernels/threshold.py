@@ -2,7 +2,6 @@
 
 import triton
 import triton.language as tl
-
 from adq.kernels.tiles import load_tile, search, store_tile, tile_offsets
 
 

@@ -9,7 +9,6 @@ segment (0 outside all of them), the sums of the reference collapse to one a seg
 
 import triton
 import triton.language as tl
-
 from adq.kernels.threshold import chain_level, load_segments, uniform_level
 from adq.kernels.tiles import ADD, lane_zeros, load_tile, search, store_tile, tile_offsets
 
@@ -25,7 +24,7 @@ def _chain_slope(u, segments, slopes, SEGMENTS: tl.constexpr):
 
 @triton.jit
 def _accumulate(sums, rise, u, segments, widths, SEGMENTS: tl.constexpr):
-    """Add ``rise r_i`` of a tile to the sums ``[LANES]`` of each segment; r_i from T_i, as differences would lose bits."""
+    """Add ``rise r_i`` of a tile to the sums ``[LANES]`` of each segment, r_i taken from T_i itself."""
     added = ()
     for i in tl.static_range(SEGMENTS):
         part = tl.minimum(tl.maximum(u - segments[i], 0.0), widths[i])

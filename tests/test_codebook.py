@@ -114,7 +114,9 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("bits", "levels"), [(1, "full"), (2, "full"), (2, "symmetric"), (4, "symmetric"), (8, "full")])
+@pytest.mark.parametrize(
+    ("bits", "levels"), [(1, "full"), (2, "full"), (2, "symmetric"), (4, "symmetric"), (8, "full")]
+)
 @pytest.mark.parametrize("scale", ["channel", "tensor"])
 @pytest.mark.parametrize("snap", [None, "int8"])
 def test_every_fit_is_usable(shape, bits, levels, scale, snap):
@@ -304,8 +306,11 @@ def test_unusable_weights(scale):
 @pytest.mark.skipif(not ROOT, reason="ADQ_TEST_DATA is not set (folder with weights/resnet20-cifar10.safetensors)")
 @pytest.mark.parametrize(
     ("scale", "refine", "least"),
-    [("tensor", False, {2: 5.2, 3: 9.5, 4: 13.1}), ("tensor", True, {2: 8.3, 3: 13.4, 4: 18.9})]
-    + [("channel", True, {2: 8.6, 3: 14.0, 4: 19.8})],
+    [
+        ("tensor", False, {2: 5.2, 3: 9.5, 4: 13.1}),
+        ("tensor", True, {2: 8.3, 3: 13.4, 4: 18.9}),
+        ("channel", True, {2: 8.6, 3: 14.0, 4: 19.8}),
+    ],
 )
 def test_sqnr_on_resnet20(scale, refine, least):
     """Over the weights of all layers together but the first and the last."""

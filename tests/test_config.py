@@ -50,7 +50,15 @@ CONFIG = ADQConfig(
 
 @pytest.mark.parametrize(
     "config",
-    [WEIGHT, ACTIVATION, CONFIG, WeightConfig(), ActivationConfig(), ADQConfig(), ADQConfig(weight=None, activation=None)],
+    [
+        WEIGHT,
+        ACTIVATION,
+        CONFIG,
+        WeightConfig(),
+        ActivationConfig(),
+        ADQConfig(),
+        ADQConfig(weight=None, activation=None),
+    ],
     ids=lambda config: type(config).__name__,
 )
 def test_yaml_round_trip(config, tmp_path):
@@ -156,7 +164,9 @@ def test_symmetric_needs_two_bits():
         WeightConfig(bits=1, levels="symmetric")
 
 
-@pytest.mark.parametrize(("bits", "levels", "expected"), [(1, "full", 2), (3, "full", 8), (2, "symmetric", 3), (8, "full", 256)])
+@pytest.mark.parametrize(
+    ("bits", "levels", "expected"), [(1, "full", 2), (3, "full", 8), (2, "symmetric", 3), (8, "full", 256)]
+)
 def test_number_of_levels(bits, levels, expected):
     assert WeightConfig(bits=bits, levels=levels).num_levels == expected
 

@@ -9,6 +9,7 @@ captured in a CUDA graph, and no launch is autotuned or depends on the device's 
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import triton
@@ -63,7 +64,7 @@ def launch_options(hip: bool, warp: bool = False, registers: int | None = None) 
 
 
 def _launch(
-    kernel, programs: int, *args, warp: bool = False, registers: int | None = None, **constants
+    kernel: Any, programs: int, *args: Any, warp: bool = False, registers: int | None = None, **constants: Any
 ) -> None:
     """Launch on the device of the first argument; no programs, no launch."""
     device = args[0].device
@@ -73,7 +74,7 @@ def _launch(
             kernel[(programs,)](*args, **options, **constants)
 
 
-def _tiles(x: Tensor, most: int) -> tuple[int, dict[str, int]]:
+def _tiles(x: Tensor, most: int) -> tuple[int, dict[str, Any]]:
     """Programs for the elements of x, and the shape of their tiles: 16 bytes of x in every lane."""
     vector = VECTOR_BYTES // x.element_size()
     return min(triton.cdiv(x.numel(), LANES * vector), most), {"LANES": LANES, "VECTOR": vector}
@@ -90,7 +91,7 @@ def _codes_like(w: Tensor, codes: bool) -> Tensor:
 
 def _partials(w: Tensor, levels: int, programs: int) -> tuple[Tensor, Tensor]:
     """Memory for the counts and sums of every program."""
-    return tuple(w.new_empty(levels, programs, dtype=dtype) for dtype in (torch.int32, torch.float32))
+    return w.new_empty(levels, programs, dtype=torch.int32), w.new_empty(levels, programs, dtype=torch.float32)
 
 
 def _add_partials(counts: Tensor, totals: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,7 +167,7 @@ def codebook_statistics(w: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
     w, thresholds = _like(w, torch.empty_like(w)), thresholds.contiguous()
     if thresholds.numel() >= REGISTER_LEVELS:
         return _many_level_statistics(w, thresholds)
-    return _codebook(w, None, thresholds, statistics=True)
+    return _codebook(w, None, thresholds, statistics=True)  # type: ignore[return-value]
 
 
 def codebook_lookup_statistics(
@@ -179,7 +180,7 @@ def codebook_lookup_statistics(
     w_q, code = torch.empty_like(w), _codes_like(w, codes)
     tables = codebook.contiguous(), thresholds.contiguous()
     statistics = _codebook(_like(w, w_q), *tables, w_q, code if codes else None, statistics=True)
-    return w_q, code, *statistics
+    return w_q, code, *statistics  # type: ignore[misc]
 
 
 def _table(start: Tensor, interval: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -235,7 +236,7 @@ def threshold_quantize_backward(
     d_x = torch.empty_like(x)
     parameters = (start, interval, in_scale, out_scale)
     if x.numel() == 0:
-        return d_x, *map(torch.zeros_like, parameters)
+        return d_x, *map(torch.zeros_like, parameters)  # type: ignore[return-value]
     d_parameters = tuple(map(torch.empty_like, parameters))
     data, scales = (_like(grad, d_x), _like(x, d_x)), (in_scale, out_scale, offset)
     backward = _searched_backward if _searched(interval, steps) else _register_backward
@@ -249,7 +250,7 @@ def threshold_quantize_backward(
         MIN_INTERVAL=ops.MIN_INTERVAL,
         PROGRAMS=triton.next_power_of_2(max(programs, PARTIALS)),
     )
-    return d_x, *d_parameters
+    return d_x, *d_parameters  # type: ignore[return-value]
 
 
 def _register_backward(
@@ -290,7 +291,7 @@ def _searched_backward(
     return partials
 
 
-def _bits(kernel, source: Tensor, alignment: int, out: Tensor, numel: int, bits: int) -> Tensor:
+def _bits(kernel: Any, source: Tensor, alignment: int, out: Tensor, numel: int, bits: int) -> Tensor:
     """Launch one of the bit kernels, from ``source``, whose address must be a multiple of ``alignment``."""
     source = source.contiguous()
     if source.data_ptr() % alignment:

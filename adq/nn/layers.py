@@ -27,7 +27,6 @@ class QuantizedLayer(nn.Module):
 
     channel_axis: ClassVar[int] = 0
     weight: Tensor
-    bias: Tensor | None
     weight_quantizer: WeightQuantizer | nn.Identity
     input_quantizer: ActivationQuantizer | nn.Identity
 
@@ -75,7 +74,7 @@ class QuantizedLayer(nn.Module):
 
 class _QConv(QuantizedLayer):
     def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(self.input_quantizer(input), self.quantized_weight(), self.bias)
+        return self._conv_forward(self.input_quantizer(input), self.quantized_weight(), self.bias)  # type: ignore[operator]
 
 
 class QConv1d(_QConv, nn.Conv1d):
@@ -96,18 +95,18 @@ class _QConvTranspose(QuantizedLayer):
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[self.spatial_dims - 1]
-        padding = self._output_padding(
+        padding = self._output_padding(  # type: ignore[operator]
             input, output_size, self.stride, self.padding, self.kernel_size, self.spatial_dims, self.dilation
         )
         return convolve(
             self.input_quantizer(input),
             self.quantized_weight(),
-            self.bias,
-            self.stride,
-            self.padding,
+            self.bias,  # type: ignore[arg-type]
+            self.stride,  # type: ignore[arg-type]
+            self.padding,  # type: ignore[arg-type]
             padding,
-            self.groups,
-            self.dilation,
+            self.groups,  # type: ignore[arg-type]
+            self.dilation,  # type: ignore[arg-type]
         )
 
 

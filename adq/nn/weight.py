@@ -23,7 +23,7 @@ class WeightQuantizer(nn.Module):
     a step (see :mod:`adq.update`). Its length tells the bit-width, so a state dict alone restores it.
 
     Buffers (float32 unless said): ``codebook`` ``[K]`` (a parameter with ``update="gradient"``), ``ema_count`` and
-    ``ema_total`` ``[K]`` (N and M), ``scale`` (broadcasts against the weight), ``steps`` int64, optimizer steps since the
+    ``ema_total`` ``[K]`` (N and M), ``scale`` (broadcasts against the weight), ``steps`` int64, steps since the
     fit. They keep their dtype when the model is cast.
     Set ``enabled = False`` to let weights through untouched.
 
@@ -134,9 +134,7 @@ class WeightQuantizer(nn.Module):
         )
         if self.config.scale == "channel":
             self.scale.lerp_(least_squares_scale(weight.detach().float(), q, self.scale), rate)
-        codebook, ema_count, ema_total = ema_update(
-            self.codebook, self.ema_count, self.ema_total, count, total, rate
-        )
+        codebook, ema_count, ema_total = ema_update(self.codebook, self.ema_count, self.ema_total, count, total, rate)
         self.codebook.copy_(snap_codebook(codebook) if self.config.snap else codebook)
         self.ema_count.copy_(ema_count)
         self.ema_total.copy_(ema_total)

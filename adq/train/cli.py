@@ -21,7 +21,9 @@ app = typer.Typer(
     help="Quantization-aware training with adaptive codebooks and mixed precision.",
 )
 
-Set = Annotated[list[str] | None, typer.Option("--set", help="Any field of the configuration, KEY=VALUE, e.g. qat.lr=0.01.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", help="Any field of the configuration, KEY=VALUE, e.g. qat.lr=0.01.")
+]
 Config = Annotated[
     str | None, typer.Option("--config", help=f"A YAML file or a recipe: {', '.join(recipe_names())}. Default: digits.")
 ]
@@ -70,7 +72,9 @@ def train(
     config: Config = None,
     data: DataName = None,
     root: Root = None,
-    model: Annotated[str | None, typer.Option(help="Architecture: digits_cnn, resnet20, a torchvision or timm name.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Architecture: digits_cnn, resnet20, a torchvision or timm name.")
+    ] = None,
     weights: Annotated[str | None, typer.Option(help="Float weights to start from.")] = None,
     weight_bits: Annotated[float | None, typer.Option(help="Average weight bits over the quantized layers.")] = None,
     activation_bits: Annotated[int | None, typer.Option(help="Bits of activations.")] = None,
@@ -80,7 +84,9 @@ def train(
     lr: Annotated[float | None, typer.Option(help="Peak learning rate of quantization-aware training.")] = None,
     workers: Annotated[int | None, typer.Option(help="Loader processes.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
-    output: Annotated[str | None, typer.Option(help="Run folder. Default: runs/DATA-MODEL, the first that is free.")] = None,
+    output: Annotated[
+        str | None, typer.Option(help="Run folder. Default: runs/DATA-MODEL, the first that is free.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="auto or cpu.")] = None,
     mixed_precision: Annotated[str | None, typer.Option(help="no, bf16 or fp16.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run folder's last checkpoint.")] = False,
@@ -178,7 +184,9 @@ def sensitivity_(
 def export(
     model: Annotated[Path, typer.Argument(help="A model file of adq, or a run folder.")],
     output: Annotated[Path, typer.Argument(help="File to write.")],
-    to: Annotated[str, typer.Option(help="packed: codes of b bits, to ship; plain: float weights, to train on.")] = "packed",
+    to: Annotated[
+        str, typer.Option(help="packed: codes of b bits, to ship; plain: float weights, to train on.")
+    ] = "packed",
 ) -> None:
     """Write a saved model in another form."""
     with _plain_errors():

@@ -28,7 +28,8 @@ class Bar:
             return
         speed = totals.samples / max(1e-9, time.perf_counter() - self._began)
         text = (
-            f"loss {totals.loss.item() / totals.samples:.4f}  top-1 {100 * totals.correct.item() / totals.samples:.2f}  "
+            f"loss {totals.loss.item() / totals.samples:.4f}  "
+            f"top-1 {100 * totals.correct.item() / totals.samples:.2f}  "
             f"lr {lr:.2e}  {speed:,.0f} images/s"
         )
         self._progress.update(self._task, completed=done, status=text)
@@ -71,7 +72,8 @@ class Display:
     def row(self, row: dict[str, Any], epochs: int) -> None:
         """One finished epoch."""
         self.say(
-            f"{row['phase']:>5} {row['epoch']:>3}/{epochs}  loss {row['train_loss']:.4f}  top-1 {row['train_top1']:.2f}  "
+            f"{row['phase']:>5} {row['epoch']:>3}/{epochs}  "
+            f"loss {row['train_loss']:.4f}  top-1 {row['train_top1']:.2f}  "
             f"test loss {row['test_loss']:.4f}  test top-1 {row['test_top1']:.2f}  lr {row['lr']:.2e}  "
             f"{row['images_per_second']:,.0f} images/s"
         )

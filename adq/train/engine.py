@@ -161,16 +161,14 @@ class Trainer:
         batches = len(self.train)
         updates = math.ceil(batches / accelerator.gradient_accumulation_steps)
         inner = build_optimizer(self.model, self.config)
-        model, optimizer, schedule = accelerator.prepare(
-            self.model, inner, build_schedule(inner, self.config, updates)
-        )
+        model, optimizer, schedule = accelerator.prepare(self.model, inner, build_schedule(inner, self.config, updates))
         progress = Progress(self.phase, 0, 0)
         if resume is not None:
             self.checkpoints.restore(accelerator, resume)
             progress = resume
         else:
             self._save(progress)
-        forward = torch.compile(model) if self.compiled else model
+        forward: Any = torch.compile(model) if self.compiled else model
         for epoch in range(progress.epoch, self.config.epochs):
             self._epoch(forward, optimizer, schedule, epoch, progress.batch if epoch == progress.epoch else 0)
         accelerator.wait_for_everyone()
@@ -183,9 +181,7 @@ class Trainer:
         self.sampler.resume(epoch, start * self.train.total_batch_size)  # type: ignore[attr-defined]
         yield from enumerate(self.train, start)
 
-    def _epoch(
-        self, model: nn.Module, optimizer: Any, schedule: Any, epoch: int, start: int
-    ) -> None:
+    def _epoch(self, model: nn.Module, optimizer: Any, schedule: Any, epoch: int, start: int) -> None:
         accelerator = self.accelerator
         model.train()
         totals, began = Totals.zeros(accelerator.device), time.perf_counter()
@@ -274,7 +270,11 @@ def blame(model: nn.Module, images: Tensor) -> str:
     if not bool(images.isfinite().all()):
         return "the images hold NaN or infinity"
     bad = first_non_finite(model)
-    leaves = [(name, module) for name, module in model.named_modules() if not list(module.children()) or hasattr(module, "weight")]
+    leaves = [
+        (name, module)
+        for name, module in model.named_modules()
+        if not list(module.children()) or hasattr(module, "weight")
+    ]
     handles = [module.register_forward_hook(hook(name)) for name, module in leaves]
     try:
         with torch.no_grad():
@@ -282,5 +282,7 @@ def blame(model: nn.Module, images: Tensor) -> str:
     finally:
         for handle in handles:
             handle.remove()
-    place = f"the output of layer {found[0]!r} is the first that is not" if found else "all layers are finite on this batch"
+    place = (
+        f"the output of layer {found[0]!r} is the first that is not" if found else "all layers are finite on this batch"
+    )
     return f"{place}; {bad} holds NaN or infinity" if bad else place

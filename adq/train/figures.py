@@ -71,7 +71,9 @@ def draw_allocation(path: Path, allocation: Allocation, weights: Mapping[str, in
     )
     bars = top.bar(names, [allocation.bits[name] for name in names], color=BLUE)
     top.bar_label(bars)
-    top.axhline(allocation.average_quantized, color=ORANGE, linestyle="--", label=f"average {allocation.average_quantized:.3f}")
+    top.axhline(
+        allocation.average_quantized, color=ORANGE, linestyle="--", label=f"average {allocation.average_quantized:.3f}"
+    )
     top.set_ylabel("weight bits")
     top.margins(y=0.15)
     top.legend(loc="upper center")

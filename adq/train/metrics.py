@@ -46,4 +46,8 @@ class MetricsLog:
 
     def rows(self) -> list[dict[str, Any]]:
         """Everything written so far."""
-        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()] if self.path.exists() else []
+        return (
+            [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+            if self.path.exists()
+            else []
+        )

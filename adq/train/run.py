@@ -64,7 +64,9 @@ def choose_folder(config: RunConfig, resume: bool) -> RunFolder:
     if config.output is not None:
         folder = RunFolder(Path(config.output))
         if folder.config.exists() and not resume:
-            raise ValueError(f"adq: {folder.path} holds a run already; pass --resume to go on with it, or another --output")
+            raise ValueError(
+                f"adq: {folder.path} holds a run already; pass --resume to go on with it, or another --output"
+            )
         return folder
     base = f"{config.data.name}-{config.model.name.replace('/', '_')}"
     taken = 0
@@ -101,7 +103,9 @@ class Run:
         self.config = self._resumed(config) if resume and self.folder.config.exists() else config
         self.resume = resume
         self.checkpoints = Checkpoints(self.folder.checkpoints, engine.keep)
-        self.metrics = MetricsLog(self.folder.metrics, main, self._tensorboard() if main and engine.tensorboard else None)
+        self.metrics = MetricsLog(
+            self.folder.metrics, main, self._tensorboard() if main and engine.tensorboard else None
+        )
 
     def _resumed(self, config: RunConfig) -> RunConfig:
         """The saved configuration must be the one asked for, where it shapes the result."""
@@ -132,7 +136,7 @@ class Run:
         model = self._create(data)
         self._start_folder()
         train, test = self.accelerator.prepare(data.train, data.test)
-        model, float_seconds = self._float_phase(model, data, train, test)
+        model = self._float_phase(model, data, train, test)
         teacher = copy.deepcopy(model).eval().requires_grad_(False).to(self.accelerator.device)
         float_top1 = evaluate(self.accelerator, teacher, test)[1]
         self.display.say(f"float top-1 {float_top1:.2f}")
@@ -144,7 +148,7 @@ class Run:
         before = figures.codebook_view(model, shown)
         model = self._qat_phase(model, teacher, data, train, test)
         quantized_top1 = evaluate(self.accelerator, model, test)[1]
-        result = self._result(model, data, float_top1, calibrated_top1, quantized_top1, allocation)
+        result = self._result(model, data, float_top1, calibrated_top1, quantized_top1)
         result["seconds"] = time.perf_counter() - began
         if self.accelerator.is_main_process:
             self._write(model, result, allocation, shown, before)
@@ -189,14 +193,13 @@ class Run:
             compiled=engine.compile,
         )
 
-    def _float_phase(self, model: nn.Module, data: Data, train: Any, test: Any) -> tuple[nn.Module, float]:
+    def _float_phase(self, model: nn.Module, data: Data, train: Any, test: Any) -> nn.Module:
         """Trained float weights: given, from an earlier part of this run, or trained now."""
-        began = time.perf_counter()
         if self.config.model.weights is not None:
-            return model, 0.0
+            return model
         if self.resume and self.folder.float_weights.exists():
             model.load_state_dict(load_file(self.folder.float_weights))
-            return model, 0.0
+            return model
         self.display.say(f"training the float network: {self.config.model.name}, {self.config.float.epochs} epochs")
         set_seed(self.config.seed + 1)
         cross_entropy = nn.CrossEntropyLoss(label_smoothing=self.config.float.label_smoothing)
@@ -210,7 +213,7 @@ class Run:
             with replacing(self.folder.float_weights) as temporary:
                 save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, temporary)
         self.accelerator.wait_for_everyone()
-        return model, time.perf_counter() - began
+        return model
 
     def _calibration(self, data: Data) -> Iterator[Any]:
         device = self.accelerator.device
@@ -233,7 +236,9 @@ class Run:
 
     def _allocation(self, model: nn.Module, data: Data) -> Allocation:
         config = self.config.allocation
-        chosen = config.file or (str(self.folder.allocation) if self.resume and self.folder.allocation.exists() else None)
+        chosen = config.file or (
+            str(self.folder.allocation) if self.resume and self.folder.allocation.exists() else None
+        )
         if chosen is not None:
             given = Allocation.load(chosen)
             present = {name: quantizer.bits for name, (_, quantizer) in weight_quantizers(model).items()}
@@ -280,7 +285,6 @@ class Run:
         float_top1: float,
         calibrated_top1: float,
         quantized_top1: float,
-        allocation: Allocation,
     ) -> dict[str, Any]:
         report = summary(model)
         return {

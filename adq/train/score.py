@@ -8,10 +8,10 @@ from pathlib import Path
 from torch import nn
 
 from adq import models
-from adq.allocate import Budget, allocate
+from adq.allocate import Allocation, Budget, allocate
 from adq.config import dump_yaml
 from adq.convert import quantize_
-from adq.sensitivity import sensitivity
+from adq.sensitivity import SensitivityTable, sensitivity
 from adq.store import write_text
 from adq.train.config import RunConfig
 from adq.train.data import build_data, check_classes
@@ -44,6 +44,6 @@ def score(config: RunConfig, output: Path | None, allocation: Path | None) -> st
     return "".join(texts)
 
 
-def _allocated(table, config):  # type: ignore[no-untyped-def]
+def _allocated(table: SensitivityTable, config: RunConfig) -> Allocation | None:
     budget = config.allocation.weight_bits
     return None if budget is None else allocate(table, Budget(weight_bits=budget))

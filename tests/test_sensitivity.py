@@ -1,0 +1,275 @@
+"""Each estimator against its definition, computed by a plain loop; and what scoring leaves untouched."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import adq
+from adq import ADQConfig, SensitivityTable, WeightConfig
+from adq.codebook import fit
+from adq.config import dump_yaml
+
+BITS = (2, 3, 5)
+
+
+def float_net() -> nn.Sequential:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 8, bias=False), nn.Tanh(), nn.Linear(8, 3))
+    return net.double()  # the oracle's; scored in float32
+
+
+def scored(**config) -> nn.Sequential:
+    return adq.quantize_(float_net().float(), ADQConfig(**config))
+
+
+def batches(count: int = 3, size: int = 7) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (torch.randn(size, 5, generator=generator), torch.randint(0, 3, (size,), generator=generator))
+        for _ in range(count)
+    ]
+
+
+def changes(weight: Tensor, bits: int) -> np.ndarray:
+    """dw under a codebook of that width, in float64."""
+    fitted = fit(weight.detach().float(), WeightConfig(bits=bits))
+    c, scale = fitted.codebook.numpy(), fitted.scale.numpy()
+    w = weight.detach().float().numpy()
+    code = ((w / scale)[..., None] > np.float32(0.5) * (c[:-1] + c[1:])).sum(-1)
+    return (c[code] * scale).astype(np.float64) - w
+
+
+def by_name(table: SensitivityTable) -> dict[str, dict[int, float]]:
+    return {layer.name: layer.scores for layer in table.layers}
+
+
+# ---- estimators --------------------------------------------------------------------------------------
+
+
+def test_loss_is_the_rise_with_one_layer_quantized():
+    table = adq.sensitivity(scored(), batches(), F.cross_entropy, BITS, "loss", pinned=[])
+
+    def mean_loss(net: nn.Module) -> float:
+        return float(np.mean([F.cross_entropy(net(x.double()), y).item() for x, y in batches()]))
+
+    base = mean_loss(float_net())
+    for name, scores in by_name(table).items():
+        for bits, score in scores.items():
+            net = float_net()
+            layer = net.get_submodule(name)
+            layer.weight.data += torch.from_numpy(changes(layer.weight, bits))
+            assert score == pytest.approx(mean_loss(net) - base, abs=2e-6)
+    assert list(by_name(table)) == ["0", "2", "4"]
+    assert all(list(scores) == list(BITS) for scores in by_name(table).values())
+    assert max(scores[2] for scores in by_name(table).values()) > 1e-3
+
+
+def test_fisher_is_the_weighted_square_of_the_change():
+    table = adq.sensitivity(scored(), batches(), F.cross_entropy, BITS, "fisher", pinned=[])
+    net = float_net()
+    for name, scores in by_name(table).items():
+        weight = net.get_submodule(name).weight
+        diagonal = 0.0
+        for x, y in batches():
+            (gradient,) = torch.autograd.grad(F.cross_entropy(net(x.double()), y), weight)
+            diagonal = diagonal + len(x) * gradient.numpy() ** 2 / 3
+        for bits, score in scores.items():
+            assert score == pytest.approx(0.5 * (diagonal * changes(weight, bits) ** 2).sum(), rel=1e-4)
+            assert score > 0
+
+
+def test_fisher_of_single_samples_is_the_mean_over_samples():
+    """B times the square of the mean gradient is unbiased for B = 1 only; then any split gives the same."""
+    singles = [(x[i : i + 1], y[i : i + 1]) for x, y in batches() for i in range(len(x))]
+    table = adq.sensitivity(scored(), singles, F.cross_entropy, (2,), "fisher", pinned=[])
+    net = float_net()
+    squares = 0.0
+    for x, y in singles:
+        (gradient,) = torch.autograd.grad(F.cross_entropy(net(x.double()), y), net[2].weight)
+        squares = squares + gradient.numpy() ** 2
+    expected = 0.5 * (squares / len(singles) * changes(net[2].weight, 2) ** 2).sum()
+    assert by_name(table)["2"][2] == pytest.approx(expected, rel=1e-4)
+
+
+def test_hessian_of_a_quadratic_with_known_trace():
+    """loss = 0.5 sum d_j (w x)_j^2 over orthogonal unit inputs: H is diagonal, its trace known, any probe exact."""
+    torch.manual_seed(0)
+    model = adq.quantize_(nn.Sequential(nn.Linear(4, 3, bias=False)), ADQConfig(activation=None))
+    curvature = torch.tensor([1.0, 2.0, 5.0])
+
+    def loss(out: Tensor, _: Tensor) -> Tensor:
+        return 0.5 * (curvature * out.square()).sum()
+
+    table = adq.sensitivity(model, [(torch.eye(4), torch.zeros(4))], loss, BITS, "hessian", pinned=[])
+    trace = 4 * float(curvature.sum())
+    for bits, score in by_name(table)["0"].items():
+        expected = 0.5 * trace / 12 * (changes(model[0].weight, bits) ** 2).sum()
+        assert score == pytest.approx(expected, rel=1e-4)
+
+
+def test_hessian_trace_of_a_network():
+    """The estimate of a stochastic trace is near the exact one, from the diagonal of the whole Hessian."""
+    table = adq.sensitivity(scored(), batches(8), F.cross_entropy, (3,), "hessian", pinned=[])
+    net = float_net()
+
+    def loss_of(weight: Tensor) -> Tensor:
+        losses = [
+            F.cross_entropy(torch.func.functional_call(net, {"0.weight": weight}, (x.double(),)), y)
+            for x, y in batches(8)
+        ]
+        return torch.stack(losses).mean()
+
+    hessian = torch.autograd.functional.hessian(loss_of, net[0].weight.detach())
+    trace = hessian.reshape(40, 40).diagonal().sum().item()
+    expected = 0.5 * trace / 40 * (changes(net[0].weight, 3) ** 2).sum()
+    assert by_name(table)["0"][3] == pytest.approx(expected, rel=0.25)
+
+
+@pytest.mark.parametrize("estimator", ["fisher", "hessian"])
+def test_a_layer_that_the_loss_does_not_reach_costs_nothing(estimator):
+    class Part(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.Linear(5, 3), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.used(x)
+
+    table = adq.sensitivity(adq.quantize_(Part()), batches(), F.cross_entropy, (2,), estimator, pinned=[])
+    assert by_name(table)["used"][2] > 0
+    assert by_name(table)["unused"] == {2: 0.0}
+    assert [layer.macs for layer in table.layers] == [15, 0]
+
+
+def test_a_loss_without_curvature_has_hessian_scores_of_zero():
+    model = adq.quantize_(nn.Sequential(nn.Linear(5, 3)), ADQConfig(activation=None))
+    table = adq.sensitivity(model, batches(), lambda out, _: out.mean(), (2,), "hessian", pinned=[])
+    assert by_name(table)["0"] == {2: 0.0}
+
+
+# ---- what stays --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("estimator", ["loss", "fisher", "hessian"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_model_is_as_it_was(estimator, fails):
+    model = adq.calibrate_(scored(), [x for x, _ in batches()])
+    model.train()
+    model[3].eval()
+    model[2].weight.requires_grad_(False)
+    model[4].weight_quantizer.enabled = False
+    before = copy.deepcopy(model.state_dict())
+    flags = [module.training for module in model.modules()]
+    calls = []
+
+    def loss(out: Tensor, target: Tensor) -> Tensor:
+        calls.append(out)
+        assert not model.training
+        return F.cross_entropy(out, target) * (float("nan") if fails and len(calls) > 2 else 1.0)
+
+    if fails:
+        with pytest.raises(ValueError, match="the loss is nan on a calibration batch"):
+            adq.sensitivity(model, batches(), loss, BITS, estimator, pinned=[])
+    else:
+        adq.sensitivity(model, batches(), loss, BITS, estimator, pinned=[])
+    assert [key for key, value in model.state_dict().items() if not torch.equal(before[key], value)] == []
+    assert [module.training for module in model.modules()] == flags
+    assert [model[i].weight_quantizer.enabled for i in (0, 2, 4)] == [True, True, False]
+    assert [model[i].weight.requires_grad for i in (0, 2, 4)] == [True, False, True]
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("estimator", ["loss", "fisher", "hessian"])
+def test_scoring_is_deterministic_and_needs_no_calibration_or_grad_mode(estimator):
+    with torch.no_grad():
+        one = adq.sensitivity(scored(), batches(), F.cross_entropy, BITS, estimator)
+    assert one == adq.sensitivity(scored(), iter(batches()), F.cross_entropy, reversed(BITS), estimator)
+
+
+# ---- the table ---------------------------------------------------------------------------------------
+
+
+def test_pinned_layers_have_their_own_width_only():
+    table = adq.sensitivity(scored(), batches(), F.cross_entropy, BITS)
+    assert [layer.pinned for layer in table.layers] == [True, False, True]
+    assert by_name(table)["0"] == by_name(table)["4"] == {8: 0.0}
+    assert list(by_name(table)["2"]) == list(BITS)
+    table = adq.sensitivity(scored(), batches(), F.cross_entropy, BITS, pinned=["2"])
+    assert [layer.pinned for layer in table.layers] == [False, True, False]
+    everything = adq.sensitivity(scored(), batches(), F.cross_entropy, BITS, pinned=["0", "2", "4"])
+    assert [layer.scores for layer in everything.layers] == [{8: 0.0}, {3: 0.0}, {8: 0.0}]
+
+
+def test_sizes_and_the_round_trip():
+    table = adq.sensitivity(scored(first_last_bits=6), batches(), F.cross_entropy, BITS)
+    assert [(layer.weights, layer.activation_bits) for layer in table.layers] == [(40, 6), (64, 3), (24, 6)]
+    assert table.float_weights == 8 + 3  # two biases; not the quantizers' own parameters
+    assert SensitivityTable.from_dict(yaml.safe_load(dump_yaml(table.to_dict()))) == table
+
+
+class Tokens(nn.Module):
+    """A layer called twice on tokens folded into the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.twice(self.twice(x.flatten(0, 1))).sum(-1).reshape(len(x), -1)
+
+
+class Twins(nn.Module):
+    """Two layers that share a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.b.weight = self.a.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x))
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "macs"),
+    [
+        (nn.Conv2d(4, 6, 3, padding=1), (2, 4, 5, 7), 6 * 5 * 7 * 4 * 9),
+        (nn.Conv2d(4, 6, 3, stride=2, groups=2), (2, 4, 7, 7), 6 * 3 * 3 * 2 * 9),
+        (nn.Conv2d(4, 4, 3, groups=4), (2, 4, 5, 5), 4 * 3 * 3 * 9),
+        (nn.Conv1d(3, 5, 4), (2, 3, 9), 5 * 6 * 3 * 4),
+        (nn.Conv3d(2, 3, 2), (2, 2, 3, 3, 3), 3 * 8 * 2 * 8),
+        (nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2), (2, 4, 5, 5), 4 * 25 * 3 * 9),
+        (nn.Linear(6, 5), (2, 6), 30),
+        (nn.Linear(6, 5), (2, 7, 6), 7 * 30),
+        (Tokens(), (2, 7, 6), 2 * 7 * 36),
+        (Twins(), (2, 6), 2 * 36),
+    ],
+)
+def test_multiply_accumulates_by_hand(layer, shape, macs):
+    model = adq.quantize_(nn.Sequential(layer), ADQConfig(activation=None))
+    table = adq.sensitivity(model, [(torch.randn(shape), torch.zeros(2))], lambda out, _: out.square().mean(), (2,))
+    assert [layer.macs for layer in table.layers] == [macs]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": float_net().float()}, r"no layer has quantized weights; call adq\.quantize_"),
+        ({"batches": []}, "no batches to score with"),
+        ({"estimator": "guess"}, "estimator must be one of loss, fisher, hessian, got 'guess'"),
+        ({"bits": ()}, "no bit-widths to score"),
+        ({"bits": (2, 9)}, "bits of the table must be a whole number from 1 to 8, got 9"),
+        ({"pinned": ["2", "3"]}, "no quantized layer '3' to pin"),
+    ],
+)
+def test_errors(change, message):
+    arguments = {"model": scored(), "batches": batches(), "loss_fn": F.cross_entropy} | change
+    with pytest.raises(ValueError, match=message):
+        adq.sensitivity(**arguments)
