@@ -109,9 +109,8 @@ class Allocation:
         bits = {
             str(name): check_bits(b, f"bits of layer {name!r} in {path}") for name, b in values["weight_bits"].items()
         }
-        quantized, network = (
-            float(values.get(f"average_bits_{key}", "nan")) for key in ("quantized_layers", "whole_network")
-        )
+        averages = [values.get(f"average_bits_{key}") for key in ("quantized_layers", "whole_network")]
+        quantized, network = (float(value) if isinstance(value, (int, float)) else math.nan for value in averages)
         return cls(bits, quantized, network)
 
 

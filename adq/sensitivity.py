@@ -81,8 +81,11 @@ class SensitivityTable:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SensitivityTable:
-        """The inverse of :meth:`to_dict`."""
-        layers = tuple(LayerCost(**layer) for layer in values["layers"])
+        """The inverse of :meth:`to_dict`, also of its YAML, whose keys are text."""
+        layers = tuple(
+            LayerCost(**{**layer, "scores": {int(bits): float(score) for bits, score in layer["scores"].items()}})
+            for layer in values["layers"]
+        )
         return cls(values["estimator"], layers, values["float_weights"])
 
 

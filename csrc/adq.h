@@ -49,7 +49,7 @@ struct Quantizer {
 void threshold_quantize(Dtype dtype, const void* x, std::int64_t n, const Quantizer& quantizer, void* y,
                         int threads);
 
-// All gradients of threshold_quantize in one pass over (x, grad); the formulas stand in threshold.h.
+// All gradients of threshold_quantize in one pass over (x, grad); the formulas stand in slopes.h.
 struct QuantizerGradients {
     void* x;           // [n], optional
     float* start;      // [1]

@@ -159,20 +159,20 @@ def codebook_statistics_kernel(
     tl.store(totals + level * programs + program, total, mask=level < K)
 
 
-@triton.jit(do_not_specialize=["programs"])
+@triton.jit(do_not_specialize=["levels", "programs"])
 def codebook_reduce_kernel(
-    counts, totals, count, total, programs, K: tl.constexpr, ROWS: tl.constexpr, PROGRAMS: tl.constexpr
+    counts, totals, count, total, levels, programs, ROWS: tl.constexpr, PROGRAMS: tl.constexpr
 ):
     """Add the partials of the programs in a fixed order, in float64; ``ROWS`` levels a program.
 
-    counts  ``[K, programs]`` int32, programs <= PROGRAMS        count  out, ``[K]`` int64
-    totals  ``[K, programs]`` float32                            total  out, ``[K]`` float32
+    counts  ``[levels, programs]`` int32, programs <= PROGRAMS        count  out, ``[levels]`` int64
+    totals  ``[levels, programs]`` float32                            total  out, ``[levels]`` float32
     """
     level = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, PROGRAMS)[None, :]
     partial = level[:, None] * programs + column
-    inside = (level[:, None] < K) & (column < programs)
+    inside = (level[:, None] < levels) & (column < programs)
     n = tl.load(counts + partial, mask=inside, other=0)
     s = tl.load(totals + partial, mask=inside, other=0.0)
-    tl.store(count + level, tl.reduce(n.to(tl.int64), 1, ADD), mask=level < K)
-    tl.store(total + level, tl.reduce(s.to(tl.float64), 1, ADD).to(tl.float32), mask=level < K)
+    tl.store(count + level, tl.reduce(n.to(tl.int64), 1, ADD), mask=level < levels)
+    tl.store(total + level, tl.reduce(s.to(tl.float64), 1, ADD).to(tl.float32), mask=level < levels)

@@ -157,7 +157,7 @@ def threshold_backward_search_kernel(
     tl.store(partials + (STEPS + 2) * programs + program, tl.reduce(d_out, 0, ADD))
 
 
-@triton.jit(do_not_specialize=["programs"])
+@triton.jit(do_not_specialize=["segments", "programs"])
 def threshold_reduce_kernel(
     partials,
     interval,
@@ -165,28 +165,28 @@ def threshold_reduce_kernel(
     d_interval,
     d_in_scale,
     d_out_scale,
+    segments,
     programs,
-    SEGMENTS: tl.constexpr,
     MIN_INTERVAL: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):
     """Add the partials in a fixed order, in float64, and finish the gradients; one program a row.
 
-    partials                             ``[SEGMENTS + 3, programs]`` float32, programs <= PROGRAMS
-    interval                             ``[SEGMENTS]`` float32
-    d_interval                           out, ``[SEGMENTS]`` float32, 0 where the interval is clamped
+    partials                             ``[segments + 3, programs]`` float32, programs <= PROGRAMS
+    interval                             ``[segments]`` float32
+    d_interval                           out, ``[segments]`` float32, 0 where the interval is clamped
     d_start, d_in_scale, d_out_scale     out, ``[1]`` float32
     """
     row = tl.program_id(0)
     column = tl.arange(0, PROGRAMS)
     values = tl.load(partials + row * programs + column, mask=column < programs, other=0.0)
     total = tl.reduce(values.to(tl.float64), 0, ADD).to(tl.float32)
-    if row < SEGMENTS:
+    if row < segments:
         width = tl.load(interval + row)
         tl.store(d_interval + row, tl.where(width > MIN_INTERVAL, -total / width, 0.0))
-    elif row == SEGMENTS:
+    elif row == segments:
         tl.store(d_start, -total)
-    elif row == SEGMENTS + 1:
+    elif row == segments + 1:
         tl.store(d_in_scale, total)
     else:
         tl.store(d_out_scale, total)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 
 import numpy as np
 import pytest
@@ -114,8 +115,9 @@ def test_hessian_of_a_quadratic_with_known_trace():
         assert score == pytest.approx(expected, rel=1e-4)
 
 
-def test_hessian_trace_of_a_network():
+def test_hessian_trace_of_a_network(monkeypatch):
     """The estimate of a stochastic trace is near the exact one, from the diagonal of the whole Hessian."""
+    monkeypatch.setattr(sys.modules["adq.sensitivity"], "HUTCHINSON_PROBES", 200)
     table = adq.sensitivity(scored(), batches(8), F.cross_entropy, (3,), "hessian", pinned=[])
     net = float_net()
 
@@ -129,7 +131,7 @@ def test_hessian_trace_of_a_network():
     hessian = torch.autograd.functional.hessian(loss_of, net[0].weight.detach())
     trace = hessian.reshape(40, 40).diagonal().sum().item()
     expected = 0.5 * trace / 40 * (changes(net[0].weight, 3) ** 2).sum()
-    assert by_name(table)["0"][3] == pytest.approx(expected, rel=0.25)
+    assert by_name(table)["0"][3] == pytest.approx(expected, rel=0.1)
 
 
 @pytest.mark.parametrize("estimator", ["fisher", "hessian"])

@@ -102,8 +102,7 @@ def _add_partials(counts: Tensor, totals: Tensor) -> tuple[Tensor, Tensor]:
     _launch(
         codebook_reduce_kernel,
         triton.cdiv(levels, REDUCE_ROWS),
-        *(counts, totals, count, total, programs),
-        K=levels,
+        *(counts, totals, count, total, levels, programs),
         ROWS=REDUCE_ROWS,
         PROGRAMS=triton.next_power_of_2(max(programs, PARTIALS)),
     )
@@ -245,8 +244,7 @@ def threshold_quantize_backward(
     _launch(
         threshold_reduce_kernel,
         rows,
-        *(partials, interval, *d_parameters, programs),
-        SEGMENTS=rows - 3,
+        *(partials, interval, *d_parameters, rows - 3, programs),
         MIN_INTERVAL=ops.MIN_INTERVAL,
         PROGRAMS=triton.next_power_of_2(max(programs, PARTIALS)),
     )

@@ -17,11 +17,15 @@ PROGRESS = "progress.json"
 
 @dataclass(frozen=True)
 class Progress:
-    """A point in a run: ``batch`` micro-batches of epoch ``epoch`` (from 0) of a phase are done."""
+    """A point in a run: ``batch`` micro-batches of epoch ``epoch`` (from 0) of a phase are done.
+
+    ``sums`` are the epoch's loss, correct answers and samples so far, over all processes.
+    """
 
     phase: str
     epoch: int
     batch: int
+    sums: tuple[float, float, float] = (0.0, 0.0, 0.0)
     metrics_size: int = 0
     path: Path | None = None
 
@@ -45,6 +49,7 @@ class Checkpoints:
             number = re.fullmatch(r"(\d+)-.*", path.name)
             if number and (path / PROGRESS).is_file():
                 values = json.loads((path / PROGRESS).read_text(encoding="utf-8"))
+                values["sums"] = tuple(values["sums"])
                 found.append((int(number[1]), Progress(**values, path=path)))
         return [progress for _, progress in sorted(found, key=lambda item: item[0])]
 

@@ -98,11 +98,18 @@ class Totals:
         self.correct += (logits.detach().argmax(1) == target).sum()
         self.samples += len(target)
 
-    def means(self, accelerator: Accelerator) -> tuple[float, float]:
-        """Mean loss and top-1 in percent over all processes."""
-        sums = torch.stack([self.loss.double(), self.correct.double(), self.loss.new_tensor(self.samples).double()])
-        loss, correct, samples = accelerator.reduce(sums, "sum").tolist()
-        return loss / max(1.0, samples), 100.0 * correct / max(1.0, samples)
+    def sums(self, accelerator: Accelerator) -> tuple[float, float, float]:
+        """Loss, correct answers and samples, summed over all processes."""
+        samples = torch.tensor(self.samples, device=self.loss.device)
+        own = torch.stack([part.double() for part in (self.loss, self.correct, samples)])
+        loss, correct, count = accelerator.reduce(own, "sum").tolist()
+        return loss, correct, count
+
+    def restore(self, sums: tuple[float, float, float]) -> None:
+        """Go on from the sums of a checkpoint."""
+        self.loss += sums[0]
+        self.correct += int(sums[1])
+        self.samples += int(sums[2])
 
 
 @torch.no_grad()
@@ -170,7 +177,8 @@ class Trainer:
             self._save(progress)
         forward: Any = torch.compile(model) if self.compiled else model
         for epoch in range(progress.epoch, self.config.epochs):
-            self._epoch(forward, optimizer, schedule, epoch, progress.batch if epoch == progress.epoch else 0)
+            begin = progress if epoch == progress.epoch else Progress(self.phase, epoch, 0)
+            self._epoch(forward, optimizer, schedule, begin)
         accelerator.wait_for_everyone()
         trained: nn.Module = accelerator.unwrap_model(model)
         accelerator.free_memory()
@@ -181,10 +189,12 @@ class Trainer:
         self.sampler.resume(epoch, start * self.train.total_batch_size)  # type: ignore[attr-defined]
         yield from enumerate(self.train, start)
 
-    def _epoch(self, model: nn.Module, optimizer: Any, schedule: Any, epoch: int, start: int) -> None:
-        accelerator = self.accelerator
+    def _epoch(self, model: nn.Module, optimizer: Any, schedule: Any, begin: Progress) -> None:
+        accelerator, epoch, start = self.accelerator, begin.epoch, begin.batch
         model.train()
         totals, began = Totals.zeros(accelerator.device), time.perf_counter()
+        if accelerator.is_main_process:
+            totals.restore(begin.sums)
         exact_check = 1 if accelerator.device.type == "cpu" else CHECK_EVERY
         last = len(self.train) - 1
         with self.display.epoch(self.phase, epoch, self.config.epochs, last + 1, start) as bar:
@@ -206,26 +216,27 @@ class Trainer:
                     bar.update(index + 1, totals, schedule.get_last_lr()[0])
                 if self._is_checkpoint(index, last):
                     self._check(totals.loss, images, epoch, index)
-                    self._save(Progress(self.phase, epoch, index + 1))
-        self._finish_epoch(model, totals, epoch, time.perf_counter() - began, schedule)
+                    self._save(Progress(self.phase, epoch, index + 1, totals.sums(accelerator)))
+        self._finish_epoch(model, totals, begin, time.perf_counter() - began, schedule)
 
     def _is_checkpoint(self, index: int, last: int) -> bool:
         every = self.checkpoint_steps * self.accelerator.gradient_accumulation_steps
         return every > 0 and (index + 1) % every == 0 and index != last
 
-    def _finish_epoch(self, model: nn.Module, totals: Totals, epoch: int, seconds: float, schedule: Any) -> None:
-        train_loss, train_top1 = totals.means(self.accelerator)
+    def _finish_epoch(self, model: nn.Module, totals: Totals, begin: Progress, seconds: float, schedule: Any) -> None:
+        epoch, seen_before = begin.epoch, begin.sums[2]
+        loss, correct, samples = totals.sums(self.accelerator)
         test_loss, test_top1 = evaluate(self.accelerator, model, self.test)
         row = {
             "phase": self.phase,
             "epoch": epoch + 1,
-            "train_loss": train_loss,
-            "train_top1": train_top1,
+            "train_loss": loss / max(1.0, samples),
+            "train_top1": 100.0 * correct / max(1.0, samples),
             "test_loss": test_loss,
             "test_top1": test_top1,
             "lr": schedule.get_last_lr()[0],
             "seconds": seconds,
-            "images_per_second": totals.samples * self.accelerator.num_processes / seconds,
+            "images_per_second": (samples - seen_before) / seconds,
         }
         self.metrics.write(row)
         self.display.row(row, self.config.epochs)

@@ -143,7 +143,8 @@ class Run:
         allocation = self._quantize(model, data)
         calibrated_top1 = evaluate(self.accelerator, model.to(self.accelerator.device), test)[1]
         self.display.say(f"top-1 after calibration, before training {calibrated_top1:.2f}")
-        self.metrics.write({"phase": "calibrated", "float_top1": float_top1, "calibrated_top1": calibrated_top1})
+        if not (self.resume and self.checkpoints.latest("qat")):
+            self.metrics.write({"phase": "calibrated", "float_top1": float_top1, "calibrated_top1": calibrated_top1})
         shown = figures.shown_layer(model)
         before = figures.codebook_view(model, shown)
         model = self._qat_phase(model, teacher, data, train, test)

@@ -1,0 +1,125 @@
+"""The figures of a summary, by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import adq
+from adq import ADQConfig, WeightConfig
+
+
+class Custom(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 4, 3, bias=False)
+        self.norm = nn.BatchNorm2d(4)
+        self.body = nn.Conv2d(4, 6, 3)
+        self.extra = nn.Conv2d(6, 6, 1)
+        self.custom = Custom(6, 6)
+        self.attention = nn.MultiheadAttention(6, 2)
+        self.head = nn.Linear(6, 3)
+
+
+CONFIG = ADQConfig(weight=WeightConfig(bits=3), overrides={"extra": None, "head": {"activation": None}})
+
+
+def quantized() -> nn.Module:
+    torch.manual_seed(0)
+    return adq.quantize_(Net(), CONFIG)
+
+
+def test_layers_by_hand():
+    model = quantized()
+    rows = {row.name: row for row in adq.summary(model).layers}
+    figures = {name: (r.kind, r.weights, r.weight_bits, r.activation_bits, r.levels) for name, r in rows.items()}
+    assert figures == {
+        "stem": ("QConv2d", 36, 8, 8, 256),
+        "body": ("QConv2d", 216, 3, 3, 8),
+        "head": ("QLinear", 18, 8, None, 256),
+    }
+    # codes, codebook, one scale per output channel
+    assert {name: row.bytes for name, row in rows.items()} == {
+        "stem": 36 + 4 * 256 + 4 * 4,
+        "body": 81 + 4 * 8 + 4 * 6,
+        "head": 18 + 4 * 256 + 4 * 3,
+    }
+    quantizer, w = model.body.weight_quantizer, model.body.weight.detach().double().numpy()
+    c, scale = quantizer.codebook.double().numpy(), quantizer.scale.double().numpy()
+    code = np.abs((w / scale)[..., None] - c).argmin(-1)
+    assert rows["body"].levels_used == len(np.unique(code)) == 8
+    noise = ((w - c[code] * scale) ** 2).sum()
+    assert rows["body"].sqnr_db == pytest.approx(10 * np.log10((w**2).sum() / noise), abs=1e-4)
+    assert rows["stem"].levels_used <= 36
+
+
+def test_totals_by_hand():
+    model, found = quantized(), adq.summary(quantized())
+    bits = 36 * 8 + 216 * 3 + 18 * 8
+    assert found.average_bits_quantized == pytest.approx(bits / 270)
+    in_float = (4 + 4) + 6 + (36 + 6) + (36 + 6) + (6 * 18 + 18 + 36 + 6) + 3
+    assert found.average_bits_network == pytest.approx((bits + 32 * in_float) / (270 + in_float))
+    buffers = 4 * (4 + 4) + 8  # running statistics, number of batches
+    assert found.bytes_float == 4 * (270 + in_float) + buffers
+    quantizers = 3 * 4 + 4 * (256 + 8 + 256) + 4 * (4 + 6 + 3)  # below: start, interval, two scales, offset, flag
+    activations = 4 * (1 + 1 + 1 + 1 + 1) + 1 + 4 * (1 + 7 + 1 + 1 + 1) + 1
+    codes = 36 + 81 + 18
+    assert found.bytes_packed == 4 * in_float + buffers + codes + quantizers - 12 + activations
+    assert {type(module) for module in model.modules()} >= {nn.BatchNorm2d, Custom}
+
+
+def test_what_is_left_in_float_and_why():
+    assert adq.summary(quantized()).left_in_float == {
+        "extra": "by configuration",
+        "custom": "Custom has a forward of its own",
+        "attention": "fused attention projections are not layers",
+        "attention.out_proj": "NonDynamicallyQuantizableLinear has a forward of its own",
+    }
+
+
+def test_weights_in_float():
+    torch.manual_seed(0)
+    model = adq.quantize_(nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)), ADQConfig(weight=None, first_last_bits=4))
+    found = adq.summary(model)
+    assert [(row.weight_bits, row.activation_bits, row.sqnr_db, row.bytes) for row in found.layers] == [
+        (None, 4, None, 120),
+        (None, 4, None, 80),
+    ]
+    assert found.average_bits_quantized == found.average_bits_network == 32.0
+
+
+def test_the_table_has_every_layer_and_both_averages():
+    found = adq.summary(quantized())
+    lines = str(found).splitlines()
+    for row in found.layers:
+        (line,) = [line for line in lines if line.startswith(row.name + " ")]
+        assert row.kind in line
+        assert f"{row.levels_used}/{row.levels}" in line
+    for name, reason in found.left_in_float.items():
+        assert any(line.startswith(name + " ") and line.endswith(f"in float: {reason}") for line in lines)
+    assert f"{found.average_bits_quantized:.3f} over the quantized layers" in str(found)
+    assert f"{found.average_bits_network:.3f} over the whole network" in str(found)
+    assert f"{found.bytes_packed:,} packed" in str(found)
+
+
+def test_shared_weights_count_once():
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False), nn.Linear(4, 2, bias=False))
+    model[1].weight = model[0].weight
+    adq.quantize_(model, ADQConfig(activation=None, first_last_bits=4))
+    found = adq.summary(model)
+    assert len(found.layers) == 3
+    assert found.average_bits_network == 4.0
+    assert found.bytes_float == 4 * (16 + 8)
+    assert found.bytes_packed == (8 + 4 * 16 + 4 * 4) + (4 + 4 * 16 + 4 * 2)
+
+
+def test_a_float_model_has_no_summary():
+    with pytest.raises(ValueError, match=r"not quantized; call adq\.quantize_"):
+        adq.summary(nn.Linear(2, 2))

@@ -1,0 +1,145 @@
+"""The main job as a user runs it: files, figures, resume after kill -9, and errors in plain words."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+pytest.importorskip("accelerate", reason="adq train needs the extra 'train'")
+pytest.importorskip("sklearn", reason="the digits need scikit-learn")
+
+SHORT = ["--float-epochs", "2", "--epochs", "2", "--set", "engine.checkpoint_steps=4"]
+
+
+def command(folder, *arguments):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    return subprocess.Popen(
+        [sys.executable, "-m", "adq", *arguments],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def adq(folder, *arguments):
+    process = command(folder, *arguments)
+    text = process.communicate(timeout=300)[0]
+    return process.returncode, " ".join(text.split())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    code, text = adq(folder, "train", "--output", "whole", *SHORT)
+    assert code == 0, text
+    return folder, text
+
+
+def test_the_run_folder_is_complete(finished):
+    folder, text = finished
+    run = folder / "whole"
+    result = json.loads((run / "result.json").read_text())
+    assert f"{result['quantized_top1']:.2f}" in text
+    assert result["average_bits_quantized"] <= 3.0
+    assert result["bytes_packed"] < result["bytes_float"] / 6
+    bits = yaml.safe_load((run / "allocation.yaml").read_text())["weight_bits"]
+    assert set(bits.values()) <= {2, 3, 4, 8}
+    assert yaml.safe_load((run / "config.yaml").read_text())["qat"]["epochs"] == 2
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["phase"] for row in rows] == ["float"] * 2 + ["sensitivity", "calibrated"] + ["qat"] * 2 + ["result"]
+    for name in ("bits-per-layer", "codebook", "training"):
+        assert (run / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "model-packed.safetensors"])
+def test_a_saved_model_evaluates_to_the_reported_accuracy(finished, file):
+    folder, _ = finished
+    top1 = json.loads((folder / "whole" / "result.json").read_text())["quantized_top1"]
+    code, text = adq(folder, "eval", f"whole/{file}", "--config", "digits")
+    assert code == 0
+    assert f"top-1 {top1:.2f}" in text
+
+
+def kill_when(process, folder, pattern):
+    deadline = time.monotonic() + 120
+    while not list(folder.glob(pattern)) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+def test_killed_and_resumed_ends_bit_for_bit_the_same(finished):
+    folder, _ = finished
+    arguments = ["train", "--output", "killed", *SHORT]
+    for pattern, resume in (("checkpoints/*-float-0001-000008", []), ("checkpoints/*-qat-0000-000008", ["--resume"])):
+        kill_when(command(folder, *arguments, *resume), folder / "killed", pattern)
+        assert not (folder / "killed" / "result.json").exists(), "it ended before it was killed"
+    code, text = adq(folder, *arguments, "--resume")
+    assert code == 0, text
+    for name in ("float.safetensors", "model.safetensors"):
+        whole, killed = load_file(folder / "whole" / name), load_file(folder / "killed" / name)
+        assert whole.keys() == killed.keys()
+        assert all(torch.equal(whole[key], killed[key]) for key in whole)
+    losses = [
+        [row.get("train_loss") for row in map(json.loads, (folder / run / "metrics.jsonl").read_text().splitlines())]
+        for run in ("whole", "killed")
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_a_diverging_run_stops_with_the_last_good_checkpoint(finished):
+    folder, _ = finished
+    weights = folder / "whole" / "float.safetensors"
+    code, text = adq(folder, "train", "--output", "nan", "--weights", str(weights), "--lr", "1e30", "--epochs", "1")
+    assert code == 1
+    assert "training stopped: the loss is not finite at epoch 1" in text
+    assert "layer" in text
+    assert "the last good checkpoint is nan/checkpoints/000001-qat-0000-000000" in text
+    assert (folder / "nan/checkpoints/000001-qat-0000-000000/model.safetensors").exists()
+    assert "Traceback" not in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--set", "qat.epoch=3"], "unknown key 'epoch' in qat; did you mean 'epochs'"),
+        (["--set", "quantization.weight.bits=9"], "weight bits must be a whole number from 1 to 8, got 9"),
+        (["--data", "cifar11"], "unknown data 'cifar11'"),
+        (["--data", "imagefolder", "--root", "nowhere", "--model", "resnet20"], "the data folder nowhere does not exist"),
+        (["--config", "missing.yaml"], "no such file: missing.yaml"),
+        (["--config", "cifar"], "no recipe 'cifar'"),
+        (["--output", "whole"], "whole holds a run already; pass --resume"),
+        (["--output", "whole", "--resume"], "differs from this command's configuration"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(finished, arguments, message):
+    folder, _ = finished
+    code, text = adq(folder, "train", *arguments)
+    assert code == 1
+    assert message in text
+    assert "Traceback" not in text
+
+
+def test_an_impossible_budget_names_the_smallest(finished):
+    folder, _ = finished
+    weights = str(folder / "whole" / "float.safetensors")
+    code, text = adq(folder, "train", "--output", "poor", "--weights", weights, "--weight-bits", "1.5")
+    assert code == 1
+    assert "no allocation meets the budget of 1.5000 average weight bits; the smallest possible has 2.0" in text
+
+
+def test_info_names_the_backends(tmp_path):
+    code, text = adq(tmp_path, "info")
+    assert code == 0
+    assert "cpu: " in text
+    assert "cuda: " in text
