@@ -160,9 +160,7 @@ def codebook_statistics_kernel(
 
 
 @triton.jit(do_not_specialize=["levels", "programs"])
-def codebook_reduce_kernel(
-    counts, totals, count, total, levels, programs, ROWS: tl.constexpr, PROGRAMS: tl.constexpr
-):
+def codebook_reduce_kernel(counts, totals, count, total, levels, programs, ROWS: tl.constexpr, PROGRAMS: tl.constexpr):
     """Add the partials of the programs in a fixed order, in float64; ``ROWS`` levels a program.
 
     counts  ``[levels, programs]`` int32, programs <= PROGRAMS        count  out, ``[levels]`` int64

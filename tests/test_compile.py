@@ -24,8 +24,17 @@ def _fresh_caches():
 
 def block(update: str = "ema", scale: str = "channel", bits: int = 3) -> nn.Module:
     torch.manual_seed(0)
-    layers = [nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU()]
-    config = ADQConfig(WeightConfig(bits=bits, update=update, scale=scale), ActivationConfig(bits=bits), first_last_bits=bits)
+    layers = [
+        nn.Conv2d(3, 8, 3, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+    ]
+    config = ADQConfig(
+        WeightConfig(bits=bits, update=update, scale=scale), ActivationConfig(bits=bits), first_last_bits=bits
+    )
     return adq.calibrate_(adq.quantize_(nn.Sequential(*layers), config), [images(0)])
 
 

@@ -45,7 +45,9 @@ def test_by_the_formula(alpha, temperature):
 
 
 def test_another_task_loss():
-    loss = DistillationLoss(teacher(), 0.0, task=lambda logits, target: F.cross_entropy(logits, target, reduction="sum"))
+    loss = DistillationLoss(
+        teacher(), 0.0, task=lambda logits, target: F.cross_entropy(logits, target, reduction="sum")
+    )
     assert loss(LOGITS, INPUTS, TARGET).item() == pytest.approx(
         -log_softmax(LOGITS.numpy())[range(6), TARGET].sum(), rel=1e-5
     )

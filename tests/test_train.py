@@ -115,7 +115,10 @@ def test_a_diverging_run_stops_with_the_last_good_checkpoint(finished):
         (["--set", "qat.epoch=3"], "unknown key 'epoch' in qat; did you mean 'epochs'"),
         (["--set", "quantization.weight.bits=9"], "weight bits must be a whole number from 1 to 8, got 9"),
         (["--data", "cifar11"], "unknown data 'cifar11'"),
-        (["--data", "imagefolder", "--root", "nowhere", "--model", "resnet20"], "the data folder nowhere does not exist"),
+        (
+            ["--data", "imagefolder", "--root", "nowhere", "--model", "resnet20"],
+            "the data folder nowhere does not exist",
+        ),
         (["--config", "missing.yaml"], "no such file: missing.yaml"),
         (["--config", "cifar"], "no recipe 'cifar'"),
         (["--output", "whole"], "whole holds a run already; pass --resume"),

@@ -25,7 +25,8 @@ class ActivationQuantizer(nn.Module):
     step is ``interval / in_scale``; learning both would learn one number twice, the first with a gradient
     ``steps`` times too large for its size. Buffers: ``offset`` ``[1]``, which puts zero on a level for signed
     inputs, and ``calibrated``. All keep their dtype when the model is cast. A quantizer refuses to run before
-    it has been calibrated: its start values say nothing about the inputs. Set ``enabled = False`` to let inputs through untouched.
+    it has been calibrated: its start values say nothing about the inputs. Set ``enabled = False`` to let inputs
+    through untouched.
 
     Args:
         config: bits and sign.
