@@ -92,11 +92,12 @@ def _hot_path(code: Code, anchor: str) -> int:
     through the whole program where there is no loop. Full tiles have the wide accesses, so this is theirs."""
     around, through = [], []
     begin = _distances(code, 0)
+    ends = [i for i, (line, _, _) in enumerate(code) if re.search("EXIT|s_endpgm", line)]
     for at in (i for i, (line, _, _) in enumerate(code) if i in begin and re.search(anchor, line)):
         onwards = _distances(code, at)
-        before = [i for i, (_, target, ends) in enumerate(code) if target == at or (i + 1 == at and not ends)]
+        before = [i for i, (_, target, last) in enumerate(code) if target == at or (i + 1 == at and not last)]
         around += [min(onwards[i] for i in before if i in onwards)] if any(i in onwards for i in before) else []
-        through.append(begin[at] + min(n for i, n in onwards.items() if re.search("EXIT|s_endpgm", code[i][0])) - 1)
+        through.append(begin[at] + min(onwards[i] for i in ends if i in onwards) - 1)
     return max(around or through)
 
 
@@ -104,14 +105,10 @@ def _nvidia(compiled) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-
-        def cuobjdump(option):
-            return subprocess.run(
-                [TOOLS / "cuobjdump", option, cubin.name], capture_output=True, text=True, check=True
-            ).stdout
-
-        usage = dict(re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", cuobjdump("--dump-resource-usage")))
-        code = _sass(cuobjdump("--dump-sass"))
+        command = [TOOLS / "cuobjdump", "--dump-resource-usage", "--dump-sass", cubin.name]
+        dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = dict(re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", dump))
+    code = _sass(dump)
     wide = [i for i, _, _ in code if re.search(r"(LDG|STG)\.E\S*\.128", i)]
     return {
         "registers": int(usage["REG"]),
@@ -173,7 +170,7 @@ class Recorder:
 
 
 BITS = {
-    "sm_90": {torch.float32: (1, 2, 3, 4, 5, 7, 8), torch.bfloat16: (1, 2, 3, 4, 8), torch.float16: (3, 8)},
+    "sm_90": {torch.float32: (1, 2, 3, 4, 7, 8), torch.bfloat16: (2, 3, 4, 8), torch.float16: (3,)},
     "sm_80": {torch.float32: (2, 4, 8), torch.bfloat16: (3, 4)},
     "gfx942": {torch.float32: (2, 4, 8), torch.bfloat16: (3, 4)},
 }

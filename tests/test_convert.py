@@ -1,68 +1,19 @@
-"""From float to quantized and back through state dicts, copies and calibration."""
+"""From float to quantized; state dicts and copies of quantized models."""
 
 from __future__ import annotations
 
 import copy
 import pickle
-import warnings
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from networks import LAYERS, assert_same_state, images, net, quantized, train
 from torch import Tensor, nn
 
 import adq
-from adq import ActivationConfig, ADQConfig, WeightConfig, convert
+from adq import ADQConfig, WeightConfig, convert
 from adq.nn import ActivationQuantizer, QConv2d, QLinear, QuantizedLayer, WeightQuantizer
-from adq.thresholds import fit_thresholds
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(1, 8, 3)
-        self.norm = nn.BatchNorm2d(8)
-        self.body = nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1))
-        self.head = nn.Linear(8, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.norm(self.stem(x)))
-        return self.head(torch.relu(self.body(x)).mean((2, 3)))
-
-
-LAYERS = ["stem", "body.0", "body.2", "head"]
-
-
-def net(seed: int = 0) -> Net:
-    torch.manual_seed(seed)
-    return Net()
-
-
-def images(seed: int = 0, count: int = 8) -> Tensor:
-    return torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
-
-
-def quantized(seed: int = 0, **config) -> Net:
-    model = adq.quantize_(net(seed), ADQConfig(**config))
-    return adq.calibrate_(model, [images()])
-
-
-def train(model: nn.Module, steps: int = 3) -> nn.Module:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    model.train()
-    for seed in range(steps):
-        optimizer.zero_grad()
-        model(images(seed)).square().mean().backward()
-        optimizer.step()
-    return model
-
-
-def assert_same_state(one: nn.Module, other: nn.Module) -> None:
-    a, b = one.state_dict(), other.state_dict()
-    assert a.keys() == b.keys()
-    assert [key for key in a if not torch.equal(a[key], b[key])] == []
-
 
 # ---- conversion --------------------------------------------------------------------------------------
 
@@ -280,116 +231,3 @@ def test_set_weight_bits_is_all_or_nothing():
     convert.set_weight_bits(model, {"body.0": 4})
     assert model.body[0].weight_quantizer.codebook.numel() == 15
     np.testing.assert_array_equal(model.body[2].weight_quantizer.codebook, before["body.2.weight_quantizer.codebook"])
-
-
-# ---- calibration -------------------------------------------------------------------------------------
-
-
-def test_calibration_sees_the_inputs_of_the_float_model():
-    model, reference = adq.quantize_(net()), net().eval()
-    adq.calibrate_(model, [images(0), images(1)])
-    x = torch.cat([images(0), images(1)])
-    inner = torch.relu(reference.norm(reference.stem(x)))
-    for layer, values in ((model.stem, x), (model.body[0], inner)):
-        fitted = fit_thresholds(values.detach().flatten(), layer.input_quantizer.config)
-        for key in ("start", "in_scale", "out_scale", "offset", "interval"):
-            torch.testing.assert_close(getattr(layer.input_quantizer, key).detach(), getattr(fitted, key))
-    assert model.stem.input_quantizer.offset > 0  # signed by what it saw
-    assert model.body[0].input_quantizer.offset == 0
-
-
-def test_many_inputs_are_sampled_reproducibly():
-    layers = [adq.quantize_(nn.Linear(64, 2), ADQConfig(first_last_bits=3)) for _ in range(2)]
-    batches = [torch.randn(1024, 64, generator=torch.Generator().manual_seed(i)) for i in range(10)]
-    for layer in layers:
-        adq.calibrate_(layer, batches)
-    assert torch.equal(layers[0].input_quantizer.out_scale, layers[1].input_quantizer.out_scale)
-    everything = fit_thresholds(torch.cat(batches).flatten()[::2], ActivationConfig(3))
-    torch.testing.assert_close(layers[0].input_quantizer.out_scale.detach(), everything.out_scale, rtol=0.1, atol=0)
-
-
-class Batch(NamedTuple):
-    x: Tensor
-    y: Tensor
-
-
-@pytest.mark.parametrize(
-    "batch",
-    [images(), (images(), torch.zeros(8)), [images()], {"x": images()}, Batch(images(), torch.zeros(8))],
-    ids=lambda batch: type(batch).__name__,
-)
-def test_batches_of_every_kind(batch):
-    model = adq.calibrate_(adq.quantize_(net()), [batch])
-    assert_same_state(model, quantized())
-
-
-def test_forward_before_calibration_names_the_layer():
-    with pytest.raises(RuntimeError, match=r"layer 'stem' is not calibrated; call adq\.calibrate_"):
-        adq.quantize_(net())(images())
-
-
-def test_calibration_must_precede_training():
-    model = quantized()
-    adq.calibrate_(model, [images(1)])
-    for update in ("ema", "gradient", "frozen"):
-        model = train(quantized(weight=WeightConfig(update=update)))
-        thresholds = model.body[0].input_quantizer.out_scale.clone()
-        with pytest.raises(RuntimeError, match="has been trained since it was calibrated.*force=True"):
-            adq.calibrate_(model, [images(1)])
-        assert torch.equal(thresholds, model.body[0].input_quantizer.out_scale)
-        adq.calibrate_(model, [images(1) * 3], force=True)
-        assert not torch.equal(thresholds, model.body[0].input_quantizer.out_scale)
-
-
-def test_what_cannot_be_calibrated():
-    with pytest.raises(ValueError, match=r"not quantized; call adq\.quantize_"):
-        adq.calibrate_(net(), [images()])
-    with pytest.raises(ValueError, match="no batches"):
-        adq.calibrate_(adq.quantize_(net()), iter([]))
-    with pytest.raises(ValueError, match=r"NaN or infinity among the observed inputs \(layer 'stem'\)"):
-        adq.calibrate_(adq.quantize_(net()), [images() * float("nan")])
-    with pytest.raises(ValueError, match=r"signed=False, but inputs down to .* \(layer 'stem'\)"):
-        adq.calibrate_(adq.quantize_(net(), ADQConfig(activation=ActivationConfig(signed=False))), [images()])
-
-
-class Detour(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.used, self.unused, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.used(input=x))
-
-
-def test_an_unreached_layer_warns():
-    model = adq.quantize_(Detour())
-    with pytest.warns(UserWarning, match="not calibrated, never reached by the batches: unused"):
-        adq.calibrate_(model, [torch.randn(3, 4)])
-    assert [layer.input_quantizer.is_calibrated for layer in model.children()] == [True, False, True]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        quantized()
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_calibration_leaves_flags_switches_and_hooks(fails):
-    model = adq.quantize_(net())
-    model.train()
-    model.body.eval()
-    flags = {name: module.training for name, module in model.named_modules()}
-    statistics = model.norm.running_mean.clone()
-    model.body[0].weight_quantizer.enabled = False
-    if fails:
-        with pytest.raises(RuntimeError, match="expected input"):
-            adq.calibrate_(model, [images(), torch.zeros(1, 2, 8, 8)])
-    else:
-        adq.calibrate_(model, [images()])
-    assert {name: module.training for name, module in model.named_modules()} == flags
-    assert torch.equal(model.norm.running_mean, statistics)
-    assert [layer.weight_quantizer.enabled for layer in convert.quantized_layers(model).values()] == [
-        True,
-        False,
-        True,
-        True,
-    ]
-    assert all(not layer._forward_pre_hooks for layer in convert.quantized_layers(model).values())

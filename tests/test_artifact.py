@@ -1,0 +1,216 @@
+"""The model file: what comes back, what it weighs, and what is left when writing fails."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from saved import RECORD, Net, images, read, train, trained
+from torch import Tensor, nn
+
+import adq
+from adq import ADQConfig, artifact, models
+from adq.functional import unpack
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    monkeypatch.setattr(models, "_REGISTRY", dict(models._REGISTRY))
+    adq.register_architecture("artifact_net", Net, num_classes=3)
+
+
+CONFIGS = [
+    {"bits": 3},
+    {"bits": 1, "scale": "tensor"},
+    {"bits": 4, "levels": "symmetric", "snap": "int8"},
+    {"bits": 5, "update": "gradient"},
+    {"bits": 2, "update": "frozen", "init": "uniform", "refine": False},
+]
+
+
+# ---- round trips -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weight", CONFIGS, ids=lambda weight: "-".join(map(str, weight.values())))
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("source", ["caller", "record"])
+def test_round_trip_predicts_the_same(tmp_path, registered, weight, packed, source):
+    model, path = trained(**weight), tmp_path / "deep" / "model.safetensors"
+    assert adq.save(model, path, packed=packed, architecture=RECORD) == path
+    loaded = adq.load(path, Net() if source == "caller" else None)
+    assert not loaded.training
+    assert torch.equal(loaded(images(7)), model(images(7)))
+    assert [type(m) for m in loaded.modules()] == [type(m) for m in model.modules()]
+    for name in ("stem", "body", "head"):
+        ours, theirs = loaded.get_submodule(name), model.get_submodule(name)
+        assert ours.weight_quantizer.config == theirs.weight_quantizer.config
+        assert ours.weight_quantizer.pinned == theirs.weight_quantizer.pinned
+        assert ours.input_quantizer.config == theirs.input_quantizer.config
+    state = model.state_dict()
+    if not packed:
+        assert all(torch.equal(value, state[key]) for key, value in loaded.state_dict().items())
+    else:
+        quantized = {name: model.get_submodule(name).quantized_weight() for name in ("stem", "body", "head")}
+        assert all(torch.equal(loaded.get_submodule(name).weight, value) for name, value in quantized.items())
+
+
+@pytest.mark.parametrize("weight", CONFIGS[:4], ids=lambda weight: "-".join(map(str, weight.values())))
+def test_a_plain_file_trains_on_identically(tmp_path, weight):
+    model = trained(**weight)
+    adq.save(model, tmp_path / "m.safetensors")
+    loaded = adq.load(tmp_path / "m.safetensors", Net())
+    one, other = train(model).state_dict(), train(loaded).state_dict()
+    assert list(one) == list(other)
+    assert [key for key in one if not torch.equal(one[key], other[key])] == []
+    assert int(loaded.body.weight_quantizer.steps) == 6
+
+
+def test_an_architecture_of_create_model_is_noted(tmp_path):
+    torch.manual_seed(0)
+    model = adq.quantize_(adq.create_model("digits_cnn", num_classes=4, width=4))
+    adq.calibrate_(model, [torch.randn(4, 1, 8, 8)]).eval()
+    x = torch.randn(2, 1, 8, 8)
+    for packed in (False, True):
+        adq.save(model, tmp_path / "m.safetensors", packed=packed)
+        loaded = adq.load(tmp_path / "m.safetensors")
+        assert torch.equal(loaded(x), model(x))
+        assert loaded.adq_architecture == {"name": "digits_cnn", "num_classes": 4, "kwargs": {"width": 4}}
+
+
+def test_other_bits_layers_in_float_and_an_uncalibrated_model(tmp_path):
+    torch.manual_seed(0)
+    model = adq.quantize_(Net(), ADQConfig(overrides={"head": None, "stem": {"weight": None}}))
+    adq.apply_allocation_(model, {"body": 2})
+    adq.save(model, tmp_path / "m.safetensors")
+    loaded = adq.load(tmp_path / "m.safetensors", Net())
+    assert type(loaded.head) is nn.Linear
+    assert isinstance(loaded.stem.weight_quantizer, nn.Identity)
+    assert loaded.body.weight_quantizer.bits == 2
+    with pytest.raises(RuntimeError, match="layer 'stem' is not calibrated"):
+        loaded(images())
+
+
+class Tied(nn.Module):
+    """Two layers that share a weight; with ``embedding``, the last one shares that of a layer in float."""
+
+    def __init__(self, embedding: bool) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(8, 8)
+        self.a, self.b, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.b.weight = self.a.weight
+        if embedding:
+            self.head.weight = self.embed.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.b(torch.relu(self.a(self.embed(x))))))
+
+
+@pytest.mark.parametrize("embedding", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_shared_weights(tmp_path, packed, embedding):
+    torch.manual_seed(0)
+    model, x = Tied(embedding), torch.arange(8)
+    adq.calibrate_(adq.quantize_(model, ADQConfig(first_last_bits=3)), [x]).eval()
+    adq.save(model, tmp_path / "m.safetensors", packed=packed)
+    loaded = adq.load(tmp_path / "m.safetensors", Tied(embedding))
+    assert torch.equal(loaded(x), model(x))
+    assert loaded.a.weight is loaded.b.weight
+    assert loaded.a.weight_quantizer is loaded.b.weight_quantizer
+    stored = load_file(tmp_path / "m.safetensors")
+    assert ("head.codes" in stored) == (packed and not embedding)
+    assert "b.codes" not in stored
+
+
+# ---- the file ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_file_is_json_and_numbers(tmp_path, packed):
+    """Every byte is accounted for by the header and the tensors that it lists: there is no room for a pickle."""
+    path = tmp_path / "m.safetensors"
+    adq.save(trained(), path, packed=packed, architecture=RECORD)
+    header, data = read(path)
+    metadata = header.pop("__metadata__")
+    assert metadata["format"] == "adq-model"
+    assert metadata["format_version"] == "1"
+    assert json.loads(metadata["architecture"]) == RECORD
+    assert json.loads(metadata["layers"])["body"]["weight"]["bits"] == 3
+    spans = sorted(tuple(entry["data_offsets"]) for entry in header.values())
+    assert [start for start, _ in spans] == [0, *(end for _, end in spans[:-1])]
+    assert spans[-1][1] == len(data)
+    size = {"F32": 4, "U8": 1, "I64": 8, "BOOL": 1}
+    assert all(
+        math.prod(entry["shape"]) * size[entry["dtype"]] == entry["data_offsets"][1] - entry["data_offsets"][0]
+        for entry in header.values()
+    )
+    assert path.stat().st_mode & 0o777 == 0o666 & ~_umask()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@pytest.mark.parametrize("bits", [1, 3, 5, 8])
+def test_packed_size(tmp_path, bits):
+    model, path = trained(bits=bits), tmp_path / "m.safetensors"
+    adq.save(model, path, packed=True)
+    _, data = read(path)
+    weights = {"stem": (54, 8, 6), "body": (270, bits, 5), "head": (15, 8, 3)}  # numel, bits, scales
+    codes = sum(math.ceil(n * b / 8) for n, b, _ in weights.values())
+    tables = sum(4 * (2**b + scales) for _, b, scales in weights.values())
+    activations = sum(4 * (4 + (2**b - 1 if b <= 5 else 1)) + 1 for _, b, _ in ((0, 8, 0), (0, 3, 0), (0, 8, 0)))
+    others = 4 * (6 + 5 + 3) + 4 * 4 * 6 + 8  # biases, batch normalization and its counter
+    assert len(data) == codes + tables + activations + others == artifact.packed_bytes(model)
+    stored = load_file(path)
+    assert not any(key.endswith(("ema_count", "ema_total", "steps", "body.weight")) for key in stored)
+    quantizer = model.body.weight_quantizer
+    code = unpack(stored["body.codes"], bits, (6, 5, 3, 3)).long()
+    assert torch.equal(quantizer.codebook[code] * quantizer.scale, model.body.quantized_weight())
+
+
+# ---- saving fails ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("spoil", ["norm.weight", "head.bias", "body.weight_quantizer.codebook"])
+def test_nan_is_not_saved_and_the_old_file_stays(tmp_path, packed, spoil):
+    path = tmp_path / "m.safetensors"
+    model = trained()
+    adq.save(model, path)
+    before = path.read_bytes()
+    model.state_dict()[spoil].view(-1)[0] = float("nan")
+    with pytest.raises(ValueError, match=f"not saved: {spoil} holds NaN or infinity"):
+        adq.save(model, path, packed=packed)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_failing_write_leaves_nothing_behind(tmp_path, monkeypatch, existing):
+    path, model = tmp_path / "m.safetensors", trained()
+    if existing:
+        adq.save(model, path)
+    before = path.read_bytes() if existing else None
+
+    def half_written(tensors, name, metadata):
+        Path(name).write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(artifact, "save_file", half_written)
+    with pytest.raises(OSError, match="No space left"):
+        adq.save(model, path, packed=True)
+    assert list(tmp_path.iterdir()) == ([path] if existing else [])
+    assert not existing or path.read_bytes() == before
+
+
+def test_a_float_model_is_not_saved(tmp_path):
+    with pytest.raises(ValueError, match="the model is not quantized"):
+        adq.save(Net(), tmp_path / "m.safetensors")
+    assert list(tmp_path.iterdir()) == []

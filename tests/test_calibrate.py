@@ -1,0 +1,125 @@
+"""Calibration: what the thresholds are fitted to, and what is refused."""
+
+from __future__ import annotations
+
+import warnings
+from typing import NamedTuple
+
+import pytest
+import torch
+from networks import assert_same_state, images, net, quantized, train
+from torch import Tensor, nn
+
+import adq
+from adq import ActivationConfig, ADQConfig, WeightConfig, convert
+from adq.thresholds import fit_thresholds
+
+
+def test_calibration_sees_the_inputs_of_the_float_model():
+    model, reference = adq.quantize_(net()), net().eval()
+    adq.calibrate_(model, [images(0), images(1)])
+    x = torch.cat([images(0), images(1)])
+    inner = torch.relu(reference.norm(reference.stem(x)))
+    for layer, values in ((model.stem, x), (model.body[0], inner)):
+        fitted = fit_thresholds(values.detach().flatten(), layer.input_quantizer.config)
+        for key in ("start", "in_scale", "out_scale", "offset", "interval"):
+            torch.testing.assert_close(getattr(layer.input_quantizer, key).detach(), getattr(fitted, key))
+    assert model.stem.input_quantizer.offset > 0  # signed by what it saw
+    assert model.body[0].input_quantizer.offset == 0
+
+
+def test_many_inputs_are_sampled_reproducibly():
+    layers = [adq.quantize_(nn.Linear(64, 2), ADQConfig(first_last_bits=3)) for _ in range(2)]
+    batches = [torch.randn(1024, 64, generator=torch.Generator().manual_seed(i)) for i in range(10)]
+    for layer in layers:
+        adq.calibrate_(layer, batches)
+    assert torch.equal(layers[0].input_quantizer.out_scale, layers[1].input_quantizer.out_scale)
+    everything = fit_thresholds(torch.cat(batches).flatten()[::2], ActivationConfig(3))
+    torch.testing.assert_close(layers[0].input_quantizer.out_scale.detach(), everything.out_scale, rtol=0.1, atol=0)
+
+
+class Batch(NamedTuple):
+    x: Tensor
+    y: Tensor
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [images(), (images(), torch.zeros(8)), [images()], {"x": images()}, Batch(images(), torch.zeros(8))],
+    ids=lambda batch: type(batch).__name__,
+)
+def test_batches_of_every_kind(batch):
+    model = adq.calibrate_(adq.quantize_(net()), [batch])
+    assert_same_state(model, quantized())
+
+
+def test_forward_before_calibration_names_the_layer():
+    with pytest.raises(RuntimeError, match=r"layer 'stem' is not calibrated; call adq\.calibrate_"):
+        adq.quantize_(net())(images())
+
+
+def test_calibration_must_precede_training():
+    model = quantized()
+    adq.calibrate_(model, [images(1)])
+    for update in ("ema", "gradient", "frozen"):
+        model = train(quantized(weight=WeightConfig(update=update)))
+        thresholds = model.body[0].input_quantizer.out_scale.clone()
+        with pytest.raises(RuntimeError, match="has been trained since it was calibrated.*force=True"):
+            adq.calibrate_(model, [images(1)])
+        assert torch.equal(thresholds, model.body[0].input_quantizer.out_scale)
+        adq.calibrate_(model, [images(1) * 3], force=True)
+        assert not torch.equal(thresholds, model.body[0].input_quantizer.out_scale)
+
+
+def test_what_cannot_be_calibrated():
+    with pytest.raises(ValueError, match=r"not quantized; call adq\.quantize_"):
+        adq.calibrate_(net(), [images()])
+    with pytest.raises(ValueError, match="no batches"):
+        adq.calibrate_(adq.quantize_(net()), iter([]))
+    with pytest.raises(ValueError, match=r"NaN or infinity among the observed inputs \(layer 'stem'\)"):
+        adq.calibrate_(adq.quantize_(net()), [images() * float("nan")])
+    with pytest.raises(ValueError, match=r"signed=False, but inputs down to .* \(layer 'stem'\)"):
+        adq.calibrate_(adq.quantize_(net(), ADQConfig(activation=ActivationConfig(signed=False))), [images()])
+
+
+class Detour(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.used(input=x))
+
+
+def test_an_unreached_layer_warns():
+    model = adq.quantize_(Detour())
+    with pytest.warns(UserWarning, match="not calibrated, never reached by the batches: unused"):
+        adq.calibrate_(model, [torch.randn(3, 4)])
+    assert [layer.input_quantizer.is_calibrated for layer in model.children()] == [True, False, True]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quantized()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_calibration_leaves_flags_switches_and_hooks(fails):
+    model = adq.quantize_(net())
+    model.train()
+    model.body.eval()
+    flags = {name: module.training for name, module in model.named_modules()}
+    statistics = model.norm.running_mean.clone()
+    model.body[0].weight_quantizer.enabled = False
+    if fails:
+        with pytest.raises(RuntimeError, match="expected input"):
+            adq.calibrate_(model, [images(), torch.zeros(1, 2, 8, 8)])
+    else:
+        adq.calibrate_(model, [images()])
+    assert {name: module.training for name, module in model.named_modules()} == flags
+    assert torch.equal(model.norm.running_mean, statistics)
+    assert [layer.weight_quantizer.enabled for layer in convert.quantized_layers(model).values()] == [
+        True,
+        False,
+        True,
+        True,
+    ]
+    assert all(not layer._forward_pre_hooks for layer in convert.quantized_layers(model).values())
