@@ -104,7 +104,7 @@ def test_equals_the_best_of_all_assignments(problem):
 @pytest.mark.parametrize(
     ("budget", "expected"),
     [
-        (Budget(weight_bits=2.8), {"a": 3, "b": 2, "c": 8}),  # 1260: 300 + 600 + 400 = 1300 is 2.889
+        (Budget(weight_bits=1300 / 450), {"a": 3, "b": 2, "c": 8}),  # 300 + 600 + 400 bits
         (Budget(weight_bits=8), {"a": 4, "b": 4, "c": 8}),
         (Budget(bytes=188), {"a": 4, "b": 2, "c": 8}),  # 50 + 75 + 50 = 175; with b at 3 bits 213
         (Budget(bytes=212.9), {"a": 4, "b": 2, "c": 8}),
@@ -114,8 +114,6 @@ def test_equals_the_best_of_all_assignments(problem):
     ],
 )
 def test_by_hand(budget, expected):
-    if expected == {"a": 3, "b": 2, "c": 8}:
-        budget = Budget(weight_bits=1300 / 450)
     found = allocate(SMALL, budget)
     assert found.bits == expected
     total = 100 * expected["a"] + 300 * expected["b"] + 50 * 8

@@ -259,18 +259,12 @@ def test_least_squares_scale():
 def test_snapped_levels_are_int8_times_a_scale(scale, factor):
     w = weights(8, 50) * factor
     fit = cb.fit(w, WeightConfig(bits=4, scale=scale, snap="int8"))
-    mantissa, exponent = np.frexp(fit.codebook.double().numpy())
-    step = np.exp2(min(e for m, e in zip(mantissa, exponent, strict=True) if m) - 40.0)
-    integers = fit.codebook.double().numpy() / step
-    step = step * np.gcd.reduce(integers.astype(np.int64))  # the largest grid all levels are on
-    m = fit.codebook.double().numpy() / step
-    assert np.log2(step) == int(np.log2(step)) or np.abs(m).max() <= 127
-    power = np.exp2(np.floor(np.log2(step)))
-    m = (fit.codebook.double().numpy() / power).round()
-    assert np.abs(m).max() <= 127
-    int8_weight = m.astype(np.int8).astype(np.float32)
-    product = fit.codebook.numpy() * fit.scale.numpy().reshape(-1, 1)
-    assert np.array_equal(product, int8_weight * (np.float32(power) * fit.scale.numpy().reshape(-1, 1)))
+    codebook, channel = fit.codebook.numpy(), fit.scale.numpy()
+    step = np.float32(2.0 ** np.ceil(np.log2(np.abs(codebook).max() / 127)))  # the smallest power of two that fits
+    m = (codebook / step).astype(np.int8)
+    assert np.array_equal(m * step, codebook)
+    assert 64 <= np.abs(m.astype(int)).max() <= 127
+    assert np.array_equal(codebook * channel, m.astype(np.float32) * (step * channel))
 
 
 @pytest.mark.parametrize(
