@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -154,9 +155,33 @@ def test_large_layers_stay_strictly_within_the_budget():
         assert sum(b - 2 for b in found.bits.values()) == raised
 
 
-def test_scores_of_very_different_size_are_all_respected():
-    made = table(("big", 10, 1, 8, {2: 1e6}), ("x", 10, 1, 8, {2: 3e-3, 3: 2e-3}), ("y", 10, 1, 8, {2: 3e-3, 3: 1e-3}))
-    assert allocate(made, Budget(weight_bits=70 / 30)).bits == {"big": 2, "x": 2, "y": 3}
+def least_score(layers, limit: int) -> float:
+    """Of all assignments of at most ``limit`` bits in total, by dynamic programming over the bits spent."""
+    best = {0: 0.0}
+    for layer in layers:
+        reached: dict[int, float] = {}
+        for cost, total in best.items():
+            for b, value in layer.scores.items():
+                after = cost + layer.weights * b
+                if after <= limit and total + value < reached.get(after, math.inf):
+                    reached[after] = total + value
+        best = reached
+    return min(best.values())
+
+
+@pytest.mark.parametrize("seed", range(15))
+def test_scores_of_very_different_size_are_all_respected(seed):
+    """20 layers whose scores span eight decades: the small ones decide too."""
+    rng = np.random.default_rng(seed)
+    made = table(
+        *(
+            (f"l{i}", 10 * int(rng.integers(1, 40)), 1, 8, dict(zip((2, 3, 4), scores.tolist(), strict=True)))
+            for i, scores in enumerate(-np.sort(-rng.uniform(0, 1, (20, 3))) * 10 ** rng.uniform(-8, 0, (20, 1)))
+        )
+    )
+    weights = sum(layer.weights for layer in made.layers)
+    found = allocate(made, Budget(weight_bits=2.8))
+    assert score(made.layers, found.bits) <= least_score(made.layers, int(2.8 * weights + 1e-6)) * (1 + 1e-12)
 
 
 @pytest.mark.parametrize(

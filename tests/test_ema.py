@@ -49,15 +49,15 @@ def test_an_unused_level_stays():
 def test_a_dead_level_is_revived_beside_the_most_used(dead):
     c, n = torch.tensor([-1.0, 0.0, 1.0, 4.0]), torch.tensor([20.0, 20.0, 20.0, 20.0])
     donor = 3 if dead != 3 else 2
-    n[donor], n[dead] = 60.0, 0.0
-    after_c, after_n, after_m = ema_update(c, n, n * c, n.long(), n * c, 0.01)
+    n[donor], n[dead] = 60.0, 0.02  # a trace of former use
+    after_c, after_n, after_m = ema_update(c, n, n * c, n, n * c, 0.01)
     left = c[donor] - c[donor - 1]
     right = c[donor + 1] - c[donor] if donor < 3 else torch.tensor(0.0)
     newcomer = (c[donor] + 0.25 * right if right >= left else c[donor] - 0.25 * left).item()
     expected = sorted([value for k, value in enumerate(c.tolist()) if k != dead] + [newcomer])
     assert after_c.tolist() == pytest.approx(expected, abs=1e-6)
-    assert after_n.sum().item() == pytest.approx(100.0)
-    assert after_n[expected.index(newcomer)].item() == pytest.approx(30.0)
+    assert after_n.sum().item() == pytest.approx(100.02)
+    assert after_n[expected.index(newcomer)].item() == pytest.approx(30.01)
     np.testing.assert_allclose(after_m, after_n * after_c, rtol=1e-5, atol=1e-5)
 
 
