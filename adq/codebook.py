@@ -1,8 +1,4 @@
-"""Fitting and adapting codebooks: quantile start, Lloyd refinement, scales, the EMA step, the int8 grid.
-
-Everything is built on the operators, deterministic, and free of host synchronisation where it runs once a
-training step (:func:`ema_update`).
-"""
+"""Fitting codebooks: quantile start, Lloyd refinement, scales. Everything is built on the operators, deterministic."""
 
 from __future__ import annotations
 
@@ -13,14 +9,11 @@ import torch
 from torch import Tensor
 
 from adq.config import WeightConfig
-from adq.reference import decision_thresholds
+from adq.reference import decision_thresholds, least_squares_scale, snap_codebook
 
 LLOYD_GAIN_DB = 0.01
 LLOYD_MAX_ITERATIONS = 200
 SCALE_ROUNDS = 3
-INT8_MAX = 127
-REVIVE_BELOW = 1e-3
-"""A level is dead when its EMA count falls below this share of the mean count of a level."""
 
 _ops = torch.ops.adq
 
@@ -147,25 +140,6 @@ def channel_scale(w: Tensor, axis: int | None) -> Tensor:
     return torch.where(peak > 0, peak, 1.0)
 
 
-def least_squares_scale(w: Tensor, q: Tensor, scale: Tensor) -> Tensor:
-    """Per channel the factor that minimises ``||w - s q||^2``, the old scale where it is not positive."""
-    others = [d for d in range(w.dim()) if scale.shape[d] == 1]
-    fitted = (w * q).sum(others, keepdim=True) / q.square().sum(others, keepdim=True)
-    return torch.where(fitted > 0, fitted, scale)
-
-
-def snap_codebook(codebook: Tensor) -> Tensor:
-    """The codebook on an int8 grid: multiples ``m 2^e``, |m| <= 127, with the smallest such power of two.
-
-    A power of two makes every product with a scale round as the integer's own product would, so
-    ``scale * c`` equals the int8 weight ``m`` times the scale ``2^e * scale`` exactly.
-    """
-    peak = codebook.abs().amax()
-    step = torch.exp2(torch.ceil(torch.log2(peak / INT8_MAX)))
-    step = torch.where(peak > 0, step, 1.0)
-    return (codebook / step).round().clamp(-INT8_MAX, INT8_MAX) * step
-
-
 def fit(w: Tensor, config: WeightConfig, axis: int = 0) -> Fit:
     """Fit codebook and scale to a weight: the start of training, and post-training quantization.
 
@@ -200,50 +174,3 @@ def fit(w: Tensor, config: WeightConfig, axis: int = 0) -> Fit:
     codebook = snap_codebook(codebook) if config.snap else codebook
     count, _ = _ops.codebook_statistics(v, decision_thresholds(codebook))
     return Fit(codebook, scale, count.float())
-
-
-def ema_update(
-    codebook: Tensor, ema_count: Tensor, ema_total: Tensor, count: Tensor, total: Tensor, rate: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One EMA step of a codebook towards the means of its cells (VQ-VAE's rule; ADQ section 3.2).
-
-    ``N <- (1 - r) N + r n``, ``M <- (1 - r) M + r s``, ``c = (M + e c) / (N + e)``. The smoothing e pulls a
-    level that few weights use towards where it stands, not towards zero, so the order is kept. A level
-    that no weight has used for long is moved into the most used cell, with half of that cell's weight.
-
-    Args:
-        codebook: ascending float32 ``[K]``; ema_count, ema_total: N and M, float32 ``[K]``.
-        count, total: statistics of the current weights in the current cells, ``[K]``.
-        rate: r = 1 - g.
-
-    Returns:
-        New ``(codebook, N, M)``. Nothing is read back to the host.
-    """
-    new_count = (1.0 - rate) * ema_count + rate * count.float()
-    new_total = (1.0 - rate) * ema_total + rate * total
-    smoothing = 1e-5 * new_count.sum() / new_count.numel() + 1e-30
-    codebook = (new_total + smoothing * codebook) / (new_count + smoothing)
-    return _revive(torch.cummax(codebook, 0).values, new_count, new_total)
-
-
-def _revive(codebook: Tensor, count: Tensor, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Move the least used level, if it is dead, beside the most used one, whose N and M it shares."""
-    levels = codebook.numel()
-    if levels < 2:
-        return codebook, count, total
-    dead, donor = count.argmin(), count.argmax()
-    # a donor of fewer than two weights has nothing to share
-    revive = (count[dead] < REVIVE_BELOW * count.sum() / levels) & (count[donor] >= 2.0)
-    centre = codebook[donor]
-    left = centre - codebook[(donor - 1).clamp_min(0)]
-    right = codebook[(donor + 1).clamp_max(levels - 1)] - centre
-    towards_right = right >= left
-    newcomer = torch.where(towards_right, centre + 0.25 * right, centre - 0.25 * left)
-    half = 0.5 * (count[donor] + count[dead])
-    index = torch.arange(levels, device=codebook.device)
-    is_dead, is_donor = (index == dead) & revive, (index == donor) & revive
-    codebook = torch.where(is_dead, newcomer, codebook)
-    count = torch.where(is_dead | is_donor, half, count)
-    total = torch.where(is_dead, half * newcomer, torch.where(is_donor, half * centre, total))
-    codebook, order = codebook.sort(stable=True)
-    return codebook, count[order], total[order]

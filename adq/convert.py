@@ -15,7 +15,7 @@ from adq.config import ADQConfig, LayerConfig, check_bits, merge_override, with_
 from adq.nn.activation import ActivationQuantizer
 from adq.nn.layers import QUANTIZED, QuantizedLayer
 from adq.nn.weight import WeightQuantizer
-from adq.update import unregister
+from adq.update import prepare_together, unregister
 
 FilterFn = Callable[[nn.Module, str], bool]
 
@@ -133,6 +133,7 @@ def convert_layers_(model: nn.Module, layers: Mapping[str, LayerConfig], *, fitt
             _revert(module, kinds[name])
         raise
     _disable_fused_paths(model)
+    prepare_together(model)
     return model
 
 

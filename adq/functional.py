@@ -30,6 +30,18 @@ class _CodebookQuantize(Function):
         return grads[0], None, None, None
 
 
+class _StraightThrough(Function):
+    """A quantized tensor in the forward pass; backward: the whole gradient goes to the tensor it was made from."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, w_q: Tensor) -> Tensor:
+        return w_q
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
 class _LearnedCodebookQuantize(Function):
     """As :class:`_CodebookQuantize`, and the codebook learns: ``dL/dc[k] = sum over cell k of dL/dw_q``."""
 
@@ -78,22 +90,26 @@ class _ThresholdQuantize(Function):
         return (*gradients, None, None)
 
 
-def lookup(w: Tensor, codebook: Tensor, thresholds: Tensor) -> Tensor:
-    """Nearest codewords of w with a straight-through gradient, the thresholds given: the modules' hot path.
+def quantize_weight(w: Tensor, scale: Tensor, codebook: Tensor, w_q: Tensor | None = None) -> Tensor:
+    """``w_q = scale * c[code(w / scale)]`` with a straight-through gradient to w: the modules' hot path.
 
     Args:
-        w: weights, float32, bfloat16 or float16, any shape and strides.
-        codebook: ascending float32 ``[K]``.
-        thresholds: :func:`decision_thresholds` of it, float32 ``[K - 1]``.
+        w: weight, float32, bfloat16 or float16, any shape and strides.
+        scale: contiguous float32, as many dimensions as w, all of size 1 but at most one (the channels).
+        codebook: ascending float32 ``[K]``, in units of the scale; gets no gradient.
+        w_q: the quantized weight, if it is known already.
 
     Returns:
         w_q, in w's shape, dtype and strides.
     """
-    return _CodebookQuantize.apply(w, codebook, thresholds, False)[0]
+    if w_q is None:
+        (w_q,) = _ops.foreach_codebook_quantize([w.detach()], [scale], [codebook])
+    return _StraightThrough.apply(w, w_q)
 
 
 def learned_lookup(w: Tensor, codebook: Tensor) -> Tensor:
-    """As :func:`lookup`, with a gradient for the codebook too: the sum of ``dL/dw_q`` over each cell."""
+    """Nearest codewords of w, with straight-through gradient to w and one for the codebook: ``dL/dw_q`` summed
+    over each cell."""
     return _LearnedCodebookQuantize.apply(w, codebook, decision_thresholds(codebook.detach()))
 
 

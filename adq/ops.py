@@ -12,8 +12,11 @@ Conventions shared by all operators:
 * The parameters of the activation quantizer are float32: ``start``, ``in_scale``, ``out_scale`` and
   ``offset`` hold one element, ``interval`` holds ``steps`` elements, or one that serves every step
   (the uniform quantizer).
-* Every operator is functional and deterministic, bit for bit, from run to run and for any number of
-  threads.
+* The ``foreach`` operators take the weights of many layers, a list entry a layer, and fold in the scales:
+  ``scales[l]`` is float32 and contiguous, has as many dimensions as ``weights[l]``, and all of them are 1 but at
+  most one, the channels'. All tensors lie on one device.
+* Every operator is deterministic, bit for bit, from run to run and for any number of threads, and functional, but
+  for the one whose name ends in an underscore.
 """
 
 from __future__ import annotations
@@ -50,6 +53,11 @@ SCHEMAS = {
         "(Tensor grad, Tensor x, Tensor start, Tensor interval, Tensor in_scale, Tensor out_scale,"
         " Tensor offset, int steps)"
         " -> (Tensor d_x, Tensor d_start, Tensor d_interval, Tensor d_in_scale, Tensor d_out_scale)"
+    ),
+    "foreach_codebook_quantize": "(Tensor[] weights, Tensor[] scales, Tensor[] codebooks) -> Tensor[]",
+    "foreach_codebook_step_": (
+        "(Tensor[] weights, Tensor(a!)[] scales, Tensor(b!)[] codebooks, Tensor(c!)[] counts, Tensor(d!)[] totals,"
+        " Tensor rates, float pace, bool[] snap, Tensor(e!)[] quantized) -> ()"
     ),
     "pack_bits": "(Tensor codes, int bits) -> Tensor",
     "unpack_bits": "(Tensor packed, int bits, int numel) -> Tensor",
@@ -88,6 +96,68 @@ def check_codebook(w: Tensor, thresholds: Tensor, codebook: Tensor | None = None
             raise ValueError(
                 f"adq: {codebook.numel()} levels need {codebook.numel() - 1} thresholds, got {thresholds.numel()}"
             )
+
+
+def scale_axis(w: Tensor, scale: Tensor) -> int | None:
+    """The axis of w along which ``scale`` has an element for each channel, None if one serves the whole tensor."""
+    axes = [axis for axis, size in enumerate(scale.shape) if size != 1]
+    fits = scale.dim() == w.dim() and len(axes) <= 1 and all(scale.shape[axis] == w.shape[axis] for axis in axes)
+    if scale.dtype != torch.float32 or not fits or not scale.is_contiguous():
+        raise ValueError(
+            f"adq: the scale of a weight {tuple(w.shape)} must be contiguous float32 and 1 in all dimensions but at "
+            f"most one, got {scale.dtype} {tuple(scale.shape)}"
+        )
+    return axes[0] if axes else None
+
+
+def _check_lists(weights: list[Tensor], scales: list[Tensor], **tables: list[Tensor]) -> None:
+    for name, tensors in {"scales": scales, **tables}.items():
+        if len(tensors) != len(weights):
+            raise ValueError(f"adq: {len(weights)} weights, but {len(tensors)} {name}")
+    device = weights[0].device if weights else None
+    for i, (w, scale) in enumerate(zip(weights, scales, strict=True)):
+        _check_float(f"weights[{i}]", w)
+        scale_axis(w, scale)
+        levels = next(iter(tables.values()))[i].numel()
+        for name, tensors in tables.items():
+            _check_table(f"{name}[{i}]", tensors[i], w.device)
+            if tensors[i].numel() != levels or not 1 <= levels <= MAX_LEVELS or not tensors[i].is_contiguous():
+                raise ValueError(
+                    f"adq: {name}[{i}] must be contiguous, with one element for each of the 1..{MAX_LEVELS} levels of "
+                    f"its codebook, got {tensors[i].numel()} for {levels} levels"
+                )
+        if w.device != device or scale.device != device:
+            raise ValueError(f"adq: weights[{i}] is on {w.device} and its scale on {scale.device}, others on {device}")
+
+
+def check_foreach_quantize(weights: list[Tensor], scales: list[Tensor], codebooks: list[Tensor]) -> None:
+    """Check the arguments of :func:`foreach_codebook_quantize`; raises TypeError or ValueError."""
+    _check_lists(weights, scales, codebooks=codebooks)
+
+
+def check_foreach_step(
+    weights: list[Tensor],
+    scales: list[Tensor],
+    codebooks: list[Tensor],
+    counts: list[Tensor],
+    totals: list[Tensor],
+    rates: Tensor,
+    snap: list[bool],
+    quantized: list[Tensor],
+) -> None:
+    """Check the arguments of :func:`foreach_codebook_step_`; raises TypeError or ValueError."""
+    _check_lists(weights, scales, codebooks=codebooks, counts=counts, totals=totals)
+    if not weights:
+        return
+    _check_table("rates", rates, weights[0].device)
+    if rates.numel() != len(weights) or len(snap) != len(weights):
+        raise ValueError(f"adq: {len(weights)} weights, but {rates.numel()} rates and {len(snap)} of snap")
+    if len(quantized) not in (0, len(weights)):
+        raise ValueError(f"adq: quantized must be empty or hold a tensor a weight, got {len(quantized)}")
+    for i, (w, w_q) in enumerate(zip(weights, quantized, strict=False)):
+        layout = torch.empty_like(w, device="meta").stride()
+        if w_q.dtype != w.dtype or w_q.shape != w.shape or w_q.device != w.device or w_q.stride() != layout:
+            raise ValueError(f"adq: quantized[{i}] must be like weights[{i}], as torch.empty_like makes it")
 
 
 def check_threshold(
@@ -177,6 +247,29 @@ def _fake_codebook_lookup_statistics(
 ) -> tuple[Tensor, ...]:
     w_q, code = _fake_codebook_lookup(w, codebook, thresholds, codes)
     return w_q, code, *_fake_codebook_statistics(w, thresholds)
+
+
+@_register_fake
+def _fake_foreach_codebook_quantize(
+    weights: list[Tensor], scales: list[Tensor], codebooks: list[Tensor]
+) -> list[Tensor]:
+    check_foreach_quantize(weights, scales, codebooks)
+    return [torch.empty_like(w) for w in weights]
+
+
+@_register_fake
+def _fake_foreach_codebook_step_(
+    weights: list[Tensor],
+    scales: list[Tensor],
+    codebooks: list[Tensor],
+    counts: list[Tensor],
+    totals: list[Tensor],
+    rates: Tensor,
+    pace: float,
+    snap: list[bool],
+    quantized: list[Tensor],
+) -> None:
+    check_foreach_step(weights, scales, codebooks, counts, totals, rates, snap, quantized)
 
 
 @_register_fake

@@ -14,6 +14,12 @@ from torch import Tensor
 
 from adq import ops
 
+INT8_MAX = 127
+SMOOTHING = 1e-5
+"""Of the mean count of a level: how much a codeword is held where it stands."""
+REVIVE_BELOW = 1e-3
+"""A level is dead when its EMA count falls below this share of the mean count of a level."""
+
 
 def decision_thresholds(codebook: Tensor) -> Tensor:
     """Midpoints ``t[k] = 0.5 * (c[k] + c[k + 1])`` of an ascending codebook ``[K]``, float32 ``[K - 1]``."""
@@ -57,6 +63,136 @@ def codebook_lookup_statistics(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """:func:`codebook_lookup` and :func:`codebook_statistics` in one pass over w."""
     return *codebook_lookup(w, codebook, thresholds, codes), *codebook_statistics(w, thresholds)
+
+
+def scaled_lookup(w: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
+    """The codeword nearest to ``w / scale``, float32, in units of the scale."""
+    return codebook_lookup(w.float() / scale, codebook, decision_thresholds(codebook), False)[0]
+
+
+def foreach_codebook_quantize(weights: list[Tensor], scales: list[Tensor], codebooks: list[Tensor]) -> list[Tensor]:
+    """``w_q = scale * c[code(w / scale)]`` of every layer, in w's dtype and strides; float32 until the last rounding."""
+    ops.check_foreach_quantize(weights, scales, codebooks)
+    return [
+        torch.empty_like(w).copy_(scaled_lookup(w, scale, codebook) * scale)
+        for w, scale, codebook in zip(weights, scales, codebooks, strict=True)
+    ]
+
+
+def foreach_codebook_step_(
+    weights: list[Tensor],
+    scales: list[Tensor],
+    codebooks: list[Tensor],
+    counts: list[Tensor],
+    totals: list[Tensor],
+    rates: Tensor,
+    pace: float,
+    snap: list[bool],
+    quantized: list[Tensor],
+) -> None:
+    """One EMA step of every layer's codebook and channel scales towards its weight; all state changes in place.
+
+    With ``v = w / scale``, q the codewords of v and r = ``rates[l] * pace``::
+
+        scale <- scale + r (sum w q / sum q^2 - scale)      of each channel, where there are channels
+        c, N, M <- ema_update(c, N, M, n, s, r)             n, s: statistics of v in the old cells
+        c <- snap_codebook(c)                               where ``snap[l]``; N and M stay as they are
+
+    Args:
+        weights: float32, bfloat16 or float16, any shape; scales: see :mod:`adq.ops`.
+        codebooks, counts, totals: c, N and M, float32 ``[K_l]``; c ascending.
+        rates: float32 ``[layers]``, 1 - g of each layer, on the weights' device.
+        pace: factor on all rates.
+        snap: whether the levels of a layer are held on an int8 grid.
+        quantized: empty, or a tensor like each weight for the weight quantized with the new state.
+    """
+    ops.check_foreach_step(weights, scales, codebooks, counts, totals, rates, snap, quantized)
+    for i, (w, scale, codebook) in enumerate(zip(weights, scales, codebooks, strict=True)):
+        rate = rates[i] * pace
+        v = w.float() / scale
+        q, _, n, s = codebook_lookup_statistics(v, codebook, decision_thresholds(codebook), False)
+        if ops.scale_axis(w, scale) is not None:
+            fitted = least_squares_scale(w.float(), q, scale)
+            scale.copy_(scale + rate * (fitted - scale))
+        new_codebook, count, total = ema_update(codebook, counts[i], totals[i], n, s, rate)
+        codebook.copy_(snap_codebook(new_codebook) if snap[i] else new_codebook)
+        counts[i].copy_(count)
+        totals[i].copy_(total)
+    for w_q, value in zip(quantized, foreach_codebook_quantize(weights, scales, codebooks), strict=False):
+        w_q.copy_(value)
+
+
+def least_squares_scale(w: Tensor, q: Tensor, scale: Tensor) -> Tensor:
+    """Per channel the factor that minimises ``||w - s q||^2``, the old scale where it is not positive."""
+    others = [d for d in range(w.dim()) if scale.shape[d] == 1]
+    fitted = (w * q).sum(others, keepdim=True) / q.square().sum(others, keepdim=True)
+    return torch.where(fitted > 0, fitted, scale)
+
+
+def snap_codebook(codebook: Tensor) -> Tensor:
+    """The codebook on an int8 grid: multiples ``m 2^e``, |m| <= 127, with the smallest such power of two.
+
+    A power of two makes every product with a scale round as the integer's own product would, so
+    ``scale * c`` equals the int8 weight ``m`` times the scale ``2^e * scale`` exactly.
+    """
+    peak = codebook.abs().amax()
+    mantissa, exponent = torch.frexp((peak / INT8_MAX).clamp_min(torch.finfo(torch.float32).tiny))
+    step = torch.ldexp(torch.ones_like(peak), exponent - (mantissa == 0.5).int())
+    step = torch.where(peak > 0, step, 1.0)
+    return (codebook / step).round().clamp(-INT8_MAX, INT8_MAX) * step
+
+
+def ema_update(
+    codebook: Tensor, ema_count: Tensor, ema_total: Tensor, count: Tensor, total: Tensor, rate: float | Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One EMA step of a codebook towards the means of its cells (VQ-VAE's rule; ADQ section 3.2).
+
+    ``N <- (1 - r) N + r n``, ``M <- (1 - r) M + r s``, ``c = (M + e c) / (N + e)``. The smoothing e pulls a
+    level that few weights use towards where it stands, not towards zero, so the order is kept. A level
+    that no weight has used for long is moved into the most used cell, with half of that cell's weight.
+
+    Args:
+        codebook: ascending float32 ``[K]``; ema_count, ema_total: N and M, float32 ``[K]``.
+        count, total: statistics of the current weights in the current cells, ``[K]``.
+        rate: r = 1 - g.
+
+    Returns:
+        New ``(codebook, N, M)``. Nothing is read back to the host.
+    """
+    new_count = (1.0 - rate) * ema_count + rate * count.float()
+    new_total = (1.0 - rate) * ema_total + rate * total
+    smoothing = SMOOTHING * new_count.sum() / new_count.numel() + 1e-30
+    codebook = (new_total + smoothing * codebook) / (new_count + smoothing)
+    return _revive(torch.cummax(codebook, 0).values, new_count, new_total)
+
+
+def _revive(codebook: Tensor, count: Tensor, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Move the least used level, if it is dead, beside the most used one, whose N and M it shares."""
+    levels = codebook.numel()
+    if levels < 2:
+        return codebook, count, total
+    dead, donor = count.argmin(), count.argmax()
+    # a donor of fewer than two weights has nothing to share
+    revive = (count[dead] < REVIVE_BELOW * count.sum() / levels) & (count[donor] >= 2.0)
+    centre = codebook[donor]
+    left = centre - codebook[(donor - 1).clamp_min(0)]
+    right = codebook[(donor + 1).clamp_max(levels - 1)] - centre
+    to_right = right >= left
+    newcomer = torch.where(to_right, centre + 0.25 * right, centre - 0.25 * left)
+    half = 0.5 * (count[donor] + count[dead])
+    index = torch.arange(levels, device=codebook.device)
+    is_dead, is_donor = index == dead, index == donor
+    revived = (
+        torch.where(is_dead, newcomer, codebook),
+        torch.where(is_dead | is_donor, half, count),
+        torch.where(is_dead, half * newcomer, torch.where(is_donor, half * centre, total)),
+    )
+    # where the newcomer belongs: beside the donor's place in a row without the dead level
+    slot = donor - (dead < donor).long() + to_right.long()
+    rest = index - (index > slot).long()
+    source = torch.where(index == slot, dead, rest + (rest >= dead).long())
+    before = (codebook, count, total)
+    return tuple(torch.where(revive, new[source], old) for new, old in zip(revived, before, strict=True))  # type: ignore[return-value]
 
 
 def _edges(start: Tensor, interval: Tensor) -> tuple[list[Tensor], list[Tensor]]:

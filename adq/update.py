@@ -1,25 +1,34 @@
-"""When codebooks move: once per optimizer step, after it, in training mode only.
+"""All layers at once: codebooks move after each optimizer step, weights are quantized when a forward pass begins.
 
 Quantized layers enter a weak registry when they are built, copied or unpickled. A global post-step hook of
-torch's optimizers updates those whose weight the stepping optimizer holds. So gradient accumulation gives
-one update a step, a step that a gradient scaler skips gives none, a forward pass under ``no_grad`` or
-recomputed by activation checkpointing changes nothing, and a user's training loop stays as it is.
+torch's optimizers updates those whose weight the stepping optimizer holds, in training mode only. So gradient
+accumulation gives one update a step, a step that a gradient scaler skips gives none, a forward pass under
+``no_grad`` or recomputed by activation checkpointing changes nothing, and a user's training loop stays as it is.
+
+When the converted model as a whole begins a forward pass, one operator quantizes the weights of all its layers; they
+are dropped when it ends. A layer that runs outside of such a pass, or whose weight changed during it, quantizes its
+own weight.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 if TYPE_CHECKING:
     from adq.nn.layers import QuantizedLayer
+    from adq.nn.weight import WeightQuantizer
 
 _LAYERS: weakref.WeakSet[QuantizedLayer] = weakref.WeakSet()
+_LAYERS_OF: weakref.WeakKeyDictionary[nn.Module, list[QuantizedLayer]] = weakref.WeakKeyDictionary()
+
+Pace = float | Tensor
 
 
 def register(layer: QuantizedLayer) -> None:
@@ -32,13 +41,23 @@ def unregister(layer: nn.Module) -> None:
     _LAYERS.discard(layer)  # type: ignore[arg-type]
 
 
-def _pace(group: dict[str, Any]) -> float:
+def _pace(group: dict[str, Any]) -> Pace:
     """Learning rate of a parameter group over its peak, at most 1; the schedulers of torch record the peak."""
-    peak = group.get("max_lr", group.get("initial_lr", group["lr"]))
-    return min(1.0, float(group["lr"]) / float(peak)) if float(peak) > 0.0 else 1.0
+    rate, peak = group["lr"], group.get("max_lr", group.get("initial_lr", group["lr"]))
+    if isinstance(rate, Tensor):  # of a capturable optimizer: not to be read back
+        return torch.where(torch.as_tensor(peak, device=rate.device) > 0, rate / peak, 1.0).clamp_max(1.0).float()
+    return min(1.0, float(rate) / float(peak)) if float(peak) > 0.0 else 1.0
 
 
-def _update(layers: Iterable[QuantizedLayer], paces: dict[int, float] | None) -> None:
+@lru_cache(maxsize=64)
+def _constant_rates(rates: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(rates, device=device)
+
+
+def _update(layers: Iterable[QuantizedLayer], paces: dict[int, Pace] | None) -> None:
+    """Count a step of the layers in training mode, and move the codebooks that follow their weights."""
+    counted: dict[torch.device, list[Tensor]] = {}
+    groups: dict[tuple[torch.device, Any], list[tuple[Tensor, WeightQuantizer]]] = {}
     done = set()  # layers that share a weight share a quantizer
     for layer in layers:
         quantizer = layer.weight_quantizer
@@ -46,22 +65,101 @@ def _update(layers: Iterable[QuantizedLayer], paces: dict[int, float] | None) ->
         if pace is None or not layer.training or id(quantizer) in done or isinstance(quantizer, nn.Identity):
             continue
         done.add(id(quantizer))
-        quantizer.update_(layer.weight, pace)
+        counted.setdefault(quantizer.steps.device, []).append(quantizer.steps)
+        if quantizer.config.update == "ema":
+            key = layer.weight.device, pace if quantizer.config.ema_follows_lr else 1.0
+            groups.setdefault(key, []).append((layer.weight.detach(), quantizer))
+    for steps in counted.values():
+        torch._foreach_add_(steps, 1)
+    for (device, pace), members in groups.items():
+        _step(device, pace, *zip(*members, strict=True))
 
 
-def step(model: nn.Module) -> None:
-    """Update the codebooks of a model in training mode: for optimizers that are not torch's, after each step."""
+def _step(device: torch.device, pace: Pace, weights: tuple[Tensor, ...], quantizers: tuple[WeightQuantizer, ...]) -> None:
+    """One EMA step of all codebooks of a device that move at the same pace."""
+    rates = _constant_rates(tuple(1.0 - quantizer.config.ema_decay for quantizer in quantizers), device)
+    if isinstance(pace, Tensor):
+        rates, pace = rates * pace.to(device), 1.0
+    torch.ops.adq.foreach_codebook_step_(
+        weights,
+        [quantizer.scale for quantizer in quantizers],
+        [quantizer.codebook for quantizer in quantizers],
+        [quantizer.ema_count for quantizer in quantizers],
+        [quantizer.ema_total for quantizer in quantizers],
+        rates,
+        pace,
+        [quantizer.config.snap is not None for quantizer in quantizers],
+        [],
+    )
+
+
+def _layers_of(model: nn.Module) -> list[QuantizedLayer]:
     from adq.nn.layers import QuantizedLayer
 
-    _update((module for module in model.modules() if isinstance(module, QuantizedLayer)), None)
+    return [module for module in model.modules() if isinstance(module, QuantizedLayer)]
 
 
+@torch.no_grad()
+def step(model: nn.Module) -> None:
+    """Update the codebooks of a model in training mode: for optimizers that are not torch's, after each step."""
+    _update(_layers_of(model), None)
+
+
+@torch.no_grad()
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     # a fused optimizer steps even when its gradient scaler has found an infinity, and then changes nothing
     skipped = getattr(optimizer, "found_inf", None)
     if _LAYERS and not (skipped is not None and bool(skipped)):
-        paces = {id(p): _pace(group) for group in optimizer.param_groups for p in group["params"]}
+        paces = {id(p): pace for group in optimizer.param_groups for pace in [_pace(group)] for p in group["params"]}
         _update(list(_LAYERS), paces)
 
 
 register_optimizer_step_post_hook(_after_step)
+
+
+def prepare_together(model: nn.Module) -> None:
+    """From now on quantize the weights of all layers of ``model`` at once, when it begins a forward pass."""
+    model.register_forward_pre_hook(_prepare)
+    model.register_forward_hook(_release, always_call=True)
+
+
+def _can_prepare(quantizer: WeightQuantizer | nn.Identity, weight: Tensor) -> bool:
+    return (
+        not isinstance(quantizer, nn.Identity)
+        and quantizer.enabled
+        and quantizer.config.update != "gradient"
+        and type(weight) in (nn.Parameter, Tensor)  # not one that a parallel strategy has sharded
+        and not weight.is_inference()
+    )
+
+
+@torch.no_grad()
+def _prepare(model: nn.Module, args: Any) -> None:
+    from adq.nn.weight import Prepared
+
+    if torch.compiler.is_compiling():  # a compiled graph holds each layer's own lookup
+        return
+    if model not in _LAYERS_OF:
+        _LAYERS_OF[model] = _layers_of(model)
+    groups: dict[torch.device, dict[int, tuple[Tensor, WeightQuantizer]]] = {}
+    for layer in _LAYERS_OF[model]:
+        weight, quantizer = layer.weight, layer.weight_quantizer
+        if _can_prepare(quantizer, weight):
+            groups.setdefault(weight.device, {})[id(quantizer)] = (weight, quantizer)  # type: ignore[assignment]
+    for group in groups.values():
+        members = group.values()
+        if len(members) == 1:
+            continue
+        weights, quantizers = zip(*members, strict=True)
+        scales, codebooks = [q.scale for q in quantizers], [q.codebook for q in quantizers]
+        quantized = torch.ops.adq.foreach_codebook_quantize(weights, scales, codebooks)
+        for weight, quantizer, w_q in zip(weights, quantizers, quantized, strict=True):
+            quantizer.prepared = Prepared.make(weight, quantizer.codebook, w_q)
+
+
+def _release(model: nn.Module, args: Any, output: Any) -> None:
+    if torch.compiler.is_compiling():
+        return
+    for layer in _LAYERS_OF.get(model, ()):
+        if not isinstance(layer.weight_quantizer, nn.Identity):
+            layer.weight_quantizer.prepared = None

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adq.codebook import REVIVE_BELOW, ema_update
+from adq.reference import REVIVE_BELOW, ema_update
 
 
 def table(*values: float) -> torch.Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, empty_like, get_num_threads
 
 from adq import ops
+from adq.reference import foreach_codebook_quantize, foreach_codebook_step_  # noqa: F401
 
 try:
     import adq._C as _C

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from adq import ops
+from adq.reference import foreach_codebook_quantize, foreach_codebook_step_  # noqa: F401
 from adq.kernels.bits import pack_kernel, unpack_kernel
 from adq.kernels.codebook import codebook_kernel, codebook_reduce_kernel, codebook_statistics_kernel
 from adq.kernels.threshold import threshold_kernel, threshold_table_kernel

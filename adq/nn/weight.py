@@ -3,24 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from adq.codebook import Fit, ema_update, fit, least_squares_scale, snap_codebook
+from adq.codebook import Fit, fit
 from adq.config import WeightConfig
-from adq.functional import learned_lookup, lookup
+from adq.functional import learned_lookup, quantize_weight
 from adq.nn.dtype import keeping_dtype
 from adq.reference import decision_thresholds
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A weight quantized ahead of its layer's forward pass, together with all others (:mod:`adq.update`)."""
+
+    weight: Tensor
+    versions: tuple[int, int]
+    w_q: Tensor
+
+    @classmethod
+    def make(cls, weight: Tensor, codebook: Tensor, w_q: Tensor) -> Prepared:
+        """Remember what ``w_q`` was made from."""
+        return cls(weight, (weight._version, codebook._version), w_q)
+
+    def of(self, weight: Tensor, codebook: Tensor) -> Tensor | None:
+        """``w_q``, unless it was made from another weight, or weight or codebook have changed since."""
+        same = weight is self.weight and (weight._version, codebook._version) == self.versions
+        return self.w_q if same else None
 
 
 class WeightQuantizer(nn.Module):
     """Maps each weight to ``scale * c[code]``, c the nearest level of the layer's codebook.
 
-    The forward pass only looks up; the codebook moves in :meth:`update_`, which torch's optimizers call once
-    a step (see :mod:`adq.update`). Its length tells the bit-width, so a state dict alone restores it.
+    The forward pass only looks up; the codebook moves after each step of torch's optimizers (see
+    :mod:`adq.update`). Its length tells the bit-width, so a state dict alone restores it.
 
     Buffers (float32 unless said): ``codebook`` ``[K]`` (a parameter with ``update="gradient"``), ``ema_count`` and
     ``ema_total`` ``[K]`` (N and M), ``scale`` (broadcasts against the weight), ``steps`` int64, steps since the
@@ -41,6 +60,7 @@ class WeightQuantizer(nn.Module):
     ema_count: Tensor
     ema_total: Tensor
     steps: Tensor
+    prepared: Prepared | None = None
 
     def __init__(
         self,
@@ -106,38 +126,15 @@ class WeightQuantizer(nn.Module):
             return weight
         if self.config.update == "gradient":
             w_q = learned_lookup(weight / self.scale, self.codebook.sort().values)
-        else:
-            w_q = lookup(weight / self.scale, self.codebook, decision_thresholds(self.codebook))
-        return (w_q * self.scale).to(weight.dtype)
+            return (w_q * self.scale).to(weight.dtype)
+        prepared = self.prepared
+        return quantize_weight(weight, self.scale, self.codebook, prepared and prepared.of(weight, self.codebook))
 
     @torch.no_grad()
     def encode(self, weight: Tensor) -> Tensor:
         """Codes of the weight, uint8, same shape."""
         codebook = self.codebook.detach().sort().values
         return torch.ops.adq.codebook_lookup(weight / self.scale, codebook, decision_thresholds(codebook), True)[1]
-
-    @torch.no_grad()
-    def update_(self, weight: Tensor, pace: float = 1.0) -> None:
-        """Count an optimizer step and, with ``update="ema"``, move codebook and scale towards the current weight.
-
-        Args:
-            weight: the layer's weight after the optimizer's step.
-            pace: factor on ``1 - ema_decay``, the learning rate over its peak.
-        """
-        self.steps += 1
-        if self.config.update != "ema":
-            return
-        rate = (1.0 - self.config.ema_decay) * (pace if self.config.ema_follows_lr else 1.0)
-        v = weight.detach().float() / self.scale
-        q, _, count, total = torch.ops.adq.codebook_lookup_statistics(
-            v, self.codebook, decision_thresholds(self.codebook), False
-        )
-        if self.config.scale == "channel":
-            self.scale.lerp_(least_squares_scale(weight.detach().float(), q, self.scale), rate)
-        codebook, ema_count, ema_total = ema_update(self.codebook, self.ema_count, self.ema_total, count, total, rate)
-        self.codebook.copy_(snap_codebook(codebook) if self.config.snap else codebook)
-        self.ema_count.copy_(ema_count)
-        self.ema_total.copy_(ema_total)
 
     def refit_(self, weight: Tensor) -> None:
         """Fit codebook and scale anew to a weight, as at construction."""
