@@ -11,28 +11,19 @@
 namespace adq {
 namespace ADQ_ISA {
 
-using Word = std::uint64_t;
-
 constexpr int kWordCodes = 8;
 constexpr int kSlack = 16;
 constexpr int kVectorCodes = sizeof(Words);
 
-// The low `width` bits of every field of `field` bits.
-constexpr Word low_bits(int width, int field) {
-    Word mask = 0;
-    for (int at = 0; at < 64; at += field) mask |= ((Word{1} << width) - 1) << at;
-    return mask;
-}
-
 // Fields of 2 kField bits: two numbers of kBits bits, kField apart, become adjacent; and back.
 template <int kBits, int kField, class W>
 ADQ_INLINE W join(W word) {
-    constexpr Word low = low_bits(kBits, 2 * kField);
+    constexpr Word low = low_fields(kBits, 2 * kField);
     return (word & low) | ((word >> (kField - kBits)) & (low << kBits));
 }
 template <int kBits, int kField, class W>
 ADQ_INLINE W split(W word) {
-    constexpr Word low = low_bits(kBits, 2 * kField);
+    constexpr Word low = low_fields(kBits, 2 * kField);
     return (word & low) | ((word & (low << kBits)) << (kField - kBits));
 }
 

@@ -30,10 +30,45 @@ ADQ_INLINE void unroll(Function&& function) {
     }
 }
 
+using Word = std::uint64_t;
+
+// The low `width` bits of every field of `field` bits.
+constexpr Word low_fields(int width, int field) {
+    Word mask = 0;
+    for (int at = 0; at < 64; at += field) mask |= ((Word{1} << width) - 1) << at;
+    return mask;
+}
+
 ADQ_INLINE Floats load_floats(const float* from) {
     Floats out;
     std::memcpy(&out, from, sizeof out);
     return out;
+}
+
+// The sum of the bytes, eight to a word.
+ADQ_INLINE Words byte_sums(ByteLanes a) {
+#if defined(__AVX512F__)
+    return (Words)_mm512_sad_epu8((__m512i)a, _mm512_setzero_si512());
+#elif defined(__AVX2__)
+    return (Words)_mm256_sad_epu8((__m256i)a, _mm256_setzero_si256());
+#else
+    Words words;
+    std::memcpy(&words, &a, sizeof words);
+    words = (words & low_fields(8, 16)) + ((words >> 8) & low_fields(8, 16));
+    words = (words & low_fields(16, 32)) + ((words >> 16) & low_fields(16, 32));
+    return (words & low_fields(32, 64)) + (words >> 32);
+#endif
+}
+
+// Ask for `count` elements that a sweep will soon read; the address need not be valid.
+template <class T>
+ADQ_INLINE void prefetch(const T* from, int count) {
+#if defined(__GNUC__)
+    for (std::size_t byte = 0; byte < count * sizeof(T); byte += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(from) + byte);
+#else
+    (void)from, (void)count;
+#endif
 }
 
 // table[index], lane by lane.
@@ -51,6 +86,16 @@ ADQ_INLINE Floats gather(const float* table, Ints index) {
 
 #if defined(__AVX2__)
 #define ADQ_HAS_PERMUTE 1
+
+// table[index] of 16 bytes, byte by byte; 0 where the index is 255.
+ADQ_INLINE ByteLanes look_up_bytes(const std::int8_t* table, ByteLanes index) {
+    const __m128i pattern = _mm_loadu_si128((const __m128i*)table);
+#if defined(__AVX512F__)
+    return (ByteLanes)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(pattern), (__m512i)index);
+#else
+    return (ByteLanes)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(pattern), (__m256i)index);
+#endif
+}
 
 #if defined(__AVX512F__)
 constexpr int kMaxRegisterTable = 256;

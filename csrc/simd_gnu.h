@@ -28,6 +28,7 @@ typedef std::uint16_t Shorts __attribute__((vector_size(2 * kWidth)));
 typedef std::uint8_t Bytes __attribute__((vector_size(kWidth)));
 typedef std::int8_t ByteLanes __attribute__((vector_size(4 * kWidth)));
 typedef std::uint64_t Words __attribute__((vector_size(4 * kWidth)));
+typedef float Pair __attribute__((vector_size(8)));
 
 ADQ_INLINE void set_word(Words& words, int i, std::uint64_t value) { words[i] = value; }
 ADQ_INLINE Floats fill(float value) { return value - Floats{}; }
@@ -37,8 +38,11 @@ ADQ_INLINE Floats from_bits(Ints a) { return (Floats)a; }
 ADQ_INLINE Floats to_float(Ints a) { return __builtin_convertvector(a, Floats); }
 ADQ_INLINE Ints truncate(Floats a) { return __builtin_convertvector(a, Ints); }
 
-// Of kWidth integers of 16 bits, and to integers of 16 or 8 bits (their low bits).
+// Of kWidth integers of 16 or 8 bits, and to them (their low bits).
 #if defined(__AVX512F__)
+ADQ_INLINE Ints widen(const std::uint8_t* from) {
+    return (Ints)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from));
+}
 ADQ_INLINE Ints widen(const std::uint16_t* from) {
     return (Ints)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from));
 }
@@ -49,6 +53,9 @@ ADQ_INLINE void narrow(std::uint8_t* to, Ints a) {
     _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8((__m512i)a));
 }
 #elif defined(__AVX2__)
+ADQ_INLINE Ints widen(const std::uint8_t* from) {
+    return (Ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from));
+}
 ADQ_INLINE Ints widen(const std::uint16_t* from) {
     return (Ints)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from));
 }
@@ -63,6 +70,11 @@ ADQ_INLINE void narrow(std::uint8_t* to, Ints a) {
     _mm_storel_epi64((__m128i*)to, _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), upper));
 }
 #else
+ADQ_INLINE Ints widen(const std::uint8_t* from) {
+    Bytes small;
+    std::memcpy(&small, from, sizeof small);
+    return __builtin_convertvector(small, Ints);
+}
 ADQ_INLINE Ints widen(const std::uint16_t* from) {
     Shorts small;
     std::memcpy(&small, from, sizeof small);

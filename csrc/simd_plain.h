@@ -22,12 +22,16 @@ struct Vector {
 using Floats = Vector<float>;
 using Ints = Vector<std::int32_t>;
 using Mask = Ints;
-using Words = std::uint64_t;
+using Words = Vector<std::uint64_t>;
+struct Pair {
+    float lane[2];
+};
+inline Pair operator+(Pair a, Pair b) { return {{a.lane[0] + b.lane[0], a.lane[1] + b.lane[1]}}; }
 
-inline void set_word(Words& words, int, std::uint64_t value) { words = value; }
+inline void set_word(Words& words, int i, std::uint64_t value) { words.lane[i] = value; }
 
 struct ByteLanes {
-    std::int8_t lane[4 * kWidth];
+    std::int8_t lane[sizeof(Words)];
 };
 
 template <class To, class From, class Function>
@@ -59,6 +63,11 @@ ADQ_OPERATOR(&, std::int32_t)
 ADQ_OPERATOR(|, std::int32_t)
 ADQ_OPERATOR(<<, std::int32_t)
 ADQ_OPERATOR(>>, std::int32_t)
+ADQ_OPERATOR(+, std::uint64_t)
+ADQ_OPERATOR(&, std::uint64_t)
+ADQ_OPERATOR(|, std::uint64_t)
+ADQ_OPERATOR(<<, std::uint64_t)
+ADQ_OPERATOR(>>, std::uint64_t)
 #undef ADQ_OPERATOR
 
 template <class To, class From>
@@ -77,7 +86,8 @@ inline Vector<To> convert(const Vector<From>& a) {
 inline Floats to_float(const Ints& a) { return convert<float>(a); }
 inline Ints truncate(const Floats& a) { return convert<std::int32_t>(a); }
 
-inline Ints widen(const std::uint16_t* from) {
+template <class Lane>
+inline Ints widen(const Lane* from) {
     Ints out;
     for (int i = 0; i < kWidth; ++i) out.lane[i] = from[i];
     return out;
@@ -112,7 +122,7 @@ inline Floats add_where(const Floats& a, const Mask& mask, const Floats& b) {
 }
 inline Ints add_where(const Ints& a, const Mask& mask, const Ints& b) { return a + (mask & b); }
 inline ByteLanes count_equal(ByteLanes count, const ByteLanes& a, std::int8_t value) {
-    for (int i = 0; i < 4 * kWidth; ++i) count.lane[i] += a.lane[i] == value ? 1 : 0;
+    for (std::size_t i = 0; i < sizeof(Words); ++i) count.lane[i] += a.lane[i] == value ? 1 : 0;
     return count;
 }
 

@@ -1,8 +1,8 @@
 // The step function y = value[#{j : scale x > edge[j]}]: codebook lookup, and the activation quantizer.
 //
 // One pass reads x and writes y, codes and the per-cell statistics, as far as they are wanted. NaN gives
-// NaN, code 0, and counts in no cell. Sums: 16 float32 lanes over blocks of kBlock elements (or, above 16
-// cells, one histogram a lane over the chunk), added in double in a fixed order.
+// NaN, code 0, and counts in no cell. Sums: 16 float32 lanes over blocks of kBlock elements, added in double in
+// a fixed order; the lanes of up to 8 cells are in registers, of more in memory.
 #pragma once
 
 #include "cells.h"
@@ -11,125 +11,337 @@
 namespace adq {
 namespace ADQ_ISA {
 
-// One histogram a lane, so that no two lanes of a group meet. Entry `cells` of a row takes the NaNs.
-struct Histograms {
-    static constexpr int kRow = kMaxLevels + 1;
-    double sum[kLanes][kRow];  // float32 would lose bits over the chunk where the weights are alike
-    std::int32_t seen[kLanes][kRow];
-
-    explicit Histograms(int cells) {
-        for (int l = 0; l < kLanes; ++l) {
-            std::memset(sum[l], 0, (cells + 1) * sizeof sum[0][0]);
-            std::memset(seen[l], 0, (cells + 1) * sizeof seen[0][0]);
-        }
-    }
-};
-
 struct StatisticsSink {
-    int cells;
     double* total;
     std::int64_t* count;
-    Histograms* histograms;
-    // 0 .. 15, in memory on purpose: comparisons read them there, and the registers are left to the sums.
-    std::int32_t number[16];
+    // 0 .. 7, in memory on purpose: comparisons read them there, and the registers are left to the sums.
+    std::int32_t number[8];
 };
 
+// The cell of NaN; as a byte it is 255.
+constexpr std::int32_t kNoCell = -1;
+
 struct NoStatistics {
+    static constexpr bool kCounts = false;  // statistics are those of the weights, whose scale is 1
     struct Memory {};
     NoStatistics(const StatisticsSink&, Memory&) {}
-    ADQ_INLINE void add(std::int64_t, int, Floats, Ints) {}
-    ADQ_INLINE void flush(std::int64_t) {}
+    template <class T>
+    ADQ_INLINE void flush(const T*, std::int64_t) {}
     ADQ_INLINE void finish() {}
 };
 
-// How often each cell occurs in `cells`: one byte a lane counts up to 255.
+// How often each cell occurs, counted block by block from the cells of all its elements.
 template <int kCells>
-inline void count_cells(const std::uint8_t (&cells)[kBlock], std::int64_t* count) {
-    constexpr int lanes = sizeof(ByteLanes);
-    static_assert(kBlock / lanes < 256, "the counts of a block fit a byte");
-    ByteLanes seen[kCells];
-    unroll<kCells>([&](auto k) ADQ_INLINE_LAMBDA { seen[k.value] = ByteLanes{}; });
-    for (int i = 0; i < kBlock; i += lanes) {
-        ByteLanes cell;
-        std::memcpy(&cell, cells + i, sizeof cell);
-        unroll<kCells>([&](auto k)
-                           ADQ_INLINE_LAMBDA { seen[k.value] = count_equal(seen[k.value], cell, k.value); });
-    }
-    std::uint8_t byte[kCells][lanes];
-    unroll<kCells>([&](auto k) ADQ_INLINE_LAMBDA { std::memcpy(byte[k.value], &seen[k.value], lanes); });
-    for (int k = 0; k < kCells; ++k) {
-        std::int32_t sum = 0;
-        for (int i = 0; i < lanes; ++i) sum += byte[k][i];
-        count[k] += sum;
-    }
-}
+class CellCounts {
+ public:
+    CellCounts() { std::memset(seen_, 0, sizeof seen_); }
 
-// A sum for each cell and lane in registers; the cells of a block are kept and counted at its end.
+    // Meanwhile the next block is on its way: no load of the sweep would ask for it here.
+    template <class T>
+    ADQ_INLINE void add(const std::uint8_t (&cells)[kBlock], const T* next) {
+        ByteLanes seen[kCells];
+        unroll<kCells>([&](auto k) ADQ_INLINE_LAMBDA { seen[k.value] = ByteLanes{}; });
+        for (int i = 0; i < kBlock; i += kRound) {
+            const int size = kBlock - i < kRound ? kBlock - i : kRound;
+            prefetch(next + i, size);
+            add_round(seen, cells + i, size);
+        }
+        unroll<kCells>([&](auto k)
+                           ADQ_INLINE_LAMBDA { seen_[k.value] = seen_[k.value] + byte_sums(seen[k.value]); });
+    }
+
+    void finish(std::int64_t* count) const {
+        for (int k = 0; k < kCells; ++k) {
+            std::uint64_t word[sizeof(Words) / 8];
+            std::memcpy(word, &seen_[k], sizeof word);
+            for (std::uint64_t sum : word) count[k] += static_cast<std::int64_t>(sum);
+        }
+    }
+
+ private:
+    static constexpr int kByteLanes = sizeof(ByteLanes);
+    static constexpr int kRound = 15 * kByteLanes;
+    static_assert(kBlock / kByteLanes < 256, "the counts of a block fit a byte");
+
+#if ADQ_HAS_PERMUTE
+    // Cells k and k + kPairs share a byte, four bits each; a round is as far as four bits count.
+    ADQ_INLINE void add_round(ByteLanes (&seen)[kCells], const std::uint8_t* cells, int size) {
+        constexpr int kPairs = kCells / 2;
+        ByteLanes both[kPairs];
+        unroll<kPairs>([&](auto k) ADQ_INLINE_LAMBDA { both[k.value] = ByteLanes{}; });
+        for (int i = 0; i < size; i += kByteLanes) {
+            ByteLanes cell;
+            std::memcpy(&cell, cells + i, sizeof cell);
+            unroll<kPairs>([&](auto k) ADQ_INLINE_LAMBDA {
+                static constexpr OneOfPair<k.value, kPairs> one;
+                both[k.value] = both[k.value] + look_up_bytes(one.at, cell);
+            });
+        }
+        unroll<kPairs>([&](auto k) ADQ_INLINE_LAMBDA {
+            const Words words = (Words)both[k.value];
+            seen[k.value] = seen[k.value] + (ByteLanes)(words & low_fields(4, 8));
+            seen[k.value + kPairs] = seen[k.value + kPairs] + (ByteLanes)((words >> 4) & low_fields(4, 8));
+        });
+    }
+
+    template <int kCell, int kPairs>
+    struct OneOfPair {
+        std::int8_t at[16];
+        constexpr OneOfPair() : at() { at[kCell] = 1, at[kCell + kPairs] = 16; }
+    };
+#else
+    ADQ_INLINE void add_round(ByteLanes (&seen)[kCells], const std::uint8_t* cells, int size) {
+        for (int i = 0; i < size; i += kByteLanes) {
+            ByteLanes cell;
+            std::memcpy(&cell, cells + i, sizeof cell);
+            unroll<kCells>([&](auto k)
+                               ADQ_INLINE_LAMBDA { seen[k.value] = count_equal(seen[k.value], cell, k.value); });
+        }
+    }
+#endif
+
+    Words seen_[kCells];
+};
+
+// The cells of a block are kept, and its sums and counts made at its end: a search has long latencies, which
+// the next elements' searches hide if nothing else comes between them.
 template <int kCells>
 class ChainStatistics {
  public:
+    static constexpr bool kCounts = true;
     struct Memory {
-        std::uint8_t cell[kBlock];  // 255 for NaN
+        std::uint8_t cell[kBlock];
+        CellCounts<kCells> seen;
         LaneTotals<kCells> total;
     };
 
-    ADQ_INLINE ChainStatistics(const StatisticsSink& sink, Memory& memory) : sink_(sink), memory_(memory) {
-        clear();
-    }
+    ADQ_INLINE ChainStatistics(const StatisticsSink& sink, Memory& memory) : sink_(sink), memory_(memory) {}
 
-    ADQ_INLINE void add(std::int64_t at, int part, Floats x, Ints cell) {
-        cell = select(is_number(x), cell, fill(-1));
+    template <class Part, class Found>
+    ADQ_INLINE void add(std::int64_t at, Part, Floats, Ints cell, Mask, const Found&) {
         narrow(memory_.cell + at, cell);
+    }
+
+    template <class T>
+    ADQ_INLINE void flush(const T* x, std::int64_t n) {
+        Floats sum[kCells][kParts];
         unroll<kCells>([&](auto k) ADQ_INLINE_LAMBDA {
-            sum_[k.value][part] = add_where(sum_[k.value][part], equal(cell, fill(sink_.number[k.value])), x);
+            for (int p = 0; p < kParts; ++p) sum[k.value][p] = fill(0.0f);
         });
-    }
-
-    ADQ_INLINE void flush(std::int64_t n) {
-        float sum[kCells][kLanes];
+        for (std::int64_t i = 0; i < n; i += kLanes) {
+            unroll<kParts>([&](auto part) ADQ_INLINE_LAMBDA {
+                const std::int64_t at = i + kWidth * part.value;
+                const Floats w = Storage<T>::load(x + at);
+                const Ints cell = widen(memory_.cell + at);
+                unroll<kCells>([&](auto k) ADQ_INLINE_LAMBDA {
+                    Floats& to = sum[k.value][part.value];
+                    to = add_where(to, equal(cell, fill(sink_.number[k.value])), w);
+                });
+            });
+        }
+        float lanes[kCells][kLanes];
         unroll<kCells>([&](auto k)
-                           ADQ_INLINE_LAMBDA { std::memcpy(sum[k.value], sum_[k.value], sizeof sum[0]); });
-        clear();
-        memory_.total.add(sum);
+                           ADQ_INLINE_LAMBDA { std::memcpy(lanes[k.value], sum[k.value], sizeof lanes[0]); });
+        memory_.total.add(lanes);
         if (n < kBlock) std::memset(memory_.cell + n, 0xff, kBlock - n);
-        count_cells<kCells>(memory_.cell, sink_.count);
+        memory_.seen.add(memory_.cell, x + kBlock);
     }
 
-    ADQ_INLINE void finish() { memory_.total.finish(sink_.total); }
+    ADQ_INLINE void finish() {
+        memory_.total.finish(sink_.total);
+        memory_.seen.finish(sink_.count);
+    }
 
  private:
-    ADQ_INLINE void clear() {
-        unroll<kCells>([&](auto k) ADQ_INLINE_LAMBDA {
-            for (int p = 0; p < kParts; ++p) sum_[k.value][p] = fill(0.0f);
-        });
-    }
-
-    Floats sum_[kCells][kParts];
     const StatisticsSink& sink_;
     Memory& memory_;
 };
 
-// Added up once, after the chunk: a lane takes at most kChunk / 16 elements.
+#if ADQ_HAS_PERMUTE
+
+// The search that DigitStatistics adds up with: a cell of 16 is 4 high + low, and each digit is the number of
+// edges of three that lie below u.
+class DigitCells {
+ public:
+    static constexpr int kSize = 16;
+    using Table = RegisterTable<16>;
+    struct Found {
+        Ints cell;
+        Mask high[4];  // high[i]: the high digit is at least i; high[0] is not used
+        Mask low[4];
+    };
+
+    explicit ADQ_INLINE DigitCells(const EdgeTable& edges)
+        : low_{column(edges, 0), column(edges, 1), column(edges, 2)} {
+        for (int i = 1; i < 4; ++i) high_[i] = fill(edges.sorted[4 * i - 1]);
+    }
+
+    ADQ_INLINE Found find(Floats u) const {
+        Found found;
+        Ints high = fill(0);
+        unroll<3>([&](auto i) ADQ_INLINE_LAMBDA {
+            found.high[i.value + 1] = greater(u, high_[i.value + 1]);
+            high = add_where(high, found.high[i.value + 1], fill(1));
+        });
+        found.cell = high << 2;
+        unroll<3>([&](auto i) ADQ_INLINE_LAMBDA {
+            found.low[i.value + 1] = greater(u, low_[i.value].pick(high));
+            found.cell = add_where(found.cell, found.low[i.value + 1], fill(1));
+        });
+        return found;
+    }
+
+    ADQ_INLINE Ints number(const Found& found) const { return found.cell; }
+    ADQ_INLINE Floats pick(const Table& table, Floats, const Found& found) const {
+        return table.pick(found.cell);
+    }
+
+ private:
+    // Edge `digit` of every high digit.
+    static ADQ_INLINE RegisterTable<16> column(const EdgeTable& edges, int digit) {
+        float value[16];
+        for (int i = 0; i < 16; ++i) value[i] = edges.sorted[4 * (i % 4) + digit];
+        return RegisterTable<16>(value);
+    }
+
+    Floats high_[4];
+    const RegisterTable<16> low_[3];
+};
+
+// The sums of 16 cells: x goes to the row of its low digit, and there to the sum of its high digit.
+class DigitStatistics {
+ public:
+    static constexpr bool kCounts = true;
+    struct Memory {
+        std::uint8_t cell[kBlock];
+        CellCounts<16> seen;
+        LaneTotals<16> total;
+    };
+
+    ADQ_INLINE DigitStatistics(const StatisticsSink& sink, Memory& memory) : sink_(sink), memory_(memory) {
+        clear();
+    }
+
+    template <class Part>
+    ADQ_INLINE void add(std::int64_t at, Part, Floats x, Ints cell, Mask known, const DigitCells::Found& found) {
+        narrow(memory_.cell + at, cell);
+        unroll<4>([&](auto low) ADQ_INLINE_LAMBDA {
+            const Floats row = only_where(exactly<low.value>(known, found.low), x);
+            unroll<4>([&](auto high) ADQ_INLINE_LAMBDA {
+                Floats& sum = sum_[4 * high.value + low.value][Part::value];
+                sum = add_where(sum, exactly<high.value>(known, found.high), row);
+            });
+        });
+    }
+
+    template <class T>
+    ADQ_INLINE void flush(const T* x, std::int64_t n) {
+        float sum[16][kLanes];
+        unroll<16>([&](auto k)
+                       ADQ_INLINE_LAMBDA { std::memcpy(sum[k.value], sum_[k.value], sizeof sum[0]); });
+        clear();
+        memory_.total.add(sum);
+        if (n < kBlock) std::memset(memory_.cell + n, 0xff, kBlock - n);
+        memory_.seen.add(memory_.cell, x + kBlock);
+    }
+
+    ADQ_INLINE void finish() {
+        memory_.total.finish(sink_.total);
+        memory_.seen.finish(sink_.count);
+    }
+
+ private:
+    // Where a digit is kDigit, from where it is at least each of 1 .. 3.
+    template <int kDigit>
+    static ADQ_INLINE Mask exactly(Mask known, const Mask (&at_least)[4]) {
+        if constexpr (kDigit == 0) return and_not(known, at_least[1]);
+        if constexpr (kDigit == 3) return at_least[3];
+        return and_not(at_least[kDigit], at_least[kDigit < 3 ? kDigit + 1 : 3]);
+    }
+
+    ADQ_INLINE void clear() {
+        unroll<16>([&](auto k) ADQ_INLINE_LAMBDA {
+            for (int p = 0; p < kParts; ++p) sum_[k.value][p] = fill(0.0f);
+        });
+    }
+
+    Floats sum_[16][kParts];
+    const StatisticsSink& sink_;
+    Memory& memory_;
+};
+
+#endif
+
+// Sum and count side by side, one histogram a lane, so that no two lanes of a group meet: an addition of two
+// floats takes both. The additions of a group wait for the next group's search, whose latencies they fill.
+template <int kCells>
 class HistogramStatistics {
  public:
-    struct Memory {};
-    HistogramStatistics(const StatisticsSink& sink, Memory&)
-        : cells_(sink.cells), histograms_(*sink.histograms) {}
+    static constexpr bool kCounts = true;
+    struct Memory {
+        static constexpr int kRow = 2 * (kCells + 1);  // the last entry takes the NaNs
+        float block[kLanes][kRow];
+        double total[kLanes][kRow];
+    };
 
-    ADQ_INLINE void add(std::int64_t, int part, Floats x, Ints cell) {
-        const Lanes value(x), at(select(is_number(x), cell, fill(cells_)));
-        for (int i = 0; i < kWidth; ++i) {
-            histograms_.sum[kWidth * part + i][at.number[i]] += value.real[i];
-            histograms_.seen[kWidth * part + i][at.number[i]] += 1;
+    ADQ_INLINE HistogramStatistics(const StatisticsSink& sink, Memory& memory) : sink_(sink), memory_(memory) {
+        std::memset(&memory_, 0, sizeof memory_);
+        for (int i = 0; i < kLanes; ++i) row_[i] = i * Memory::kRow;
+        discard();
+    }
+
+    template <class Part, class Found>
+    ADQ_INLINE void add(std::int64_t, Part, Floats x, Ints cell, Mask, const Found&) {
+        constexpr int part = Part::value;
+        drain(part);
+        cell = select(equal(cell, fill(kNoCell)), fill(kCells), cell);
+        Ints row;
+        std::memcpy(&row, row_ + kWidth * part, sizeof row);
+        const Ints place = cell + cell + row;
+        std::memcpy(place_ + kWidth * part, &place, sizeof place);
+        std::memcpy(value_ + kWidth * part, &x, sizeof x);
+    }
+
+    template <class T>
+    ADQ_INLINE void flush(const T*, std::int64_t) {
+        for (int part = 0; part < kParts; ++part) drain(part);
+        for (int i = 0; i < kLanes; ++i) {
+            for (int k = 0; k < 2 * kCells; ++k) memory_.total[i][k] += memory_.block[i][k];
+        }
+        discard();
+        std::memset(memory_.block, 0, sizeof memory_.block);
+    }
+
+    ADQ_INLINE void finish() {
+        for (int i = 0; i < kLanes; ++i) {
+            for (int k = 0; k < kCells; ++k) {
+                sink_.total[k] += memory_.total[i][2 * k];
+                sink_.count[k] += static_cast<std::int64_t>(memory_.total[i][2 * k + 1]);
+            }
         }
     }
 
-    ADQ_INLINE void flush(std::int64_t) {}
-    ADQ_INLINE void finish() {}
-
  private:
-    const int cells_;
-    Histograms& histograms_;
+    ADQ_INLINE void drain(int part) {
+        for (int i = kWidth * part; i < kWidth * (part + 1); ++i) {
+            float* both = memory_.block[0] + static_cast<std::uint32_t>(place_[i]);
+            Pair sum;
+            std::memcpy(&sum, both, sizeof sum);
+            sum = sum + Pair{value_[i], 1.0f};
+            std::memcpy(both, &sum, sizeof sum);
+        }
+    }
+
+    // Let the waiting group be one of NaNs.
+    ADQ_INLINE void discard() {
+        for (int i = 0; i < kLanes; ++i) place_[i] = row_[i] + 2 * kCells;
+    }
+
+    const StatisticsSink& sink_;
+    Memory& memory_;
+    std::int32_t row_[kLanes];    // where a lane's histogram begins
+    std::int32_t place_[kLanes];  // of the waiting group
+    float value_[kLanes];
 };
 
 // n is a multiple of 16. Tables and sums are local, and apart from what is indexed, to stay in registers.
@@ -147,17 +359,21 @@ void sweep_steps(const StepTable& table, const T* x, std::int64_t n, T* y, std::
             unroll<kParts>([&](auto part) ADQ_INLINE_LAMBDA {
                 const std::int64_t at = begin + i + kWidth * part.value;
                 const Floats w = Storage<T>::load(x + at);
-                const Floats u = w * scale;
-                const Ints found = cells.find(u);
+                const Floats u = Statistics::kCounts ? w : w * scale;
+                const auto found = cells.find(u);
+                const Mask known = is_number(u);
                 if (y != nullptr) {
                     const Ints word = bits(cells.pick(value, u, found));
-                    Storage<T>::store_bits(y + at, select(is_number(u), word, fill(Storage<T>::kNan)));
+                    Storage<T>::store_bits(y + at, select(known, word, fill(Storage<T>::kNan)));
                 }
                 if (codes != nullptr) narrow(codes + at, cells.number(found));
-                statistics.add(i + kWidth * part.value, part.value, w, cells.number(found));
+                if constexpr (Statistics::kCounts) {
+                    const Ints cell = select(known, cells.number(found), fill(kNoCell));
+                    statistics.add(i + kWidth * part.value, part, w, cell, known, found);
+                }
             });
         }
-        statistics.flush(size);
+        statistics.flush(x + begin, size);
     }
     statistics.finish();
 }
@@ -178,18 +394,17 @@ void run_sweeps(const StepTable& table, const T* x, std::int64_t n, T* y, std::u
 template <class T, int kCells>
 void run_steps(const StepTable& table, const T* x, std::int64_t n, T* y, std::uint8_t* codes, double* total,
                std::int64_t* count) {
-    StatisticsSink sink{
-        kCells, total, count, nullptr, {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}};
+    const StatisticsSink sink{total, count, {0, 1, 2, 3, 4, 5, 6, 7}};
     if (total == nullptr) {
         run_sweeps<T, Cells<kCells>, NoStatistics>(table, x, n, y, codes, sink);
-    } else if constexpr (kCells <= 16) {
+    } else if constexpr (kCells <= 8) {
         run_sweeps<T, Cells<kCells>, ChainStatistics<kCells>>(table, x, n, y, codes, sink);
+#if ADQ_HAS_PERMUTE
+    } else if constexpr (kCells == 16) {
+        run_sweeps<T, DigitCells, DigitStatistics>(table, x, n, y, codes, sink);
+#endif
     } else {
-        Histograms histograms(kCells);
-        sink.histograms = &histograms;
-        run_sweeps<T, Cells<kCells>, HistogramStatistics>(table, x, n, y, codes, sink);
-        add_rows<Histograms::kRow>(histograms.sum, kCells, total);
-        add_rows<Histograms::kRow>(histograms.seen, kCells, count);
+        run_sweeps<T, Cells<kCells>, HistogramStatistics<kCells>>(table, x, n, y, codes, sink);
     }
 }
 
