@@ -3,7 +3,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <new>
+
 #include "adq.h"
+#include "pool.h"
 
 namespace py = pybind11;
 
@@ -71,6 +74,25 @@ void unpack_bits(Address packed, int bits, std::int64_t n, Address codes, int th
     adq::unpack_bits(pointer<std::uint8_t>(packed), bits, n, pointer<std::uint8_t>(codes), threads);
 }
 
+// Bytes of the pool that go back to it with their last reference; torch.frombuffer makes a tensor of them.
+class PoolBuffer {
+ public:
+    explicit PoolBuffer(std::size_t bytes) : bytes_(bytes), memory_(adq::pool_take(bytes)) {
+        if (memory_ == nullptr) throw std::bad_alloc();
+    }
+    ~PoolBuffer() { adq::pool_give(memory_, bytes_); }
+    PoolBuffer(const PoolBuffer&) = delete;
+    PoolBuffer& operator=(const PoolBuffer&) = delete;
+
+    py::buffer_info info() const {
+        return py::buffer_info(static_cast<std::uint8_t*>(memory_), static_cast<py::ssize_t>(bytes_));
+    }
+
+ private:
+    std::size_t bytes_;
+    void* memory_;
+};
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -86,6 +108,12 @@ PYBIND11_MODULE(_C, module) {
         "d_interval, d_in_scale, d_out_scale, threads)");
     module.def("pack_bits", &pack_bits, NoGil(), "(codes, n, bits, packed, threads)");
     module.def("unpack_bits", &unpack_bits, NoGil(), "(packed, bits, n, codes, threads)");
+    py::class_<PoolBuffer>(module, "PoolBuffer", py::buffer_protocol(), "Bytes of the pool for large results.")
+        .def(py::init<std::size_t>())
+        .def_buffer(&PoolBuffer::info);
+    module.def("has_pool", &adq::has_pool, "Whether this system has a pool for large results.");
+    module.def("set_pool_limit", &adq::set_pool_limit, "Most bytes that may wait to be used again.");
+    module.def("pool_idle", &adq::pool_idle, "Bytes that wait to be used again.");
     module.def("isa", &adq::isa, "Name of the instruction set in use.");
     module.def("available_isas", &adq::available_isas,
                "Names of the instruction sets this processor has, best first.");

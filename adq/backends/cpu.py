@@ -3,6 +3,10 @@
 The kernels see memory, not shapes: a non-overlapping dense tensor (channels_last too) is taken in memory
 order, any other is copied into the layout that its result gets. ``ADQ_CPU_ISA`` forces an instruction
 set: ``avx512``, ``avx2`` or ``baseline``.
+
+On Linux, results of 1 MiB and more live in memory that the process keeps for the next ones: fresh memory costs page
+faults, which take several times as long as the kernels. ``ADQ_CPU_POOL_MIB`` limits what may wait unused
+(default 1024; 0 turns the pool off).
 """
 
 from __future__ import annotations
@@ -10,7 +14,8 @@ from __future__ import annotations
 import os
 
 import torch
-from torch import Tensor, empty_like, get_num_threads
+from torch import Tensor, get_num_threads
+from torch.utils import deterministic as fill_settings
 
 from adq import ops
 from adq.reference import foreach_codebook_quantize, foreach_codebook_step_  # noqa: F401
@@ -27,14 +32,46 @@ except ModuleNotFoundError as error:
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ISA_TITLES = {"avx512": "AVX-512", "avx2": "AVX2", "baseline": "baseline instruction set"}
 
+POOL_FROM = 2**20
+"""Bytes of the smallest result that comes from the pool."""
+
 if "ADQ_CPU_ISA" in os.environ:
     _C.set_isa(os.environ["ADQ_CPU_ISA"])
+_POOL_LIMIT = int(os.environ.get("ADQ_CPU_POOL_MIB", "1024")) * 2**20
+_C.set_pool_limit(_POOL_LIMIT)
+_HAS_POOL = _C.has_pool() and _POOL_LIMIT > 0
 
 
 def describe() -> str:
     """One line on how the kernels run, e.g. ``C++ kernels, AVX-512, OpenMP``."""
     threads = "OpenMP" if _C.openmp() else "1 thread, no OpenMP"
     return f"C++ kernels, {_ISA_TITLES[_C.isa()]}, {threads}"
+
+
+def _pooled(size: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+    """Uninitialised memory of the pool for a dense tensor, None where that is not a matter for the pool."""
+    numel = size.numel()
+    wanted = _HAS_POOL and numel * dtype.itemsize >= POOL_FROM
+    if not wanted or (torch.are_deterministic_algorithms_enabled() and fill_settings.fill_uninitialized_memory):
+        return None
+    memory = torch.frombuffer(_C.PoolBuffer(numel * dtype.itemsize), dtype=dtype, count=numel)
+    # not a view: autograd forbids in-place changes of a view that a Function returns
+    return torch.empty(0, dtype=dtype).set_(memory.untyped_storage(), 0, size, stride)
+
+
+def empty_like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """``torch.empty_like``, with the memory of large results from the pool."""
+    if tensor.numel() < POOL_FROM // 4:
+        return torch.empty_like(tensor, dtype=dtype)
+    stride = torch.empty_like(tensor, device="meta").stride()
+    pooled = _pooled(tensor.shape, stride, dtype or tensor.dtype)
+    return torch.empty_like(tensor, dtype=dtype) if pooled is None else pooled
+
+
+def _empty(numel: int) -> Tensor:
+    """A flat uint8 tensor, from the pool where it is large."""
+    pooled = _pooled(torch.Size((numel,)), (1,), torch.uint8)
+    return torch.empty(numel, dtype=torch.uint8) if pooled is None else pooled
 
 
 def _with_strides_of(tensor: Tensor, out: Tensor) -> Tensor:
@@ -180,7 +217,7 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """See :func:`adq.reference.pack_bits`."""
     ops.check_pack(codes, bits)
     codes = codes.contiguous()
-    packed = codes.new_empty(ops.packed_size(codes.numel(), bits))
+    packed = _empty(ops.packed_size(codes.numel(), bits))
     _C.pack_bits(codes.data_ptr(), codes.numel(), bits, packed.data_ptr(), get_num_threads())
     return packed
 
@@ -189,6 +226,6 @@ def unpack_bits(packed: Tensor, bits: int, numel: int) -> Tensor:
     """See :func:`adq.reference.unpack_bits`."""
     ops.check_unpack(packed, bits, numel)
     packed = packed.contiguous()
-    codes = packed.new_empty(numel)
+    codes = _empty(numel)
     _C.unpack_bits(packed.data_ptr(), bits, numel, codes.data_ptr(), get_num_threads())
     return codes
