@@ -1,59 +1,11 @@
 // The operators: tables from the parameters, chunks over the threads, partial sums in a fixed order.
 #include "adq.h"
 
-#include <algorithm>
-#include <limits>
-#include <type_traits>
-
-#include "isa.h"
-#include "kernels.h"
 #include "parallel.h"
+#include "tables.h"
 
 namespace adq {
 namespace {
-
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-// The size of the searches' tables that holds the cells.
-int table_size(int count) {
-    for (int cells : {4, 8, 16, 32, 64}) {
-        if (count <= cells) return cells;
-    }
-    return kMaxLevels;
-}
-
-// Completes a table whose first `count` sorted edges are set.
-void finish(EdgeTable& edges, int count) {
-    edges.cells = table_size(count + 1);
-    std::fill(edges.sorted + count, edges.sorted + kMaxLevels, kInfinity);
-    std::fill(edges.heap, edges.heap + 16, 0.0f);
-    for (int first = 1; first < edges.cells; first *= 2) {
-        const int stride = edges.cells / first;
-        for (int i = 0; i < first; ++i) edges.heap[first + i] = edges.sorted[i * stride + stride / 2 - 1];
-    }
-}
-
-// Repeats a table of `cells` entries up to 16, after clearing those above the `count` real ones.
-void finish(float* table, int count, int cells, float clear) {
-    std::fill(table + count, table + cells, clear);
-    for (int i = cells; i < 16; ++i) table[i] = table[i - cells];
-}
-
-// Element `index` of an array of the dtype; null stays null.
-template <class Pointer>
-Pointer at(Pointer data, Dtype dtype, std::int64_t index) {
-    using Byte = typename std::conditional<std::is_const<typename std::remove_pointer<Pointer>::type>::value,
-                                           const char, char>::type;
-    const std::int64_t size = dtype == Dtype::kFloat32 ? 4 : 2;
-    return data == nullptr ? nullptr : static_cast<Byte*>(data) + size * index;
-}
-
-// Completes a table whose edges and values are set, and rounds the values to their storage type.
-void finish(StepTable& table, Dtype dtype) {
-    finish(table.edges, table.levels - 1);
-    finish(table.value, table.levels, table.edges.cells, 0.0f);
-    kernels().encode(dtype, table.value, std::max(table.edges.cells, 16));
-}
 
 struct Statistics {
     double* total;

@@ -34,6 +34,32 @@ struct Lookup {
 };
 void codebook_lookup(const Lookup& args, int threads);
 
+// A layer's weight and the state of its quantizer: w_q = scale * codebook[code(w / scale)]. The weight lies
+// in memory as [outer][channels][inner], with a scale for each channel; with one scale, channels = outer = 1.
+struct Layer {
+    Dtype dtype;
+    const void* w;  // [outer * channels * inner]
+    std::int64_t outer;
+    std::int64_t channels;
+    std::int64_t inner;
+    float* scale;     // [channels]
+    float* codebook;  // [levels], ascending
+    int levels;       // 1..256
+    void* w_q;        // [outer * channels * inner], optional in step_layers
+    // For step_layers:
+    float* ema_count;  // [levels]
+    float* ema_total;  // [levels]
+    float rate;        // of the exponential moving averages
+    bool snap;         // hold the levels on an int8 grid
+};
+
+// The quantized weight of every layer.
+void quantize_layers(const std::vector<Layer>& layers, int threads);
+
+// One step of every layer's codebook and, where there are channels, scales towards its weight; then, where
+// w_q is not null, the quantized weight. The rules are those of reference.py.
+void step_layers(const std::vector<Layer>& layers, int threads);
+
 // Parameters of the activation quantizer, y = out_scale * (D q - offset) with D = R / steps.
 struct Quantizer {
     const float* start;      // [1] T_0

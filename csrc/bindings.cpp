@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <new>
+#include <tuple>
 
 #include "adq.h"
 #include "pool.h"
@@ -33,6 +34,45 @@ void codebook_lookup(int dtype, Address w, std::int64_t n, Address codebook, Add
     args.count = pointer<std::int64_t>(count);
     args.total = pointer<float>(total);
     adq::codebook_lookup(args, threads);
+}
+
+// (dtype, w, outer, channels, inner, scale, codebook, levels, w_q) and, for a step, (ema_count, ema_total,
+// rate, snap).
+using Weight =
+    std::tuple<int, Address, std::int64_t, std::int64_t, std::int64_t, Address, Address, int, Address>;
+using Step = std::tuple<Address, Address, float, bool>;
+
+adq::Layer layer(const Weight& weight) {
+    adq::Layer args{};
+    args.dtype = static_cast<adq::Dtype>(std::get<0>(weight));
+    args.w = pointer<void>(std::get<1>(weight));
+    args.outer = std::get<2>(weight);
+    args.channels = std::get<3>(weight);
+    args.inner = std::get<4>(weight);
+    args.scale = pointer<float>(std::get<5>(weight));
+    args.codebook = pointer<float>(std::get<6>(weight));
+    args.levels = std::get<7>(weight);
+    args.w_q = pointer<void>(std::get<8>(weight));
+    return args;
+}
+
+void quantize_layers(const std::vector<Weight>& weights, int threads) {
+    std::vector<adq::Layer> layers;
+    for (const Weight& weight : weights) layers.push_back(layer(weight));
+    adq::quantize_layers(layers, threads);
+}
+
+void step_layers(const std::vector<Weight>& weights, const std::vector<Step>& steps, int threads) {
+    std::vector<adq::Layer> layers;
+    for (std::size_t i = 0; i < weights.size(); ++i) {
+        adq::Layer args = layer(weights[i]);
+        args.ema_count = pointer<float>(std::get<0>(steps.at(i)));
+        args.ema_total = pointer<float>(std::get<1>(steps[i]));
+        args.rate = std::get<2>(steps[i]);
+        args.snap = std::get<3>(steps[i]);
+        layers.push_back(args);
+    }
+    adq::step_layers(layers, threads);
 }
 
 adq::Quantizer quantizer(Address start, Address interval, Address in_scale, Address out_scale, Address offset,
@@ -100,6 +140,10 @@ PYBIND11_MODULE(_C, module) {
     module.doc() = "C++ kernels of adq; the interface for users is adq.backends.cpu.";
     module.def("codebook_lookup", &codebook_lookup, NoGil(),
                "(dtype, w, n, codebook, thresholds, levels, w_q, codes, count, total, threads)");
+    module.def("quantize_layers", &quantize_layers, NoGil(),
+               "([(dtype, w, outer, channels, inner, scale, codebook, levels, w_q)], threads)");
+    module.def("step_layers", &step_layers, NoGil(),
+               "(as quantize_layers, w_q may be null; [(ema_count, ema_total, rate, snap)], threads)");
     module.def("threshold_quantize", &threshold_quantize, NoGil(),
                "(dtype, x, n, start, interval, in_scale, out_scale, offset, intervals, steps, y, threads)");
     module.def(
@@ -108,7 +152,8 @@ PYBIND11_MODULE(_C, module) {
         "d_interval, d_in_scale, d_out_scale, threads)");
     module.def("pack_bits", &pack_bits, NoGil(), "(codes, n, bits, packed, threads)");
     module.def("unpack_bits", &unpack_bits, NoGil(), "(packed, bits, n, codes, threads)");
-    py::class_<PoolBuffer>(module, "PoolBuffer", py::buffer_protocol(), "Bytes of the pool for large results.")
+    py::class_<PoolBuffer>(module, "PoolBuffer", py::buffer_protocol(),
+                           "Bytes of the pool for large results.")
         .def(py::init<std::size_t>())
         .def_buffer(&PoolBuffer::info);
     module.def("has_pool", &adq::has_pool, "Whether this system has a pool for large results.");

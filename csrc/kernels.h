@@ -59,9 +59,14 @@ struct SlopeSums {
 struct Kernels {
     // values[count], count a multiple of 16, rounded to dtype in place: its bits in the low end of each word.
     void (*encode)(Dtype dtype, float* values, int count);
-    // y, codes optional; total and count (both or neither) are added to, and then n <= kChunk.
+    // y, codes optional and apart from x; total and count (both or neither) are added to, and then n <= kChunk.
     void (*steps)(Dtype dtype, const StepTable& table, const void* x, std::int64_t n, void* y,
                   std::uint8_t* codes, double* total, std::int64_t* count);
+    // v = w / scale, and y = q * scale rounded to dtype.
+    void (*divide)(Dtype dtype, const void* w, std::int64_t n, float scale, float* v);
+    void (*multiply)(Dtype dtype, const float* q, std::int64_t n, float scale, void* y);
+    // Adds to sums: of w q, and of q^2.
+    void (*products)(Dtype dtype, const void* w, const float* q, std::int64_t n, double* sums);
     void (*uniform)(Dtype dtype, const UniformTable& table, const void* x, std::int64_t n, void* y);
     // d_x optional; sums are overwritten; n <= kChunk.
     void (*slopes)(Dtype dtype, const SlopeTable& table, const void* grad, const void* x, std::int64_t n,

@@ -5,6 +5,7 @@
 
 #include "bits.h"
 #include "kernels.h"
+#include "scaled.h"
 #include "slopes.h"
 #include "steps.h"
 #include "uniform.h"
@@ -41,6 +42,27 @@ void any_steps(Dtype dtype, const StepTable& table, const void* x, std::int64_t 
     });
 }
 
+void any_divide(Dtype dtype, const void* w, std::int64_t n, float scale, float* v) {
+    with_type(dtype, [&](auto* type) {
+        using T = typename std::remove_pointer<decltype(type)>::type;
+        divide(static_cast<const T*>(w), n, scale, v);
+    });
+}
+
+void any_multiply(Dtype dtype, const float* q, std::int64_t n, float scale, void* y) {
+    with_type(dtype, [&](auto* type) {
+        using T = typename std::remove_pointer<decltype(type)>::type;
+        multiply(q, n, scale, static_cast<T*>(y));
+    });
+}
+
+void any_products(Dtype dtype, const void* w, const float* q, std::int64_t n, double* sums) {
+    with_type(dtype, [&](auto* type) {
+        using T = typename std::remove_pointer<decltype(type)>::type;
+        products(static_cast<const T*>(w), q, n, sums);
+    });
+}
+
 void any_uniform(Dtype dtype, const UniformTable& table, const void* x, std::int64_t n, void* y) {
     with_type(dtype, [&](auto* type) {
         using T = typename std::remove_pointer<decltype(type)>::type;
@@ -59,7 +81,8 @@ void any_slopes(Dtype dtype, const SlopeTable& table, const void* grad, const vo
 
 }  // namespace
 
-extern const Kernels kKernels = {any_encode, any_steps, any_uniform, any_slopes, pack, unpack};
+extern const Kernels kKernels = {any_encode,  any_steps,  any_divide, any_multiply, any_products,
+                                 any_uniform, any_slopes, pack,       unpack};
 
 }  // namespace ADQ_ISA
 }  // namespace adq

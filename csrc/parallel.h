@@ -2,7 +2,10 @@
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
+#include <functional>
+#include <vector>
 
 namespace adq {
 
@@ -24,6 +27,34 @@ void for_chunks(std::int64_t n, std::int64_t chunk, int threads, const Body& bod
     (void)team;
 #endif
     for (std::int64_t i = 0; i < chunks; ++i) run(i);
+}
+
+// A loop whose iterations are independent of each other.
+struct Phase {
+    std::size_t count;
+    std::function<void(std::size_t)> body;
+};
+
+// One parallel region for all phases; each begins when the one before it has ended.
+inline void for_phases(int threads, const std::vector<Phase>& phases) {
+    std::size_t most = 1;
+    for (const Phase& phase : phases) most = std::max(most, phase.count);
+    const int team = static_cast<int>(std::min<std::size_t>(std::max(threads, 1), most));
+#ifdef _OPENMP
+    if (team > 1) {
+#pragma omp parallel num_threads(team)
+        for (const Phase& phase : phases) {
+#pragma omp for schedule(static)
+            for (std::size_t i = 0; i < phase.count; ++i) phase.body(i);
+        }
+        return;
+    }
+#else
+    (void)team;
+#endif
+    for (const Phase& phase : phases) {
+        for (std::size_t i = 0; i < phase.count; ++i) phase.body(i);
+    }
 }
 
 }  // namespace adq

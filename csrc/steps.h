@@ -1,8 +1,8 @@
 // The step function y = value[#{j : scale x > edge[j]}]: codebook lookup, and the activation quantizer.
 //
 // One pass reads x and writes y, codes and the per-cell statistics, as far as they are wanted. NaN gives
-// NaN, code 0, and counts in no cell. Sums: 16 float32 lanes over blocks of kBlock elements, added in double in
-// a fixed order; the lanes of up to 8 cells are in registers, of more in memory.
+// NaN, code 0, and counts in no cell. Sums: 16 float32 lanes over blocks of kBlock elements, added in double
+// in a fixed order; the lanes of up to 8 cells are in registers, of more in memory.
 #pragma once
 
 #include "cells.h"
@@ -94,8 +94,8 @@ class CellCounts {
         for (int i = 0; i < size; i += kByteLanes) {
             ByteLanes cell;
             std::memcpy(&cell, cells + i, sizeof cell);
-            unroll<kCells>([&](auto k)
-                               ADQ_INLINE_LAMBDA { seen[k.value] = count_equal(seen[k.value], cell, k.value); });
+            unroll<kCells>(
+                [&](auto k) ADQ_INLINE_LAMBDA { seen[k.value] = count_equal(seen[k.value], cell, k.value); });
         }
     }
 #endif
@@ -223,7 +223,8 @@ class DigitStatistics {
     }
 
     template <class Part>
-    ADQ_INLINE void add(std::int64_t at, Part, Floats x, Ints cell, Mask known, const DigitCells::Found& found) {
+    ADQ_INLINE void add(std::int64_t at, Part, Floats x, Ints cell, Mask known,
+                        const DigitCells::Found& found) {
         narrow(memory_.cell + at, cell);
         unroll<4>([&](auto low) ADQ_INLINE_LAMBDA {
             const Floats row = only_where(exactly<low.value>(known, found.low), x);
@@ -284,7 +285,8 @@ class HistogramStatistics {
         double total[kLanes][kRow];
     };
 
-    ADQ_INLINE HistogramStatistics(const StatisticsSink& sink, Memory& memory) : sink_(sink), memory_(memory) {
+    ADQ_INLINE HistogramStatistics(const StatisticsSink& sink, Memory& memory)
+        : sink_(sink), memory_(memory) {
         std::memset(&memory_, 0, sizeof memory_);
         for (int i = 0; i < kLanes; ++i) row_[i] = i * Memory::kRow;
         discard();

@@ -15,10 +15,10 @@ import os
 
 import torch
 from torch import Tensor, get_num_threads
+from torch.autograd.graph import increment_version
 from torch.utils import deterministic as fill_settings
 
 from adq import ops
-from adq.reference import foreach_codebook_quantize, foreach_codebook_step_  # noqa: F401
 
 try:
     import adq._C as _C
@@ -145,6 +145,49 @@ def codebook_lookup_statistics(
     count, total = _new_statistics(w, thresholds)
     _lookup(w, out, codebook, thresholds, code, count, total)
     return out, w.new_empty(0, dtype=torch.uint8) if code is None else code, count, total
+
+
+def _weight(w: Tensor, w_q: Tensor | None, scale: Tensor, codebook: Tensor) -> tuple[int, ...]:
+    """What the kernels are told of a layer; ``w`` is dense."""
+    axis = ops.scale_axis(w, scale)
+    channels, inner = (1, w.numel()) if axis is None else (w.shape[axis], w.stride(axis))
+    outer = w.numel() // max(channels * inner, 1)
+    address = 0 if w_q is None else w_q.data_ptr()
+    layout = outer, channels, inner, scale.data_ptr(), codebook.data_ptr(), codebook.numel()
+    return _DTYPES[w.dtype], w.data_ptr(), *layout, address
+
+
+def foreach_codebook_quantize(weights: list[Tensor], scales: list[Tensor], codebooks: list[Tensor]) -> list[Tensor]:
+    """See :func:`adq.reference.foreach_codebook_quantize`."""
+    ops.check_foreach_quantize(weights, scales, codebooks)
+    outs = [empty_like(w) for w in weights]
+    dense = [_with_strides_of(w, out) for w, out in zip(weights, outs, strict=True)]
+    _C.quantize_layers([*map(_weight, dense, outs, scales, codebooks)], get_num_threads())
+    return outs
+
+
+def foreach_codebook_step_(
+    weights: list[Tensor],
+    scales: list[Tensor],
+    codebooks: list[Tensor],
+    counts: list[Tensor],
+    totals: list[Tensor],
+    rates: Tensor,
+    pace: float,
+    snap: list[bool],
+    quantized: list[Tensor],
+) -> None:
+    """See :func:`adq.reference.foreach_codebook_step_`."""
+    ops.check_foreach_step(weights, scales, codebooks, counts, totals, rates, snap, quantized)
+    dense = [_dense(w) for w in weights]
+    outs = quantized or [None] * len(weights)
+    step_rates = (rates * pace).tolist()
+    steps = [
+        (count.data_ptr(), total.data_ptr(), rate, snapped)
+        for count, total, rate, snapped in zip(counts, totals, step_rates, snap, strict=True)
+    ]
+    _C.step_layers([*map(_weight, dense, outs, scales, codebooks)], steps, get_num_threads())
+    increment_version([*scales, *codebooks, *counts, *totals, *quantized])
 
 
 def threshold_quantize(
