@@ -125,7 +125,10 @@ def foreach_codebook_step_(
 def least_squares_scale(w: Tensor, q: Tensor, scale: Tensor) -> Tensor:
     """Per channel the factor that minimises ``||w - s q||^2``, the old scale where it is not positive."""
     others = [d for d in range(w.dim()) if scale.shape[d] == 1]
-    fitted = (w * q).sum(others, keepdim=True) / q.square().sum(others, keepdim=True)
+    product, norm = w * q, q.square()
+    if others:  # torch sums over all dimensions when given none
+        product, norm = product.sum(others, keepdim=True), norm.sum(others, keepdim=True)
+    fitted = product / norm
     return torch.where(fitted > 0, fitted, scale)
 
 

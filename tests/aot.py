@@ -151,7 +151,7 @@ def compile_launch(target: GPUTarget, kernel, args, constants, options) -> dict:
             if value.data_ptr() % 16 == 0:
                 attributes[(i,)] = [["tt.divisibility", 16]]
         else:
-            signature[name] = "i32" if value < 2**31 else "i64"
+            signature[name] = "fp32" if isinstance(value, float) else "i32" if value < 2**31 else "i64"
     signature = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
     options = cuda.launch_options(target.backend == "hip", **options)
     compiled = triton.compile(ASTSource(kernel, signature, constexprs, attributes), target=target, options=options)
