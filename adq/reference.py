@@ -71,7 +71,7 @@ def scaled_lookup(w: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
 
 
 def foreach_codebook_quantize(weights: list[Tensor], scales: list[Tensor], codebooks: list[Tensor]) -> list[Tensor]:
-    """``w_q = scale * c[code(w / scale)]`` of every layer, in w's dtype and strides; float32 until the last rounding."""
+    """``w_q = scale * c[code(w / scale)]`` of every layer, in w's dtype and strides; float32 until rounded."""
     ops.check_foreach_quantize(weights, scales, codebooks)
     return [
         torch.empty_like(w).copy_(scaled_lookup(w, scale, codebook) * scale)
