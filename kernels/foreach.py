@@ -282,32 +282,48 @@ def foreach_quantize_kernel(
 
 
 @triton.jit
-def _fit_rows(scales, first, end, fit, norm, rate, SHIFT: tl.constexpr):
+def _fit_rows(scales, first, end, length, fit, norm, seen, rate, SHIFT: tl.constexpr):
     """``scale <- scale + r (sum w q / sum q^2 - scale)``, the sums over the lanes of each row."""
     COUNT: tl.constexpr = fit.shape[0] >> SHIFT
     row = first + tl.arange(0, COUNT)
     fit = tl.reduce(tl.reshape(fit, (COUNT, 1 << SHIFT)), 1, ADD)
     norm = tl.reduce(tl.reshape(norm, (COUNT, 1 << SHIFT)), 1, ADD)
+    seen = tl.reduce(tl.reshape(seen, (COUNT, 1 << SHIFT)), 1, ADD)
     old = tl.load(scales + row, mask=row < end, other=1.0)
     fitted = tl.div_rn(fit, norm)
-    fitted = tl.where(fitted > 0, fitted, old)
+    fitted = tl.where((fitted > 0) & (seen == length), fitted, old)
     tl.store(scales + row, old + rate * (fitted - old), mask=row < end)
 
 
 @triton.jit
-def _fit_scales(layer, scales, first, end, fit, norm, rate, SHORT: tl.constexpr, LONG: tl.constexpr):
-    """Step the scales of the rows that a program holds, if they have scales of their own."""
-    if _number(layer, CHANNELS) != 0:
-        if _number(layer, SHIFT) == SHORT:
-            _fit_rows(scales, first, end, fit, norm, rate, SHORT)
-        else:
-            _fit_rows(scales, first, end, fit, norm, rate, LONG)
+def _fit_scales(layer, first, end, fit, norm, seen, rate, SHORT: tl.constexpr, LONG: tl.constexpr):
+    """Step the scales of the rows that a program holds, from each lane's sums of ``w q``, of ``q^2`` and of one."""
+    scales, length = _floats(layer, SCALE), _number(layer, LENGTH)
+    if _number(layer, SHIFT) == SHORT:
+        _fit_rows(scales, first, end, length, fit, norm, seen, rate, SHORT)
+    else:
+        _fit_rows(scales, first, end, length, fit, norm, seen, rate, LONG)
 
 
 @triton.jit
-def _level_or_nothing(v, q, inside):
-    """q, NaN for NaN, and 0 where there is no weight."""
-    return tl.where(v == v, q, tl.where(inside, float("nan"), 0.0))
+def _row_sums(counts, totals, values, scale, K: tl.constexpr):
+    """The sums of ``w q``, of ``q^2`` and of one in each lane, from its statistics of the row."""
+    fit = values[0] * totals[0]
+    norm = values[0] * values[0] * counts[0].to(tl.float32)
+    seen = counts[0]
+    for k in tl.static_range(1, K):
+        fit += values[k] * totals[k]
+        norm += values[k] * values[k] * counts[k].to(tl.float32)
+        seen += counts[k]
+    return scale * fit, norm, seen
+
+
+@triton.jit
+def _added(sums, more, K: tl.constexpr):
+    added = ()
+    for k in tl.static_range(K):
+        added = added + (sums[k] + more[k],)
+    return added
 
 
 @triton.jit
@@ -349,17 +365,17 @@ def _chain_statistics(
     for first in range(start, end, LANES // step):
         row, left, lane = _lanes(layer, first, end, LANES)
         scale = tl.load(scales + row * _number(layer, CHANNELS), mask=row < end, other=1.0)
-        fit, norm = lane_zeros(2, LANES, tl.float32)
+        row_count = lane_zeros(K, LANES, tl.int32)
+        row_total = lane_zeros(K, LANES, tl.float32)
         for at in range(0, tl.cdiv(shape[0], VECTOR), step):
             vector = at + lane
             w = _load(source, row, vector, left, shape, DTYPE, VECTOR)
-            inside = _inside(vector, left, VECTOR)
-            v = _divided(w, scale, inside)
-            q = _level_or_nothing(v, _chain(v, values, edges, K), inside)
-            fit += tl.reduce(w * q, 1, ADD)
-            norm += tl.reduce(q * q, 1, ADD)
-            count, total = _accumulate(v, edges, count, total, K)
-        _fit_scales(layer, scales, first, end, fit, norm, rate, SHORT, LONG)
+            v = _divided(w, scale, _inside(vector, left, VECTOR))
+            row_count, row_total = _accumulate(v, edges, row_count, row_total, K)
+        if _number(layer, CHANNELS) != 0:
+            fit, norm, seen = _row_sums(row_count, row_total, values, scale, K)
+            _fit_scales(layer, first, end, fit, norm, seen, rate, SHORT, LONG)
+        count, total = _added(count, row_count, K), _added(total, row_total, K)
     items = _number(layer, ITEMS)
     for k in tl.static_range(K):
         tl.store(counts + k * items + item, tl.reduce(count[k], 0, ADD), mask=k < levels)
@@ -395,15 +411,16 @@ def _product_statistics(
         row, left, lane = _lanes(layer, first, end, LANES)
         scale = tl.load(scales + row * _number(layer, CHANNELS), mask=row < end, other=1.0)
         fit, norm = lane_zeros(2, LANES, tl.float32)
+        seen = tl.full((LANES,), 0, tl.int32)
         for at in range(0, shape[0], step):
             vector = at + lane
             w = widen(_read(source, row, vector, left, shape, DTYPE, 1))
-            inside = _inside(vector, left, 1)
-            v = _divided(w, scale, inside)
+            v = _divided(w, scale, _inside(vector, left, 1))
             code = _search(v, codebook, levels)
-            q = _level_or_nothing(v, tl.load(codebook + code), inside)
-            fit += tl.reduce(w * q, 1, ADD)
-            norm += tl.reduce(q * q, 1, ADD)
+            q = tl.load(codebook + code)
+            fit += tl.reduce(tl.where(v == v, w * q, 0.0), 1, ADD)
+            norm += tl.reduce(tl.where(v == v, q * q, 0.0), 1, ADD)
+            seen += tl.reduce((v == v).to(tl.int32), 1, ADD)
             v = tl.reshape(v, (LANES,))
             low += tl.where(v == -float("inf"), v, 0.0)
             high += tl.where(v == float("inf"), v, 0.0)
@@ -412,8 +429,10 @@ def _product_statistics(
             tens = (code >> 4)[:, None, :] == digit[None, :, None]
             ones = (code & 15)[:, :, None] == digit[None, None, :]
             count += tl.dot(tens.to(tl.float16), ones.to(tl.float16)).to(tl.int32)
-            total = tl.dot(tens.to(tl.float32), tl.where(ones, finite[:, :, None], 0.0), total, input_precision="ieee")
-        _fit_scales(layer, scales, first, end, fit, norm, rate, SHORT, LONG)
+            cells = tl.where(ones, finite[:, :, None], 0.0)
+            total += tl.dot(tens.to(tl.float32), cells, input_precision="ieee")
+        if _number(layer, CHANNELS) != 0:
+            _fit_scales(layer, first, end, fit, norm, seen, rate, SHORT, LONG)
     level = digit[:, None] * 16 + digit[None, :]
     sums = tl.reduce(total, 0, ADD)
     sums += tl.where(level == 0, tl.reduce(low, 0, ADD), 0.0)
@@ -496,8 +515,14 @@ def _pick(values, level, index):
 
 
 @triton.jit
-def _larger(a, b):
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+def _running_max(values, level):
+    """The largest value up to each place, in steps that double; NaN stays."""
+    COUNT: tl.constexpr = values.shape[0]
+    for i in tl.static_range(8):
+        if 1 << i < COUNT:
+            before = tl.gather(values, tl.maximum(level - (1 << i), 0), 0)
+            values = tl.maximum(values, before, propagate_nan=tl.PropagateNan.ALL)
+    return values
 
 
 @triton.jit
@@ -509,7 +534,7 @@ def _ema(old, level, levels, n, s, rate):
     total = (1.0 - rate) * tl.load(old + 2 * levels + level, mask=there, other=0.0) + rate * s
     smoothing = tl.div_rn(tl.reduce(count, 0, ADD) * SMOOTHING, levels.to(tl.float32)) + 1e-30
     codebook = tl.div_rn(total + smoothing * codebook, count + smoothing)
-    return tl.associative_scan(tl.where(there, codebook, -float("inf")), 0, _larger), count, total
+    return _running_max(codebook, level), count, total
 
 
 @triton.jit

@@ -52,6 +52,8 @@ REGISTER_STEPS = 15
 SEARCH_REGISTERS = 64
 """Registers of a thread that searches a table: left to itself ptxas takes 32 or 40 and spills."""
 
+FOREACH_REGISTERS = {"quantize": 128, "statistics": 168}
+"""The same for the kernels of all layers, where one of these is searched: four and three programs a multiprocessor."""
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -202,8 +204,9 @@ def _stage(table: Table, weights: list[Tensor]) -> Tensor | None:
     return stage
 
 
-def _types(table: Table) -> dict[str, Any]:
+def _constants(table: Table, kernel: str | None = None) -> dict[str, Any]:
     return {
+        "registers": FOREACH_REGISTERS.get(kernel or "") if table.kinds & ops.MAX_LEVELS else None,
         "DTYPE": TYPES[table.dtype],
         "KINDS": table.kinds,
         "LANES": LANES,
@@ -226,7 +229,7 @@ def foreach_codebook_quantize(weights: list[Tensor], scales: list[Tensor], codeb
     ):
         out = weights[0].new_empty(table.sizes[0], dtype=table.dtype)
         arguments = table.data, _stage(table, weights), out, len(table.members)
-        _launch(foreach_quantize_kernel, table.programs, *arguments, **_types(table))
+        _launch(foreach_quantize_kernel, table.programs, *arguments, **_constants(table, "quantize"))
         for i, layout in zip(table.members, table.outputs, strict=True):
             results[i] = _place(out, layout)
     return results
@@ -246,14 +249,15 @@ def foreach_codebook_step_(
     """See :func:`adq.reference.foreach_codebook_step_`; two launches for each dtype of the weights."""
     lists = {"weights": weights, "scales": scales, "codebooks": codebooks, "counts": counts, "totals": totals}
     check = partial(ops.check_foreach_step, **lists, rates=rates, snap=snap, quantized=quantized)
-    for table in tables(LANES, check, snap, **lists, rates=[rates], quantized=quantized):
+    options = rates.dtype, rates.shape, rates.device
+    for table in tables(LANES, check, options, snap, **lists, quantized=quantized):
         work = rates.new_empty(table.workspace)
-        layers, constants = len(table.members), _types(table)
+        layers = len(table.members)
         arguments = table.data, _stage(table, weights), rates.contiguous(), work, layers, pace
-        sums = constants | {"SHORT": SHORT, "LONG": LONG, "PRODUCT": PRODUCT_SIZE}
+        sums = {"SHORT": SHORT, "LONG": LONG, "PRODUCT": PRODUCT_SIZE, **_constants(table, "statistics")}
         _launch(foreach_statistics_kernel, table.programs, *arguments, **sums)
         programs = table.programs if quantized else layers
-        _launch(foreach_update_kernel, programs, *arguments, QUANTIZE=bool(quantized), **constants)
+        _launch(foreach_update_kernel, programs, *arguments, QUANTIZE=bool(quantized), **_constants(table))
     for state in (scales, codebooks, counts, totals, quantized):
         torch.autograd.graph.increment_version(state)
 

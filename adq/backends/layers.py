@@ -6,7 +6,7 @@ tensors. Tables are kept by addresses, shapes and strides, not by the tensors, w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,19 +168,28 @@ _CAPTURED: dict[Any, tuple[Table, ...]] = {}
 
 
 def tables(
-    lanes: int, check: Callable[[], None], snap: Sequence[bool] = (), **tensors: Sequence[Tensor]
+    lanes: int,
+    check: Callable[[], None],
+    options: Hashable = (),
+    snap: Sequence[bool] = (),
+    **tensors: Sequence[Tensor],
 ) -> tuple[Table, ...]:
-    """The tables of these layers, one a dtype of the weights; ``check`` is called when they are new.
+    """The tables of these layers, one a dtype of the weights.
+
+    Args:
+        lanes: vectors that a program holds.
+        check: called when the layers are new, or ``options`` are.
+        options: what ``check`` looks at besides.
+        snap: as in :func:`adq.reference.foreach_codebook_step_`.
+        tensors: the lists of the operator's arguments.
 
     Raises:
-        RuntimeError: they are new, and a CUDA graph is being captured.
+        RuntimeError: the layers are new, and a CUDA graph is being captured.
     """
-    key = (
-        lanes,
-        tuple(snap),
-        tuple((t.data_ptr(), t.dtype, t.shape, t.stride(), t.device) for group in tensors.values() for t in group),
-        tuple(map(len, tensors.values())),
+    described = tuple(
+        tuple((t.data_ptr(), t.dtype, t.shape, t.stride(), t.device) for t in group) for group in tensors.values()
     )
+    key = lanes, options, tuple(snap), described
     found = _TABLES.get(key) or _CAPTURED.get(key)
     weights = tensors["weights"]
     capturing = bool(weights) and weights[0].is_cuda and torch.cuda.is_current_stream_capturing()
@@ -188,8 +197,8 @@ def tables(
         check()
         if capturing:
             raise RuntimeError(
-                "adq: a CUDA graph is being captured, and these weights have not been seen before: run the same step "
-                "on the same tensors once before the capture"
+                "adq: a CUDA graph is being captured, and these tensors have not been seen before: run the same step "
+                "on them once before the capture"
             )
         members: dict[torch.dtype, list[int]] = {}
         for i, w in enumerate(weights):
