@@ -52,8 +52,6 @@ REGISTER_STEPS = 15
 SEARCH_REGISTERS = 64
 """Registers of a thread that searches a table: left to itself ptxas takes 32 or 40 and spills."""
 
-FOREACH_REGISTERS = {"quantize": 128, "statistics": 168}
-"""The same for the kernels of all layers, where one of these is searched: four and three programs a multiprocessor."""
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -204,9 +202,9 @@ def _stage(table: Table, weights: list[Tensor]) -> Tensor | None:
     return stage
 
 
-def _constants(table: Table, kernel: str | None = None) -> dict[str, Any]:
+def _constants(table: Table, registers: int | None = None) -> dict[str, Any]:
     return {
-        "registers": FOREACH_REGISTERS.get(kernel or "") if table.kinds & ops.MAX_LEVELS else None,
+        "registers": registers,
         "DTYPE": TYPES[table.dtype],
         "KINDS": table.kinds,
         "LANES": LANES,
@@ -229,7 +227,9 @@ def foreach_codebook_quantize(weights: list[Tensor], scales: list[Tensor], codeb
     ):
         out = weights[0].new_empty(table.sizes[0], dtype=table.dtype)
         arguments = table.data, _stage(table, weights), out, len(table.members)
-        _launch(foreach_quantize_kernel, table.programs, *arguments, **_constants(table, "quantize"))
+        # left to itself ptxas takes too few, and spills
+        constants = _constants(table, 128 if table.kinds & ops.MAX_LEVELS else None)
+        _launch(foreach_quantize_kernel, table.programs, *arguments, **constants)
         for i, layout in zip(table.members, table.outputs, strict=True):
             results[i] = _place(out, layout)
     return results
@@ -254,7 +254,8 @@ def foreach_codebook_step_(
         work = rates.new_empty(table.workspace)
         layers = len(table.members)
         arguments = table.data, _stage(table, weights), rates.contiguous(), work, layers, pace
-        sums = {"SHORT": SHORT, "LONG": LONG, "PRODUCT": PRODUCT_SIZE, **_constants(table, "statistics")}
+        constants = _constants(table, 128 if table.kinds < REGISTER_LEVELS else 168)
+        sums = {"SHORT": SHORT, "LONG": LONG, "PRODUCT": PRODUCT_SIZE, **constants}
         _launch(foreach_statistics_kernel, table.programs, *arguments, **sums)
         programs = table.programs if quantized else layers
         _launch(foreach_update_kernel, programs, *arguments, QUANTIZE=bool(quantized), **_constants(table))
