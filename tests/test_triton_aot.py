@@ -68,7 +68,7 @@ BUDGET = [
     ("foreach_statistics_kernel", None, 8, (128, 68), (256, 68)),
     ("foreach_statistics_kernel", None, 16, (168, 145), (256, 145)),
     ("foreach_statistics_kernel", None, 256, (168, 152), (256, 152)),
-    ("foreach_update_kernel", "foreach step", 256, (255, 184), (352, 180)),
+    ("foreach_update_kernel", "foreach step", 256, (255, 184), (352, 264)),
     ("foreach_update_kernel", "foreach step, quantize", 256, (255, 119), (352, 124)),
     ("pack_kernel", "pack", 8, (48, 11), (56, 12)),
     ("unpack_kernel", "unpack", 8, (40, 6.5), (56, 7)),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -258,9 +259,10 @@ def foreach_codebook_step_(
         sums = {"SHORT": SHORT, "LONG": LONG, "PRODUCT": PRODUCT_SIZE, **constants}
         _launch(foreach_statistics_kernel, table.programs, *arguments, **sums)
         programs = table.programs if quantized else layers
-        _launch(foreach_update_kernel, programs, *arguments, QUANTIZE=bool(quantized), **_constants(table))
-    for state in (scales, codebooks, counts, totals, quantized):
-        torch.autograd.graph.increment_version(state)
+        constants = _constants(table, 255 if table.kinds & ops.MAX_LEVELS else 168)
+        _launch(foreach_update_kernel, programs, *arguments, QUANTIZE=bool(quantized), **constants)
+    for tensor in chain(scales, codebooks, counts, totals, quantized):
+        torch.autograd.graph.increment_version(tensor)
 
 
 def _table(start: Tensor, interval: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
