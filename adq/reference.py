@@ -71,7 +71,7 @@ def scaled_lookup(w: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
 
 
 def foreach_codebook_quantize(weights: list[Tensor], scales: list[Tensor], codebooks: list[Tensor]) -> list[Tensor]:
-    """``w_q = scale * c[code(w / scale)]`` of every layer, in w's dtype and strides; float32 until the last rounding."""
+    """``w_q = scale * c[code(w / scale)]`` of every layer, in w's dtype and strides; float32 until rounded."""
     ops.check_foreach_quantize(weights, scales, codebooks)
     return [
         torch.empty_like(w).copy_(scaled_lookup(w, scale, codebook) * scale)
@@ -125,7 +125,10 @@ def foreach_codebook_step_(
 def least_squares_scale(w: Tensor, q: Tensor, scale: Tensor) -> Tensor:
     """Per channel the factor that minimises ``||w - s q||^2``, the old scale where it is not positive."""
     others = [d for d in range(w.dim()) if scale.shape[d] == 1]
-    fitted = (w * q).sum(others, keepdim=True) / q.square().sum(others, keepdim=True)
+    product, norm = w * q, q.square()
+    if others:  # torch sums over all dimensions when given none
+        product, norm = product.sum(others, keepdim=True), norm.sum(others, keepdim=True)
+    fitted = product / norm
     return torch.where(fitted > 0, fitted, scale)
 
 

@@ -75,7 +75,9 @@ def _update(layers: Iterable[QuantizedLayer], paces: dict[int, Pace] | None) -> 
         _step(device, pace, *zip(*members, strict=True))
 
 
-def _step(device: torch.device, pace: Pace, weights: tuple[Tensor, ...], quantizers: tuple[WeightQuantizer, ...]) -> None:
+def _step(
+    device: torch.device, pace: Pace, weights: tuple[Tensor, ...], quantizers: tuple[WeightQuantizer, ...]
+) -> None:
     """One EMA step of all codebooks of a device that move at the same pace."""
     rates = _constant_rates(tuple(1.0 - quantizer.config.ema_decay for quantizer in quantizers), device)
     if isinstance(pace, Tensor):

@@ -151,7 +151,7 @@ def compile_launch(target: GPUTarget, kernel, args, constants, options) -> dict:
             if value.data_ptr() % 16 == 0:
                 attributes[(i,)] = [["tt.divisibility", 16]]
         else:
-            signature[name] = "i32" if value < 2**31 else "i64"
+            signature[name] = "fp32" if isinstance(value, float) else "i32" if value < 2**31 else "i64"
     signature = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
     options = cuda.launch_options(target.backend == "hip", **options)
     compiled = triton.compile(ASTSource(kernel, signature, constexprs, attributes), target=target, options=options)
@@ -198,10 +198,27 @@ def cases(target: str):
                 back = "backward" if kind == "forward" else "uniform backward"
                 yield kind, name, steps, partial(cuda.threshold_quantize, *arguments)
                 yield back, name, steps, partial(cuda.threshold_quantize_backward, x, *arguments)
+        yield from foreach_cases(dtype, [(4, 8, 16, 256)] + [(4,), (8,), (16,)] * (target == "sm_90"))
     for bits in range(1, 9) if target == "sm_90" else (3, 4, 8):
         codes, packed = torch.zeros(8192, dtype=torch.uint8), torch.zeros(1024 * bits, dtype=torch.uint8)
         yield "pack", "uint8", bits, partial(cuda.pack_bits, codes, bits)
         yield "unpack", "uint8", bits, partial(cuda.unpack_bits, packed, bits, 8192)
+
+
+def foreach_cases(dtype: torch.dtype, networks):
+    """The operators of many layers, for networks whose layers have these numbers of levels; size is the largest."""
+    for levels in networks:
+        labels = str(dtype).removeprefix("torch."), max(levels)
+        weights, scales = (
+            [torch.zeros(16, 8, 3, 3, dtype=dtype) for _ in levels],
+            [torch.ones(16, 1, 1, 1) for _ in levels],
+        )
+        tables = [[torch.zeros(k) for k in levels] for _ in range(3)]
+        yield "foreach quantize", *labels, partial(cuda.foreach_codebook_quantize, weights, scales, tables[0])
+        rates, snap = torch.ones(len(levels)), [False] * len(levels)
+        for operation, quantized in (("foreach step", []), ("foreach step, quantize", weights)):
+            arguments = weights, scales, *tables, rates, 1.0, snap, quantized
+            yield operation, *labels, partial(cuda.foreach_codebook_step_, *arguments)
 
 
 def main(target: str) -> None:

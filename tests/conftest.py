@@ -100,10 +100,23 @@ def backend(request):
     return module
 
 
-def _copy_to(tensor: torch.Tensor, device: str) -> torch.Tensor:
-    """A copy on ``device`` with the strides and offset of ``tensor``, whatever they are."""
-    storage = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
-    return storage.to(device).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+def _copy_to(value, device: str):
+    """A tensor copied to ``device`` with its strides and offset, whatever they are; so too the tensors of a list."""
+    if isinstance(value, list):
+        return [_copy_to(item, device) for item in value]
+    if not isinstance(value, torch.Tensor):
+        return value
+    storage = torch.empty(0, dtype=value.dtype).set_(value.untyped_storage())
+    return storage.to(device).as_strided(value.shape, value.stride(), value.storage_offset())
+
+
+def _copy_back(values: list, moved: list) -> None:
+    """What an operator in place has written to lists of tensors; the first argument is only read."""
+    for value, written in zip(values[1:], moved[1:], strict=True):
+        if isinstance(value, list):
+            for tensor, result in zip(value, written, strict=True):
+                if isinstance(tensor, torch.Tensor):
+                    tensor.copy_(result)
 
 
 @pytest.fixture(scope="session")
@@ -115,9 +128,12 @@ def call(backend):
         function = getattr(backend, operator)
         if not on_gpu:
             return function(*args)
-        moved = [_copy_to(arg, "cuda") if isinstance(arg, torch.Tensor) else arg for arg in args]
+        moved = _copy_to(list(args), "cuda")
         result = function(*moved)
-        return result.cpu() if isinstance(result, torch.Tensor) else tuple(tensor.cpu() for tensor in result)
+        if operator.endswith("_"):
+            _copy_back(list(args), moved)
+            return result
+        return result.cpu() if isinstance(result, torch.Tensor) else type(result)(tensor.cpu() for tensor in result)
 
     return run
 

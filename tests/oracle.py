@@ -63,6 +63,97 @@ def codebook_statistics(w: np.ndarray, thresholds: np.ndarray) -> tuple[np.ndarr
     return count, total
 
 
+# ---- the codebooks of many layers ----------------------------------------------------------------------
+
+
+def scaled_codes(w: np.ndarray, scale: np.ndarray, codebook: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """``v = w / scale`` in float32, and its codes."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        v = w / scale
+    return v, codebook_codes(v, decision_thresholds(codebook))
+
+
+def scaled_lookup(w: np.ndarray, scale: np.ndarray, codebook: np.ndarray) -> np.ndarray:
+    """``scale * c[code]``, float32; NaN where w / scale is."""
+    v, codes = scaled_codes(w, scale, codebook)
+    return np.where(np.isnan(v), F32(np.nan), scale * codebook[codes])
+
+
+@dataclass(frozen=True)
+class State:
+    """What a step changes: the scale, and codebook, N and M."""
+
+    scale: Sum
+    codebook: Sum
+    count: Sum
+    total: Sum
+
+
+def fitted_scale(w: np.ndarray, scale: np.ndarray, codebook: np.ndarray, rate: float) -> Sum:
+    """A step of each channel's scale towards the least-squares one, channel by channel."""
+    v, codes = scaled_codes(w, scale, codebook)
+    q = np.where(np.isnan(v), np.nan, codebook[codes]).astype(np.float64)
+    axis = int(np.argmax(scale.shape))
+    value, magnitude = scale.astype(np.float64), np.abs(scale).astype(np.float64)
+    for i in range(scale.size):
+        where = tuple(i if d == axis else 0 for d in range(scale.ndim))
+        terms, norm = (w.astype(np.float64) * q).take(i, axis), np.square(q.take(i, axis)).sum()
+        if norm > 0 and terms.sum() > 0:
+            value[where] += rate * (terms.sum() / norm - value[where])
+            magnitude[where] += rate * (2 * np.abs(terms).sum() / norm + magnitude[where])
+    return Sum(value, magnitude)
+
+
+def revived(codebook: np.ndarray, count: np.ndarray, total: np.ndarray) -> list[np.ndarray]:
+    """Codebook, N and M with the least used level, if it is dead, put beside the most used one."""
+    state = [codebook, count, total]
+    dead, donor = int(count.argmin()), int(count.argmax())
+    if not (count[dead] < 1e-3 * count.mean() and count[donor] >= 2):
+        return state
+    left = codebook[donor] - codebook[max(donor - 1, 0)]
+    right = codebook[min(donor + 1, len(codebook) - 1)] - codebook[donor]
+    newcomer = codebook[donor] + (0.25 * right if right >= left else -0.25 * left)
+    half = (count[donor] + count[dead]) / 2
+    rows = [list(row) for k, row in enumerate(zip(*state, strict=True)) if k != dead]
+    at = donor - (dead < donor)
+    rows[at][1:] = half, half * codebook[donor]
+    rows.insert(at + (right >= left), [newcomer, half, half * newcomer])
+    return [np.array(column) for column in zip(*rows, strict=True)]
+
+
+def codebook_step(
+    w: np.ndarray, scale: np.ndarray, codebook: np.ndarray, count: np.ndarray, total: np.ndarray, rate: float
+) -> State:
+    """One step of a layer in float64, from decisions in float32; ``rate`` is that of the layer times the pace."""
+    v, _ = scaled_codes(w, scale, codebook)
+    n, s = codebook_statistics(v, decision_thresholds(codebook))
+    count = (1 - rate) * count.astype(np.float64) + rate * n
+    magnitude = (1 - rate) * np.abs(total).astype(np.float64) + rate * s.magnitude
+    total = (1 - rate) * total.astype(np.float64) + rate * s.value
+    smoothing = 1e-5 * count.mean() + 1e-30
+    mean = np.maximum.accumulate((total + smoothing * codebook) / (count + smoothing))
+    reach = np.maximum.accumulate((magnitude + smoothing * np.abs(codebook)) / (count + smoothing))
+    state = revived(mean, count, total)
+    # the spacing of two levels carries the errors of both
+    sizes = [np.maximum(np.abs(state[0]), reach), state[1], np.maximum(np.abs(state[2]), magnitude)]
+    if scale.size > 1:
+        new_scale = fitted_scale(w, scale, codebook, rate)
+    else:
+        new_scale = Sum(scale.astype(np.float64), np.zeros(scale.shape))
+    return State(new_scale, *(Sum(value, 2 * size) for value, size in zip(state, sizes, strict=True)))
+
+
+def snapped(codebook: np.ndarray) -> np.ndarray:
+    """The nearest multiples ``m 2^e``, ``|m| <= 127``, by the smallest power of two that reaches the peak."""
+    peak = np.abs(codebook.astype(np.float64)).max()
+    step = 1.0
+    while peak > 0 and step * 127 >= 2 * peak:
+        step /= 2
+    while step * 127 < peak:
+        step *= 2
+    return (np.rint(codebook / step).clip(-127, 127) * step).astype(F32)
+
+
 # ---- activation thresholds ---------------------------------------------------------------------------
 
 

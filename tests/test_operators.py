@@ -570,8 +570,8 @@ def test_memory_is_poisoned():
     assert torch.empty(9, dtype=torch.uint8).tolist() == [255] * 9
 
 
-def test_every_operator_is_covered():
-    assert VALID.keys() == ops.SCHEMAS.keys()
+def test_every_operator_is_covered():  # those of many layers by test_foreach.py
+    assert VALID.keys() == {name for name in ops.SCHEMAS if not name.startswith("foreach")}
 
 
 def torch_operator(name: str):

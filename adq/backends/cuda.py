@@ -9,6 +9,8 @@ captured in a CUDA graph, and no launch is autotuned or depends on the device's 
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,9 +19,10 @@ import triton.language as tl
 from torch import Tensor
 
 from adq import ops
-from adq.reference import foreach_codebook_quantize, foreach_codebook_step_  # noqa: F401
+from adq.backends.layers import LONG, SHORT, Layout, Table, tables
 from adq.kernels.bits import pack_kernel, unpack_kernel
 from adq.kernels.codebook import codebook_kernel, codebook_reduce_kernel, codebook_statistics_kernel
+from adq.kernels.foreach import foreach_quantize_kernel, foreach_statistics_kernel, foreach_update_kernel
 from adq.kernels.threshold import threshold_kernel, threshold_table_kernel
 from adq.kernels.threshold_backward import (
     threshold_backward_kernel,
@@ -49,6 +52,8 @@ REGISTER_STEPS = 15
 """Most activation steps whose thresholds and sums a program holds in registers."""
 SEARCH_REGISTERS = 64
 """Registers of a thread that searches a table: left to itself ptxas takes 32 or 40 and spills."""
+
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 def describe() -> str:
@@ -181,6 +186,83 @@ def codebook_lookup_statistics(
     tables = codebook.contiguous(), thresholds.contiguous()
     statistics = _codebook(_like(w, w_q), *tables, w_q, code if codes else None, statistics=True)
     return w_q, code, *statistics  # type: ignore[misc]
+
+
+def _place(whole: Tensor, layout: Layout) -> Tensor:
+    return whole.as_strided(*layout)
+
+
+def _stage(table: Table, weights: list[Tensor]) -> Tensor | None:
+    """Dense copies of the weights that are not dense, all in one tensor; None if there are none."""
+    if not table.sizes[1]:
+        return None
+    stage = weights[0].new_empty(table.sizes[1], dtype=table.dtype)
+    for i, layout in zip(table.members, table.staged, strict=True):
+        if layout:
+            _place(stage, layout).copy_(weights[i])
+    return stage
+
+
+def _constants(table: Table, registers: int | None = None) -> dict[str, Any]:
+    return {
+        "registers": registers,
+        "DTYPE": TYPES[table.dtype],
+        "KINDS": table.kinds,
+        "LANES": LANES,
+        "VECTOR": VECTOR_BYTES // table.dtype.itemsize,
+    }
+
+
+def foreach_codebook_quantize(weights: list[Tensor], scales: list[Tensor], codebooks: list[Tensor]) -> list[Tensor]:
+    """See :func:`adq.reference.foreach_codebook_quantize`; one launch for each dtype of the weights.
+
+    The results share memory, so that their addresses need not be copied to the device.
+    """
+    results: list[Tensor] = list(weights)
+    for table in tables(
+        LANES,
+        lambda: ops.check_foreach_quantize(weights, scales, codebooks),
+        weights=weights,
+        scales=scales,
+        codebooks=codebooks,
+    ):
+        out = weights[0].new_empty(table.sizes[0], dtype=table.dtype)
+        arguments = table.data, _stage(table, weights), out, len(table.members)
+        # left to itself ptxas takes too few, and spills
+        constants = _constants(table, 128 if table.kinds & ops.MAX_LEVELS else None)
+        _launch(foreach_quantize_kernel, table.programs, *arguments, **constants)
+        for i, layout in zip(table.members, table.outputs, strict=True):
+            results[i] = _place(out, layout)
+    return results
+
+
+def foreach_codebook_step_(
+    weights: list[Tensor],
+    scales: list[Tensor],
+    codebooks: list[Tensor],
+    counts: list[Tensor],
+    totals: list[Tensor],
+    rates: Tensor,
+    pace: float,
+    snap: list[bool],
+    quantized: list[Tensor],
+) -> None:
+    """See :func:`adq.reference.foreach_codebook_step_`; two launches for each dtype of the weights."""
+    lists = {"weights": weights, "scales": scales, "codebooks": codebooks, "counts": counts, "totals": totals}
+    check = partial(ops.check_foreach_step, **lists, rates=rates, snap=snap, quantized=quantized)
+    options = rates.dtype, rates.shape, rates.device
+    for table in tables(LANES, check, options, snap, **lists, quantized=quantized):
+        work = rates.new_empty(table.workspace)
+        layers = len(table.members)
+        arguments = table.data, _stage(table, weights), rates.contiguous(), work, layers, pace
+        constants = _constants(table, 128 if table.kinds < REGISTER_LEVELS else 168)
+        sums = {"SHORT": SHORT, "LONG": LONG, "PRODUCT": PRODUCT_SIZE, **constants}
+        _launch(foreach_statistics_kernel, table.programs, *arguments, **sums)
+        programs = table.programs if quantized else layers
+        constants = _constants(table, 255 if table.kinds & ops.MAX_LEVELS else 168)
+        _launch(foreach_update_kernel, programs, *arguments, QUANTIZE=bool(quantized), **constants)
+    for tensor in chain(scales, codebooks, counts, totals, quantized):
+        torch.autograd.graph.increment_version(tensor)
 
 
 def _table(start: Tensor, interval: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
