@@ -187,7 +187,8 @@ def foreach_codebook_step_(
         for count, total, rate, snapped in zip(counts, totals, step_rates, snap, strict=True)
     ]
     _C.step_layers([*map(_weight, dense, outs, scales, codebooks)], steps, get_num_threads())
-    increment_version([*scales, *codebooks, *counts, *totals, *quantized])
+    for tensor in (*scales, *codebooks, *counts, *totals, *quantized):
+        increment_version(tensor)
 
 
 def threshold_quantize(
