@@ -8,6 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter
 
 from adq.bench.case import ADQ, COPY
 from adq.bench.results import Figure, Results, Row
@@ -16,8 +17,8 @@ from adq.store import replacing
 BLUE, LIGHT, ORANGE, GREY, BLACK = "#2b6cb0", "#90cdf4", "#dd6b20", "#a0aec0", "#1a202c"
 
 
-def draw(results: Results, output: Path) -> list[str]:
-    """Draw what the results hold; names of the PNG files written."""
+def draw(results: Results, output: Path) -> None:
+    """Draw what the results hold as PNG files."""
     environment = results.environment
     caption = (
         f"{environment['device']}, {environment['threads']} threads, torch {environment['torch']}, "
@@ -29,22 +30,21 @@ def draw(results: Results, output: Path) -> list[str]:
         "layers.png": layers(results),
         "step.png": step(results),
     }
-    drawn = []
     for name, canvas in pictures.items():
         if canvas is None:
             continue
-        canvas.text(0.995, 0.002, caption, ha="right", va="bottom", fontsize=7, color=GREY)
+        canvas.supxlabel(caption, x=0.995, ha="right", fontsize=7, color=GREY)
         with replacing(output / name) as temporary:
             canvas.savefig(temporary, format="png", dpi=130)
-        drawn.append(name)
-    return drawn
 
 
 def _canvas(lines: int, panels: int = 1) -> tuple[Canvas, Any]:
-    """A canvas for horizontal bars, with room for ``lines`` of them and for the caption at the bottom."""
-    canvas = Canvas(figsize=(6.0 + 4.5 * panels, 1.8 + 0.27 * lines))
-    canvas.set_layout_engine("constrained", rect=(0, 0.02, 1, 0.98))
-    return canvas, canvas.subplots(1, panels, sharey=True)
+    """A canvas with ``lines`` horizontal bars in each panel, the first at the top."""
+    canvas = Canvas(figsize=(6.0 + 4.5 * panels, 1.8 + 0.27 * lines), layout="constrained")
+    axes = canvas.subplots(1, panels, sharey=True, squeeze=False)[0]
+    for axis in axes:
+        axis.set_ylim(lines - 0.4, -0.6)  # from the top down
+    return canvas, axes[0] if panels == 1 else axes
 
 
 def _timed(results: Results, part: str) -> list[Row]:
@@ -62,6 +62,12 @@ def _bounds(results: Results, part: str) -> dict[tuple[str, str], Figure]:
 
 def _legend(axis: Any, *handles: Any) -> None:
     axis.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(handles), frameon=False)
+
+
+def _logarithmic(axis: Any) -> None:
+    """A logarithmic axis with plain numbers."""
+    axis.set_xscale("log")
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
 
 
 def _mark(color: str, marker: str, label: str) -> Line2D:
@@ -89,7 +95,6 @@ def roofline(results: Results) -> Canvas | None:
         if share is not None:
             axis.text(0.01 * max(copies), place, f"{share:.2f}", va="center", color="white", fontsize=8)
     axis.set_xlim(0, 1.05 * max([*copies, *(speed[case, ADQ] or 0.0 for case in cases)]))
-    axis.invert_yaxis()
     axis.set_xlabel("GB/s (bytes that must be read and written, over the time)")
     axis.set_title("Bandwidth of the operators; in the bar, the share of copy", pad=26)
     marks = Patch(color=BLUE, label="adq"), _mark(BLACK, "|", "copy_ of the same bytes"), _mark(ORANGE, "|", "target")
@@ -114,7 +119,7 @@ def peers(results: Results) -> Canvas | None:
     colors = [BLUE if value >= 1 else GREY for value in values]
     axis.barh(range(len(rows)), [value - 1.0 for value in values], left=1.0, color=colors)
     axis.set_yticks(range(len(rows)), labels)
-    axis.set_xscale("log")
+    _logarithmic(axis)
     axis.axvline(1.0, color=BLACK, linewidth=1.2)
     for place, (row, value) in enumerate(zip(rows, values, strict=True)):
         text = f" {value:.3g}x"
@@ -123,7 +128,6 @@ def peers(results: Results) -> Canvas | None:
         if target is not None and target.bound:
             axis.plot(target.bound, place, color=ORANGE, marker="|", markersize=12, markeredgewidth=2)
     axis.set_xlim(min(0.8, *values) * 0.8, 2.5 * max(values))
-    axis.invert_yaxis()
     axis.set_xlabel("time over adq's, logarithmic; right of the line adq is faster")
     axis.set_title("Alternatives on the same data", pad=26)
     marks = Patch(color=BLUE, label="slower than adq"), Patch(color=GREY, label="faster"), _mark(ORANGE, "|", "target")
@@ -149,19 +153,18 @@ def layers(results: Results) -> Canvas | None:
     if not rows:
         return None
     names = list(dict.fromkeys(row.case.rpartition(", ")[0] for row in rows))
-    canvas, axes = _canvas(len(names) + 2, panels=2)
+    canvas, axes = _canvas(len(names), panels=2)
     for axis, mode in zip(axes, ("training", "inference"), strict=True):
         for row in rows:
             name, _, case_mode = row.case.rpartition(", ")
             if case_mode == mode:
                 color, marker = LAYER_MARKS[_layer_kind(row.contender)]
                 axis.plot(row.rate, names.index(name), color=color, marker=marker, markersize=6, linestyle="")
-        axis.set_xscale("log")
+        _logarithmic(axis)
         axis.set_yticks(range(len(names)), names)
         axis.grid(alpha=0.3)
         axis.set_xlabel("images a second, logarithmic")
         axis.set_title({"training": "training: forward + backward", "inference": "inference"}[mode])
-    axes[0].invert_yaxis()
     handles = [_mark(color, marker, name) for name, (color, marker) in LAYER_MARKS.items()]
     canvas.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
     return canvas
@@ -173,8 +176,7 @@ def step(results: Results) -> Canvas | None:
     if not figures:
         return None
     cases = list(dict.fromkeys(figure.case for figure in figures))
-    canvas = Canvas(figsize=(10.0, 2.0 + 1.4 * len(cases)))
-    canvas.set_layout_engine("constrained", rect=(0, 0.04, 1, 0.96))
+    canvas = Canvas(figsize=(10.0, 1.6 + 1.6 * len(cases)), layout="constrained")
     axes: Any = canvas.subplots(len(cases), 1, sharex=True, squeeze=False)[:, 0]
     for axis, case in zip(axes, cases, strict=True):
         own = sorted((figure for figure in figures if figure.case == case), key=lambda figure: figure.contender)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from adq import WeightConfig
 from adq.bench import peers
-from adq.bench.case import ADQ, Build, Call, Case, Setting, extra, faster_than
+from adq.bench.case import ADQ, Build, Call, Case, Setting, Unavailable, extra, faster_than
 from adq.codebook import fit, sqnr
 from adq.reference import decision_thresholds
 
@@ -45,8 +45,12 @@ def _fit(w: Tensor) -> Tensor:
     return fit(w, WeightConfig(bits=BITS, scale="tensor")).codebook
 
 
-def _remembering(name: str, function: Callable[[Tensor], Tensor]) -> Build:
+def _contender(name: str, make: Callable[[], peers.Fit]) -> Build:
+    """Fits with what ``make`` returns, and remembers the codebook."""
+
     def build(data: Weights) -> Call:
+        function = make()
+
         def call() -> None:
             data.fitted[name] = function(data.w)
 
@@ -55,18 +59,22 @@ def _remembering(name: str, function: Callable[[Tensor], Tensor]) -> Build:
     return build
 
 
+def _left_out(_: Weights) -> Call:
+    raise Unavailable("left out at this size, for its time on fewer weights")
+
+
 def _case(setting: Setting, weights: int, every: bool) -> Case:
     levels = 2**BITS
-    slow: dict[str, Callable[[Tensor], Tensor]] = {
-        TORCHAO: lambda w: peers.torchao_fit(w, levels),
-        COREML: lambda w: peers.coremltools_fit(w, levels, exact=False),
-        COREML_EXACT: lambda w: peers.coremltools_fit(w, levels, exact=True),
+    slow: dict[str, Callable[[], peers.Fit]] = {
+        TORCHAO: lambda: peers.torchao_fit(levels),
+        COREML: lambda: peers.coremltools_fit(levels, exact=False),
+        COREML_EXACT: lambda: peers.coremltools_fit(levels, exact=True),
     }
     contenders = {
-        ADQ: _remembering(ADQ, _fit),
-        SKLEARN: _remembering(SKLEARN, lambda w: peers.sklearn_kmeans(w, levels)),
+        ADQ: _contender(ADQ, lambda: _fit),
+        SKLEARN: _contender(SKLEARN, lambda: peers.sklearn_fit(levels)),
     }
-    contenders |= {name: _remembering(name, f) if every else peers.only_the_smallest for name, f in slow.items()}
+    contenders |= {name: _contender(name, make) if every else _left_out for name, make in slow.items()}
     targets = [faster_than(SKLEARN, OVER_SKLEARN)] + [faster_than(name, OVER_OTHERS) for name in slow]
     targets += [extra(name, "SQNR, dB", f"SQNR of {name}", None) for name in contenders]
     extras = {f"SQNR of {name}": _sqnr_of(name) for name in contenders}
@@ -94,6 +102,8 @@ def _case(setting: Setting, weights: int, every: bool) -> Case:
 
 def _sqnr_of(name: str) -> Callable[[Weights], float]:
     def measure(data: Weights) -> float:
+        if name not in data.fitted:
+            raise Unavailable("not fitted")
         codebook = data.fitted[name].to(data.w.device)
         w_q, _ = torch.ops.adq.codebook_lookup(data.w, codebook, decision_thresholds(codebook), False)
         return sqnr(data.w, w_q)
@@ -108,7 +118,10 @@ def peak_memory(call: Callable[[], object], w: Tensor) -> float:
         before = torch.cuda.memory_allocated()
         call()
         return 1.0 + (torch.cuda.max_memory_allocated() - before) / w.nbytes
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    except OSError as error:
+        raise Unavailable("no high-water mark of this process on this system") from error
     before = _status("VmRSS")
     call()
     return 1.0 + (_status("VmHWM") - before) / w.nbytes
@@ -116,7 +129,5 @@ def peak_memory(call: Callable[[], object], w: Tensor) -> float:
 
 def _status(key: str) -> int:
     """A figure of this process in bytes, on Linux."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{key}:"):
-            return 1024 * int(line.split()[1])
-    raise OSError(f"no {key} in /proc/self/status")
+    status = Path("/proc/self/status").read_text()
+    return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith(f"{key}:"))

@@ -102,7 +102,7 @@ LAYERS: tuple[Conv | Linear, ...] = (
 
 def cases(setting: Setting) -> Iterator[Case]:
     """Every case of this part: training (forward and backward) and inference of each layer."""
-    layers = (LAYERS[6], LAYERS[14], LAYERS[15]) if setting.tiny else LAYERS
+    layers = (LAYERS[1], LAYERS[10], LAYERS[15]) if setting.tiny else LAYERS
     for layer in layers:
         for training in (True, False):
             yield _case(setting, layer, training)

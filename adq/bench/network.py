@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import adq
 from adq.bench.case import ADQ, COPY, Call, Case, Setting, Target, Unavailable, share_of_copy
 from adq.convert import weight_quantizers
+from adq.nn.layers import QUANTIZED
 
 PART = "network"
 FOREACH = "adq, every layer in one call"
@@ -20,8 +21,9 @@ MAX_GPU_US = 100.0
 def cases(setting: Setting) -> Iterator[Case]:
     """Every case of this part."""
     name = "resnet20" if setting.tiny else "resnet18"
-    weights = sum(layer.weight.numel() for layer, _ in weight_quantizers(_network(setting, name)).values())
-    moved = 8 * weights
+    model = adq.create_model(name)
+    layers = [key for key, module in model.named_modules() if type(module) in QUANTIZED]
+    moved = 8 * sum(model.get_parameter(f"{layer}.weight").numel() for layer in layers)
     bound = MAX_GPU_US if setting.cuda else None
     yield Case(
         PART,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adq.bench.case import Build, Call, Unavailable
+from adq.bench.case import Build, Call
 from adq.bench.data import Activations, Weights, on_data
 from adq.ops import ACTIVATION_RANGE, MIN_INTERVAL
 
@@ -264,33 +264,42 @@ def vq_ema(data: Weights) -> Call:
 
 # ---- codebook fits -------------------------------------------------------------------------------------
 
+Fit = Callable[[Tensor], Tensor]
+"""Weights to an ascending float32 codebook."""
 
-def sklearn_kmeans(w: Tensor, levels: int) -> Tensor:
-    """scikit-learn's KMeans with one k-means++ start and its own stopping rule; ascending levels."""
+
+def sklearn_fit(levels: int) -> Fit:
+    """scikit-learn's KMeans with one k-means++ start and its own stopping rule."""
     from sklearn.cluster import KMeans
 
-    fitted = KMeans(levels, n_init=1, random_state=0).fit(w.cpu().numpy().reshape(-1, 1))
-    return torch.from_numpy(fitted.cluster_centers_).flatten().float().sort().values
+    def fit(w: Tensor) -> Tensor:
+        fitted = KMeans(levels, n_init=1, random_state=0).fit(w.cpu().numpy().reshape(-1, 1))
+        return torch.from_numpy(fitted.cluster_centers_).flatten().float().sort().values
+
+    return fit
 
 
-def torchao_fit(w: Tensor, levels: int) -> Tensor:
-    """torchao's k-means over one row, so that all the weights share its scale; ascending levels."""
+def torchao_fit(levels: int) -> Fit:
+    """torchao's k-means over one row, so that all the weights share its scale."""
     from torchao.prototype.quantization.codebook.codebook_ops import choose_qparams_codebook
 
     dtype = getattr(torch, f"uint{(levels - 1).bit_length()}")
-    codebook, scales = choose_qparams_codebook(w.view(1, -1), (1, 1), w.numel(), dtype)
-    return (codebook.flatten() * scales.flatten()).float().sort().values
+
+    def fit(w: Tensor) -> Tensor:
+        codebook, scales = choose_qparams_codebook(w.view(1, -1), (1, 1), w.numel(), dtype)
+        return (codebook.flatten() * scales.flatten()).float().sort().values
+
+    return fit
 
 
-def coremltools_fit(w: Tensor, levels: int, exact: bool) -> Tensor:
+def coremltools_fit(levels: int, exact: bool) -> Fit:
     """coremltools' palettization: scikit-learn with a loose tolerance, or its exact one-dimensional k-means."""
     from coremltools.models.neural_network.quantization_utils import _get_kmeans_lookup_table_and_weight
 
     bits = (levels - 1).bit_length()
-    table, _ = _get_kmeans_lookup_table_and_weight(bits, w.cpu().numpy(), force_kmeans1d=exact)
-    return torch.from_numpy(table).flatten().float().sort().values
 
+    def fit(w: Tensor) -> Tensor:
+        table, _ = _get_kmeans_lookup_table_and_weight(bits, w.cpu().numpy(), force_kmeans1d=exact)
+        return torch.from_numpy(table).flatten().float().sort().values
 
-def only_the_smallest(_: Any) -> Call:
-    """A fit that is left out of the larger sizes."""
-    raise Unavailable("left out at this size, for its time on the smallest")
+    return fit

@@ -105,18 +105,17 @@ def as_csv(results: Results) -> str:
     return stream.getvalue()
 
 
-def write(results: Results, setting: Setting, output: Path, final: bool = False) -> list[str]:
-    """Write the tables, and at the end the figures too; names of the files written."""
-    texts = {
-        "bench.json": as_json(results, setting),
-        "bench.csv": as_csv(results),
-        "table.txt": table(results, setting),
-    }
-    for name, text in texts.items():
-        write_text(output / name, text)
-    drawn = []
-    if final and find_spec("matplotlib"):
+def write_json(results: Results, setting: Setting, output: Path) -> None:
+    """Write bench.json, which holds everything."""
+    write_text(output / "bench.json", as_json(results, setting))
+
+
+def write(results: Results, setting: Setting, output: Path) -> None:
+    """Write bench.json, bench.csv, table.txt and, where matplotlib is installed, the pictures."""
+    write_json(results, setting, output)
+    write_text(output / "bench.csv", as_csv(results))
+    write_text(output / "table.txt", table(results, setting))
+    if find_spec("matplotlib"):
         from adq.bench.figures import draw
 
-        drawn = draw(results, output)
-    return [*texts, *drawn]
+        draw(results, output)

@@ -19,7 +19,7 @@ from adq.bench import comparisons, fit, layers, network, operators, small, step
 from adq.bench.case import ADQ, COPY, Call, Case, Setting, Target, Unavailable, full_setting, quick_setting, ratio
 from adq.bench.check import checks
 from adq.bench.environment import environment, slug
-from adq.bench.report import case_lines, summary_line, write
+from adq.bench.report import case_lines, summary_line, write, write_json
 from adq.bench.results import Figure, Results, Row
 from adq.bench.timing import Clock, EventClock, HostClock, SynchronisedClock, race
 
@@ -70,32 +70,34 @@ def clock_of(case: Case, setting: Setting) -> Clock:
     return SynchronisedClock() if case.host else EventClock()
 
 
-def start(case: Case, setting: Setting, data: Any, deadline: float | None = None) -> tuple[dict[str, Call], list[Row]]:
+def start(case: Case, data: Any, deadline: float | None = None) -> tuple[dict[str, Call], list[Row]]:
     """The calls of the contenders that can run, tried once each, and a row with the reason for each other one.
 
     After ``deadline`` (of ``time.monotonic``) no further contender is started.
     """
     calls: dict[str, Call] = {}
-    absent = []
+    absent: list[Row] = []
     for name, build in case.contenders.items():
         try:
             if deadline is not None and calls and time.monotonic() > deadline:
-                raise TimeoutError(TOO_LATE)
+                raise Unavailable(TOO_LATE)
             call = build(data)
             if not case.cold:
                 call()
             calls[name] = call
         except Exception as error:
-            if name.startswith(ADQ) and not isinstance(error, (Unavailable, TimeoutError)):
-                raise
-            absent.append(Row(case.part, case.name, name, reason=_reason(error)))
+            absent.append(_absent(case, name, error))
     return calls, absent
 
 
-def _reason(error: Exception) -> str:
-    text = str(error).strip().splitlines() or [""]
-    kind = "" if type(error).__name__ in ("Unavailable", "TimeoutError") else f"{type(error).__name__}: "
-    return kind + text[0][:160]
+def _absent(case: Case, name: str, error: Exception) -> Row:
+    """The row of a contender that an error kept from running; adq's own errors are raised."""
+    if isinstance(error, Unavailable):
+        return Row(case.part, case.name, name, reason=str(error))
+    if name.startswith(ADQ):
+        raise error
+    first_line = (str(error).strip().splitlines() or [""])[0]
+    return Row(case.part, case.name, name, reason=f"{type(error).__name__}: {first_line[:160]}")
 
 
 def measure(case: Case, setting: Setting, deadline: float | None = None) -> tuple[list[Row], list[Figure]]:
@@ -104,32 +106,28 @@ def measure(case: Case, setting: Setting, deadline: float | None = None) -> tupl
         torch.compiler.reset()
     with _quiet():
         data = case.data()
-        calls, absent = start(case, setting, data, deadline)
+        calls, absent = start(case, data, deadline)
         seconds = setting.seconds if case.seconds is None else case.seconds
-        samples = race(calls, clock_of(case, setting), setting.rounds, seconds, case.cold)
-        samples = {name: [ms / case.calls for ms in times] for name, times in samples.items()}
-        rows = [_row(case, name, samples) for name in samples] + absent
-        extras, failed = _extras(case, data)
+        times, failed = race(calls, clock_of(case, setting), setting.rounds, seconds, case.cold)
+        absent += [_absent(case, name, error) for name, error in failed.items()]
+        samples = {name: [ms / case.calls for ms in own] for name, own in times.items()}
+        extras = _extras(case, data)
+    rows = [_row(case, name, samples) for name in samples] + absent
     figures = [_figure(case, target, setting, {**samples, **extras}) for target in case.targets]
     del data, calls
     gc.collect()
     if setting.cuda:
         torch.cuda.empty_cache()
-    return rows + failed, [figure for figure in figures if figure is not None]
+    return rows, [figure for figure in figures if figure is not None]
 
 
-def _extras(case: Case, data: Any) -> tuple[dict[str, list[float]], list[Row]]:
-    """Figures other than time; those of contenders that did not run are missing."""
-    values: dict[str, list[float]] = {}
-    failed = []
+def _extras(case: Case, data: Any) -> dict[str, list[float]]:
+    """Figures other than time, without those of contenders that did not run."""
+    values = {}
     for name, compute in case.extras.items():
-        try:
+        with contextlib.suppress(Unavailable):
             values[name] = [compute(data)]
-        except KeyError:  # of a contender that did not run, and is reported so
-            continue
-        except (OSError, RuntimeError) as error:
-            failed.append(Row(case.part, case.name, name, reason=_reason(error)))
-    return values, failed
+    return values
 
 
 def _row(case: Case, name: str, samples: dict[str, list[float]]) -> Row:
@@ -191,13 +189,15 @@ def run(setting: Setting, parts: Sequence[str], output: Path, echo: Callable[[st
     if CHECK in parts:
         results.checked = run_checks(setting, echo)
         spent += GPU_SECONDS[CHECK]
-    for part in [name for name in PARTS if name in parts]:
-        spent += GPU_SECONDS[part]
-        deadline = begin + spent if setting.cuda else None
-        for case in PARTS[part](setting):
-            _run_case(case, setting, deadline, results, echo)
-            write(results, setting, output)
-    write(results, setting, output, final=True)
+    try:
+        for part in [name for name in PARTS if name in parts]:
+            spent += GPU_SECONDS[part]
+            deadline = begin + spent if setting.cuda else None
+            for case in PARTS[part](setting):
+                _run_case(case, setting, deadline, results, echo)
+                write_json(results, setting, output)
+    finally:
+        write(results, setting, output)
     return results
 
 
@@ -217,9 +217,9 @@ def _run_case(
 
 def main(device: str | None, only: str | None, output: Path | None, quick: bool, echo: Callable[[str], None]) -> None:
     """The command ``adq bench``: see its options. Raises ValueError for an unknown part or device."""
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if chosen.type not in ("cpu", "cuda"):
+    if device not in (None, "cpu", "cuda"):
         raise ValueError(f"--device must be cpu or cuda, got {device!r}")
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device")
     parts = only.split(",") if only else [CHECK, *PARTS]

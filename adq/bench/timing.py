@@ -66,20 +66,27 @@ class EventClock:
         return [before.elapsed_time(after) for before, after in pairwise(events)]
 
 
-def race(calls: Mapping[str, Call], clock: Clock, rounds: int, seconds: float, cold: bool) -> dict[str, list[float]]:
-    """Milliseconds of every contender, in rounds.
+def race(
+    calls: Mapping[str, Call], clock: Clock, rounds: int, seconds: float, cold: bool
+) -> tuple[dict[str, list[float]], dict[str, Exception]]:
+    """Run the contenders in rounds; milliseconds of each, and what stopped those that failed.
 
     The first run warms up, unless ``cold``. The next one tells in how many rounds a contender takes part: as many
     as fit into ``seconds``, one at least. The order within a round rotates.
     """
-    names = list(calls)
-    if not cold:
-        clock.round([calls[name] for name in names])
-    first = clock.round([calls[name] for name in names])
-    samples = {name: [ms] for name, ms in zip(names, first, strict=True)}
-    allowed = {name: 1e3 * seconds / max(ms, 1e-6) for name, ms in zip(names, first, strict=True)}
+    samples: dict[str, list[float]] = {}
+    failed: dict[str, Exception] = {}
+    for name, call in calls.items():
+        try:
+            if not cold:
+                clock.round([call])
+            samples[name] = clock.round([call])
+        except Exception as error:
+            failed[name] = error
+    names = list(samples)
+    allowed = {name: 1e3 * seconds / max(first, 1e-6) for name, (first,) in samples.items()}
     for i in range(1, rounds):
         turn = [name for name in names[i % len(names) :] + names[: i % len(names)] if i < allowed[name]]
         for name, ms in zip(turn, clock.round([calls[name] for name in turn]), strict=True):
             samples[name].append(ms)
-    return samples
+    return samples, failed
