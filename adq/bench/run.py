@@ -115,7 +115,8 @@ def measure(case: Case, setting: Setting, deadline: float | None = None) -> tupl
     rows = [_row(case, name, samples) for name in samples] + absent
     figures = [_figure(case, target, setting, {**samples, **extras}) for target in case.targets]
     del data, calls
-    gc.collect()
+    if not setting.tiny:
+        gc.collect()
     if setting.cuda:
         torch.cuda.empty_cache()
     return rows, [figure for figure in figures if figure is not None]
