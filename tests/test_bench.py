@@ -186,22 +186,22 @@ def few_checks(monkeypatch):
     for name, keep in (("SHAPES", ("63", "transposed")), ("DTYPES", ("fp32", "bf16"))):
         table = getattr(check, name)
         monkeypatch.setattr(check, name, {key: table[key] for key in keep})
-    monkeypatch.setattr(check, "LEVELS", (8, 31))
-    monkeypatch.setattr(check, "BITS", (3, 8))
+    monkeypatch.setattr(check, "PLAIN", "63")
 
 
 def test_the_operators_pass_the_check(few_checks):
-    assert run_checks(TINY, lambda line: None) == 65
+    assert run_checks(TINY, lambda line: None) == "77 of 77 comparisons with the reference made, all agree"
+    assert run_checks(TINY, lambda line: None, deadline=0.0).startswith("0 of 77")
 
 
 @pytest.mark.parametrize(
     ("function", "wrong", "named"),
     [
-        ("codebook_lookup", lambda result: (result[0] + 1, result[1]), r"codebook, K=8, fp32, 63: w_q"),
-        ("codebook_statistics", lambda result: (result[0], result[1] + 1e-3), r"codebook, K=8.*total"),
+        ("codebook_lookup", lambda result: (result[0] + 1, result[1]), r"codebook, K=16, fp32, 63: w_q"),
+        ("codebook_statistics", lambda result: (result[0], result[1] + 1e-3), r"codebook, K=16.*total"),
         ("threshold_quantize", lambda result: -result, r"N2UQ, 3 bits.*: y"),
         ("threshold_quantize_backward", lambda result: (*result[:4], result[4] * 1.001), r"N2UQ, 3 bits.*d_out_scale"),
-        ("pack_bits", lambda result: result + 1, r"pack and unpack, 1 bits, 1 codes: packed"),
+        ("pack_bits", lambda result: result + 1, r"pack and unpack, 2 bits, 1 codes: packed"),
     ],
 )
 def test_a_failed_check_names_the_case(few_checks, monkeypatch, function, wrong, named):

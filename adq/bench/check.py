@@ -31,8 +31,11 @@ SHAPES: dict[str, Callable[[Tensor], Tensor]] = {
     "channels_last": lambda values: values[:9600].view(5, 16, 10, 12).contiguous(memory_format=torch.channels_last),
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-LEVELS = (1, 2, 3, 4, 8, 16, 31, 256)
-BITS = (1, 2, 3, 4, 5, 8)
+LEVELS = (16, 8, 4, 256, 1, 2, 3, 31)
+STEPS = ((3, False), (2, False), (4, False), (8, True), (1, False), (5, False), (8, False), (3, True))
+"""Bits, and whether one interval serves all the steps."""
+PLAIN = "65537"
+"""The shape on which every width is tried; the others try the first width alone."""
 SUM_TOLERANCE = 2e-6
 """Of the sum of the absolute contributions."""
 REFERENCE_TOLERANCE = 1e-14
@@ -50,23 +53,22 @@ class Check:
 
 
 def checks(setting: Setting) -> Iterator[Check]:
-    """All comparisons of the operators on the setting's device."""
+    """All comparisons of the operators on the setting's device, the widths that are timed before the others."""
     device = setting.device
-    values = _values(2**17)
-    for dtype_name, dtype in DTYPES.items():
-        for shape, take in SHAPES.items():
-            w = take(values.to(dtype))
-            where = f"{dtype_name}, {shape}"
-            for levels in LEVELS:
-                yield Check(f"codebook, K={levels}, {where}", partial(_check_codebook, w, levels, device))
-            for bits in BITS:
-                for shared in (False, True):
-                    title = f"N2UQ, {bits} bits{', one interval' if shared else ''}, {where}"
-                    yield Check(title, partial(_check_threshold, w, bits, shared, device))
-    for bits in range(1, 9):
+    yield Check("memory kept for the backward", partial(_check_kept, setting))
+    for bits in (2, 3, 4, 1, 5, 6, 7, 8):
         for count in (0, 1, 7, 8191, 65536):
             yield Check(f"pack and unpack, {bits} bits, {count} codes", partial(_check_bits, bits, count, device))
-    yield Check("memory kept for the backward", partial(_check_kept, setting))
+    values = _values(2**17)
+    for shape, take in sorted(SHAPES.items(), key=lambda item: item[0] != PLAIN):
+        for dtype_name, dtype in DTYPES.items():
+            w = take(values.to(dtype))
+            where = f"{dtype_name}, {shape}"
+            for levels in LEVELS if shape == PLAIN else LEVELS[:1]:
+                yield Check(f"codebook, K={levels}, {where}", partial(_check_codebook, w, levels, device))
+            for bits, shared in STEPS if shape == PLAIN else STEPS[:1]:
+                title = f"N2UQ, {bits} bits{', one interval' if shared else ''}, {where}"
+                yield Check(title, partial(_check_threshold, w, bits, shared, device))
 
 
 def _values(count: int) -> Tensor:

@@ -159,7 +159,8 @@ def layers(results: Results) -> Canvas | None:
             name, _, case_mode = row.case.rpartition(", ")
             if case_mode == mode:
                 color, marker = LAYER_MARKS[_layer_kind(row.contender)]
-                axis.plot(row.rate, names.index(name), color=color, marker=marker, markersize=6, linestyle="")
+                place = names.index(name) + (0.16 if row.contender.endswith("bfloat16") else -0.16)
+                axis.plot(row.rate, place, color=color, marker=marker, markersize=6, linestyle="")
         _logarithmic(axis)
         axis.set_yticks(range(len(names)), names)
         axis.grid(alpha=0.3)

@@ -61,4 +61,4 @@ class Results:
     environment: dict[str, Any]
     rows: list[Row] = field(default_factory=list)
     figures: list[Figure] = field(default_factory=list)
-    checked: int = 0
+    checked: str = ""
