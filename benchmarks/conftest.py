@@ -64,6 +64,8 @@ def compete(benchmark, setting: Setting) -> Callable[[Case, str], float | None]:
     def run(case: Case, contender: str) -> float | None:
         data = case.data()
         calls, absent = start(replace(case, contenders={contender: case.contenders[contender]}), data)
+        if absent and absent[0].failed:
+            pytest.fail(f"{contender}: {absent[0].reason}")
         if absent:
             pytest.skip(f"{contender} did not run: {absent[0].reason}")
         call = calls[contender]

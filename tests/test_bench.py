@@ -17,7 +17,7 @@ from adq.bench.data import activations, codes, weights
 from adq.bench.environment import cpu_model, environment, slug
 from adq.bench.report import as_csv, verdict
 from adq.bench.results import Figure, Results, Row
-from adq.bench.run import CheckError, main, measure, run, run_checks
+from adq.bench.run import PARTS, CheckError, main, measure, run, run_checks
 from adq.bench.timing import HostClock, race
 from adq.functional import threshold_quantize
 from adq.train.cli import app
@@ -119,12 +119,17 @@ def test_a_peer_that_cannot_run_is_reported_by_name(monkeypatch):
     assert absent.ms is None
 
 
-def test_adq_itself_must_run():
+def test_adq_itself_must_run(monkeypatch, tmp_path):
     def broken(_):
         raise RuntimeError("broken kernel")
 
-    with pytest.raises(RuntimeError, match="broken kernel"):
-        measure(Case("operators", "broken", lambda: None, {ADQ: broken}), TINY)
+    case = Case("network", "broken", lambda: None, {ADQ: broken, COPY: lambda _: lambda: None})
+    monkeypatch.setitem(PARTS, "network", lambda setting: iter([case]))
+    lines: list[str] = []
+    with pytest.raises(RuntimeError, match="1 of adq's own did not run: broken, adq: RuntimeError: broken kernel"):
+        main("cpu", "network", tmp_path, True, lines.append)
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert {row["contender"]: row["failed"] for row in rows} == {ADQ: True, COPY: False}
 
 
 # ---- timing and targets --------------------------------------------------------------------------------
@@ -152,6 +157,10 @@ def test_a_contender_that_fails_in_the_race_is_named():
     contenders = {ADQ: lambda _: lambda: None, "hungry": lambda _: out_of_memory}
     (_, absent), _ = measure(Case("fit", "x", lambda: None, contenders, cold=True), TINY)
     assert (absent.contender, absent.reason) == ("hungry", "MemoryError: too large")
+
+
+def test_a_race_without_contenders_ends():
+    assert race({}, HostClock(), rounds=5, seconds=1.0, cold=False) == ({}, {})
 
 
 def test_ratios_pair_the_rounds():

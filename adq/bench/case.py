@@ -133,7 +133,7 @@ class Case:
         part: which part of the suite it belongs to.
         name: unique within the suite.
         data: makes what the contenders share.
-        contenders: by name; those named ``adq...`` must run, another may be unavailable.
+        contenders: by name; those named ``adq...`` must run, others may be unavailable.
         targets: what is asked of the figures.
         bytes_moved: bytes that adq must read and write in a call, 0 where that says nothing.
         items: images or weights a call works on, 0 where that says nothing.

@@ -15,7 +15,9 @@ class Row:
         gbps: bytes that adq must move over the time, 1e9 bytes a second.
         share: of the copy's bandwidth.
         rate: items a second.
+        times_adq: its time over adq's.
         reason: why the contender did not run; then there is no figure.
+        failed: it is adq's own, and had to run.
     """
 
     part: str
@@ -31,6 +33,7 @@ class Row:
     rate: float | None = None
     item: str = ""
     reason: str | None = None
+    failed: bool = False
 
 
 @dataclass(frozen=True)

@@ -91,17 +91,16 @@ def start(case: Case, data: Any, deadline: float | None = None) -> tuple[dict[st
 
 
 def _absent(case: Case, name: str, error: Exception) -> Row:
-    """The row of a contender that an error kept from running; adq's own errors are raised."""
+    """The row of a contender that an error kept from running; for one of adq's own it is a failure of the run."""
     if isinstance(error, Unavailable):
         return Row(case.part, case.name, name, reason=str(error))
-    if name.startswith(ADQ):
-        raise error
     first_line = (str(error).strip().splitlines() or [""])[0]
-    return Row(case.part, case.name, name, reason=f"{type(error).__name__}: {first_line[:160]}")
+    reason = f"{type(error).__name__}: {first_line[:160]}"
+    return Row(case.part, case.name, name, reason=reason, failed=name.startswith(ADQ))
 
 
 def measure(case: Case, setting: Setting, deadline: float | None = None) -> tuple[list[Row], list[Figure]]:
-    """Time a case; raises what adq's own contender raises."""
+    """Time a case: a row for each contender, and the figures that its targets ask for."""
     if setting.compiled:
         torch.compiler.reset()
     with _quiet():
@@ -223,7 +222,10 @@ def _run_case(
 
 
 def main(device: str | None, only: str | None, output: Path | None, quick: bool, echo: Callable[[str], None]) -> None:
-    """The command ``adq bench``: see its options. Raises ValueError for an unknown part or device."""
+    """The command ``adq bench``: see its options.
+
+    Raises ValueError for an unknown part or device, and, at the end, RuntimeError where adq itself failed.
+    """
     if device not in (None, "cpu", "cuda"):
         raise ValueError(f"--device must be cpu or cuda, got {device!r}")
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -236,4 +238,7 @@ def main(device: str | None, only: str | None, output: Path | None, quick: bool,
     folder = output or Path("runs", f"bench-{slug(chosen)}")
     setting = quick_setting(chosen) if quick else full_setting(chosen)
     results = run(setting, parts, folder, echo)
+    failed = [f"{row.case}, {row.contender}: {row.reason}" for row in results.rows if row.failed]
     echo(f"\n{summary_line(results)}\n{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
+    if failed:
+        raise RuntimeError(f"{len(failed)} of adq's own did not run: {'; '.join(failed)}")

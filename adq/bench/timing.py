@@ -84,9 +84,12 @@ def race(
         except Exception as error:
             failed[name] = error
     names = list(samples)
-    allowed = {name: 1e3 * seconds / max(first, 1e-6) for name, (first,) in samples.items()}
+    allowed = {name: 1e3 * seconds / max(ms, 1e-6) for name, (ms,) in samples.items()}
     for i in range(1, rounds):
-        turn = [name for name in names[i % len(names) :] + names[: i % len(names)] if i < allowed[name]]
+        first = i % max(1, len(names))
+        turn = [name for name in names[first:] + names[:first] if i < allowed[name]]
+        if not turn:
+            break
         for name, ms in zip(turn, clock.round([calls[name] for name in turn]), strict=True):
             samples[name].append(ms)
     return samples, failed
