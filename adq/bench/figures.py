@@ -21,7 +21,8 @@ def draw(results: Results, output: Path) -> None:
     """Draw what the results hold as PNG files."""
     environment = results.environment
     caption = (
-        f"{environment['device']}, {environment['threads']} threads, torch {environment['torch']}, "
+        f"{environment['device']}, {environment['threads']} CPU threads, torch {environment['torch']}, "
+        f"Triton {environment['triton']}, "
         f"adq {environment['adq']} {(environment['commit'] or '')[:10]}, {environment['date'][:10]}"
     )
     pictures = {

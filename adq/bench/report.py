@@ -60,7 +60,7 @@ def summary_line(results: Results) -> str:
     judged = [figure for figure in results.figures if figure.bound is not None]
     absent = sorted({row.contender for row in results.rows if row.reason is not None})
     text = f"targets met: {sum(figure.met for figure in judged)} of {len(judged)}"
-    return text + (f"; not run everywhere: {', '.join(absent)}" if absent else "")
+    return text + (f"; not run everywhere: {'; '.join(absent)}" if absent else "")
 
 
 def table(results: Results, setting: Setting) -> str:
