@@ -60,9 +60,10 @@ def checks(setting: Setting) -> Iterator[Check]:
         for count in (0, 1, 7, 8191, 65536):
             yield Check(f"pack and unpack, {bits} bits, {count} codes", partial(_check_bits, bits, count, device))
     values = _values(2**17)
+    finite = values.nan_to_num(0.0, 3.0, -3.0)
     for shape, take in sorted(SHAPES.items(), key=lambda item: item[0] != PLAIN):
         for dtype_name, dtype in DTYPES.items():
-            w = take(values.to(dtype))
+            w = take(values.to(dtype)), take(finite.to(dtype))
             where = f"{dtype_name}, {shape}"
             for levels in LEVELS if shape == PLAIN else LEVELS[:1]:
                 yield Check(f"codebook, K={levels}, {where}", partial(_check_codebook, w, levels, device))
@@ -109,7 +110,9 @@ def _close(actual: Tensor, expected: Tensor, magnitude: Tensor, what: str) -> No
     assert worst <= 0, f"{what}: the error exceeds what rounding allows by {worst:.3g}"
 
 
-def _check_codebook(w: Tensor, levels: int, device: torch.device) -> None:
+def _check_codebook(data: tuple[Tensor, Tensor], levels: int, device: torch.device) -> None:
+    """Lookup of all values, sums of the finite ones."""
+    w, finite = data
     codebook = torch.linspace(-2.0, 2.0, levels)
     thresholds = reference.decision_thresholds(codebook)
     tables = codebook.to(device), thresholds.to(device)
@@ -118,7 +121,6 @@ def _check_codebook(w: Tensor, levels: int, device: torch.device) -> None:
         torch.ops.adq.codebook_lookup(_on(w, device), *tables, True), expected, ("w_q", "codes"), strict=True
     ):
         _same(actual, wanted, what)
-    finite = w.nan_to_num(0.0, 3.0, -3.0)
     count, total = reference.codebook_statistics(finite, thresholds)
     magnitude = _absolute_sums(finite, thresholds)
     w_q, _, fused_count, fused_total = torch.ops.adq.codebook_lookup_statistics(_on(finite, device), *tables, False)
@@ -136,7 +138,9 @@ def _absolute_sums(w: Tensor, thresholds: Tensor) -> Tensor:
     return torch.bincount(code, values.abs().double(), minlength=thresholds.numel() + 1)
 
 
-def _check_threshold(x: Tensor, bits: int, shared: bool, device: torch.device) -> None:
+def _check_threshold(data: tuple[Tensor, Tensor], bits: int, shared: bool, device: torch.device) -> None:
+    """Forward pass on all values, gradients of the finite ones."""
+    x, finite = data
     steps = 2**bits - 1
     interval = torch.full((1,), 2.0 / steps) if shared else torch.linspace(0.6, 1.4, steps) * 2.0 / steps
     start, in_scale, out_scale, offset = (torch.tensor([value]) for value in (-0.9, 0.8, 1.3, 0.25))
@@ -144,7 +148,6 @@ def _check_threshold(x: Tensor, bits: int, shared: bool, device: torch.device) -
     moved = [tensor.to(device) for tensor in parameters]
     y = torch.ops.adq.threshold_quantize(_on(x, device), *moved, steps)
     _same(y, reference.threshold_quantize(x, start, interval, in_scale, out_scale, offset, steps), "y")
-    finite = x.nan_to_num(0.0, 3.0, -3.0)
     grad = torch.empty_like(finite).normal_(generator=torch.Generator().manual_seed(1))
     actual = torch.ops.adq.threshold_quantize_backward(_on(grad, device), _on(finite, device), *moved, steps)
     # in float32, so that d_x is compared before its rounding to a narrower dtype

@@ -36,7 +36,7 @@ VQ_EMA = "vector-quantize-pytorch EMA codebook"
 
 
 def n2uq(x: Tensor, start: Tensor, interval: Tensor, in_scale: Tensor, out_scale: Tensor) -> Tensor:
-    """N2UQ (arXiv 2111.14826, equations 5 to 8) in plain torch operations, a loop over the thresholds.
+    """N2UQ (arXiv 2111.14826, section 3) in plain torch operations, a loop over the thresholds.
 
     The forward pass takes the step function, the backward pass, by autograd, the piecewise linear surrogate
     that rises by one step over each interval. Any float dtype; ``interval`` holds one element a step.
