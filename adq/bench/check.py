@@ -133,7 +133,7 @@ def _check_codebook(data: tuple[Tensor, Tensor], levels: int, device: torch.devi
 
 
 def _absolute_sums(w: Tensor, thresholds: Tensor) -> Tensor:
-    values = w.float().flatten()
+    values = w.float().flatten().contiguous()
     code = torch.bucketize(values, thresholds)
     return torch.bincount(code, values.abs().double(), minlength=thresholds.numel() + 1)
 

@@ -16,6 +16,7 @@ from adq.bench.results import Figure, Results, Row
 from adq.store import write_text
 
 HEADER = f"{'case and contender':<44} {'ms':>10} {'GB/s':>8} {'of copy':>8} {'a second':>12}  figure (target)"
+FILES = ("bench.json", "bench.csv", "table.txt", "roofline.png", "peers.png", "layers.png", "step.png")
 FIGURE_FIELDS = ("figure", "value", "bound", "at_least", "met", "missed_by")
 
 

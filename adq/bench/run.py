@@ -19,7 +19,7 @@ from adq.bench import comparisons, fit, layers, network, operators, small, step
 from adq.bench.case import ADQ, COPY, Call, Case, Setting, Target, Unavailable, full_setting, quick_setting, ratio
 from adq.bench.check import checks
 from adq.bench.environment import environment, slug
-from adq.bench.report import case_lines, summary_line, write, write_json
+from adq.bench.report import FILES, case_lines, summary_line, write, write_json
 from adq.bench.results import Figure, Results, Row
 from adq.bench.timing import Clock, EventClock, HostClock, SynchronisedClock, race
 
@@ -195,6 +195,8 @@ def run(setting: Setting, parts: Sequence[str], output: Path, echo: Callable[[st
     if CHECK in parts:
         spent += GPU_SECONDS[CHECK]
         results.checked = run_checks(setting, echo, begin + spent if setting.cuda else None)
+    for name in FILES:  # what an earlier run left there would be taken for this one's
+        (output / name).unlink(missing_ok=True)
     try:
         for part in [name for name in PARTS if name in parts]:
             spent += GPU_SECONDS[part]
