@@ -1,4 +1,4 @@
-"""The command line: ``adq train | eval | sensitivity | export | info``."""
+"""The command line: ``adq train | eval | sensitivity | export | bench | info``."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def parse_assignment_value(path: list[str], value: Any) -> dict[str, Any]:
 def _default(context: typer.Context) -> None:
     if context.invoked_subcommand is None:
         typer.echo(describe_backends())
-        typer.echo("commands: train, eval, sensitivity, export, info; adq COMMAND --help")
+        typer.echo("commands: train, eval, sensitivity, export, bench, info; adq COMMAND --help")
 
 
 @app.command()
@@ -197,6 +197,23 @@ def export(
         file = model / "model.safetensors" if model.is_dir() else model
         save(load(file), output, packed=to == "packed")
         typer.echo(f"{output}: {output.stat().st_size:,} bytes, from {file.stat().st_size:,}")
+
+
+@app.command()
+def bench(
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
+    only: Annotated[
+        str | None,
+        typer.Option(help="Parts, comma-separated: check, operators, peers, small, fit, network, layers, step."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder of the results. Default: runs/bench-DEVICE.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Tiny sizes: shows that everything runs.")] = False,
+) -> None:
+    """Correctness and speed of every operator, beside a copy and beside the alternatives."""
+    with _plain_errors():
+        from adq.bench.run import main
+
+        main(device, only, output, quick, typer.echo)
 
 
 @app.command()

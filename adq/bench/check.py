@@ -1,0 +1,189 @@
+"""Every operator on the device against the reference: decisions exactly, sums to float32 rounding.
+
+The reference (:mod:`adq.reference`) decides in float32 and adds in float64; it runs on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from adq import reference
+from adq.bench.case import Setting
+from adq.bench.data import activations
+from adq.bench.peers import kept_bytes
+from adq.functional import threshold_quantize
+from adq.ops import packed_size
+
+SHAPES: dict[str, Callable[[Tensor], Tensor]] = {
+    "1": lambda values: values[:1],
+    "empty": lambda values: values[:0],
+    "63": lambda values: values[:63],
+    "1023": lambda values: values[:1023],
+    "65537": lambda values: values[:65537],
+    "misaligned": lambda values: values[3:4099],
+    "transposed": lambda values: values[: 37 * 53].view(37, 53).t(),
+    "every second": lambda values: values[:4099:2],
+    "channels_last": lambda values: values[:9600].view(5, 16, 10, 12).contiguous(memory_format=torch.channels_last),
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LEVELS = (16, 8, 4, 256, 1, 2, 3, 31)
+STEPS = ((3, False), (2, False), (4, False), (8, True), (1, False), (5, False), (8, False), (3, True))
+"""Bits, and whether one interval serves all the steps."""
+PLAIN = "65537"
+"""The shape on which every width is tried; the others try the first width alone."""
+SUM_TOLERANCE = 2e-6
+"""Of the sum of the absolute contributions."""
+REFERENCE_TOLERANCE = 1e-14
+"""Of the largest sum: rounding of the float64 reference."""
+ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+SMALLEST = {torch.float32: 2.0**-126, torch.bfloat16: 2.0**-126, torch.float16: 2.0**-24}
+
+
+@dataclass(frozen=True)
+class Check:
+    """A named comparison; ``run`` raises AssertionError where the device and the reference differ."""
+
+    name: str
+    run: Callable[[], None]
+
+
+def checks(setting: Setting) -> Iterator[Check]:
+    """All comparisons of the operators on the setting's device, the widths that are timed before the others."""
+    device = setting.device
+    yield Check("memory kept for the backward", partial(_check_kept, setting))
+    for bits in (2, 3, 4, 1, 5, 6, 7, 8):
+        for count in (0, 1, 7, 8191, 65536):
+            yield Check(f"pack and unpack, {bits} bits, {count} codes", partial(_check_bits, bits, count, device))
+    values = _values(2**17)
+    finite = values.nan_to_num(0.0, 3.0, -3.0)
+    for shape, take in sorted(SHAPES.items(), key=lambda item: item[0] != PLAIN):
+        for dtype_name, dtype in DTYPES.items():
+            w = take(values.to(dtype)), take(finite.to(dtype))
+            where = f"{dtype_name}, {shape}"
+            for levels in LEVELS if shape == PLAIN else LEVELS[:1]:
+                yield Check(f"codebook, K={levels}, {where}", partial(_check_codebook, w, levels, device))
+            for bits, shared in STEPS if shape == PLAIN else STEPS[:1]:
+                title = f"N2UQ, {bits} bits{', one interval' if shared else ''}, {where}"
+                yield Check(title, partial(_check_threshold, w, bits, shared, device))
+
+
+def _values(count: int) -> Tensor:
+    """Normal values, among them zeros, ties with the codebooks, infinities and NaN."""
+    values = torch.randn(count, generator=torch.Generator().manual_seed(0))
+    values[::97] = 0.0
+    values[5::89] = 0.5
+    values[7::1009] = torch.inf
+    values[11::1013] = -torch.inf
+    values[13::1019] = torch.nan
+    return values
+
+
+def _on(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device with the same strides and offset."""
+    storage = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
+    return storage.to(device).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+def _same(actual: Tensor, expected: Tensor, what: str) -> None:
+    actual = actual.cpu()
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape, f"{what}: dtype or shape"
+    assert actual.stride() == expected.stride(), f"{what}: strides {actual.stride()} instead of {expected.stride()}"
+    wrong = ~((actual == expected) | (actual.isnan() & expected.isnan()))
+    assert not wrong.any(), f"{what}: {int(wrong.sum())} of {wrong.numel()} differ"
+
+
+def _close(actual: Tensor, expected: Tensor, magnitude: Tensor, what: str) -> None:
+    """Within rounding of sums whose absolute contributions add up to ``magnitude``."""
+    dtype = actual.dtype
+    magnitude = magnitude.double()
+    allowed = (SUM_TOLERANCE + ROUNDING[dtype]) * magnitude + SMALLEST[dtype]
+    if magnitude.numel():  # the reference's own float64 sums are differences of larger ones
+        allowed = allowed + REFERENCE_TOLERANCE * magnitude.max()
+    excess = (actual.cpu().double() - expected.double()).abs() - allowed
+    same = (actual.cpu() == expected) | (actual.cpu().isnan() & expected.isnan())
+    worst = float(torch.where(same, 0.0, excess.nan_to_num(torch.inf)).max()) if same.numel() else 0.0
+    assert worst <= 0, f"{what}: the error exceeds what rounding allows by {worst:.3g}"
+
+
+def _check_codebook(data: tuple[Tensor, Tensor], levels: int, device: torch.device) -> None:
+    """Lookup of all values, sums of the finite ones."""
+    w, finite = data
+    codebook = torch.linspace(-2.0, 2.0, levels)
+    thresholds = reference.decision_thresholds(codebook)
+    tables = codebook.to(device), thresholds.to(device)
+    expected = reference.codebook_lookup(w, codebook, thresholds, True)
+    for actual, wanted, what in zip(
+        torch.ops.adq.codebook_lookup(_on(w, device), *tables, True), expected, ("w_q", "codes"), strict=True
+    ):
+        _same(actual, wanted, what)
+    count, total = reference.codebook_statistics(finite, thresholds)
+    magnitude = _absolute_sums(finite, thresholds)
+    w_q, _, fused_count, fused_total = torch.ops.adq.codebook_lookup_statistics(_on(finite, device), *tables, False)
+    _same(w_q, reference.codebook_lookup(finite, codebook, thresholds, False)[0], "fused w_q")
+    _same(fused_count, count, "fused count")
+    _close(fused_total, total, magnitude, "fused total")
+    alone = torch.ops.adq.codebook_statistics(_on(finite, device), tables[1])
+    _same(alone[0], count, "count")
+    _close(alone[1], total, magnitude, "total")
+
+
+def _absolute_sums(w: Tensor, thresholds: Tensor) -> Tensor:
+    values = w.float().flatten().contiguous()
+    code = torch.bucketize(values, thresholds)
+    return torch.bincount(code, values.abs().double(), minlength=thresholds.numel() + 1)
+
+
+def _check_threshold(data: tuple[Tensor, Tensor], bits: int, shared: bool, device: torch.device) -> None:
+    """Forward pass on all values, gradients of the finite ones."""
+    x, finite = data
+    steps = 2**bits - 1
+    interval = torch.full((1,), 2.0 / steps) if shared else torch.linspace(0.6, 1.4, steps) * 2.0 / steps
+    start, in_scale, out_scale, offset = (torch.tensor([value]) for value in (-0.9, 0.8, 1.3, 0.25))
+    parameters = (start, interval, in_scale, out_scale, offset)
+    moved = [tensor.to(device) for tensor in parameters]
+    y = torch.ops.adq.threshold_quantize(_on(x, device), *moved, steps)
+    _same(y, reference.threshold_quantize(x, start, interval, in_scale, out_scale, offset, steps), "y")
+    grad = torch.empty_like(finite).normal_(generator=torch.Generator().manual_seed(1))
+    actual = torch.ops.adq.threshold_quantize_backward(_on(grad, device), _on(finite, device), *moved, steps)
+    # in float32, so that d_x is compared before its rounding to a narrower dtype
+    expected = _gradients(grad.float(), finite.float(), parameters, steps)
+    magnitudes = _magnitudes(grad.float(), finite.float(), parameters, steps)
+    names = ("d_x", "d_start", "d_interval", "d_in_scale", "d_out_scale")
+    for name, ours, wanted, magnitude in zip(names, actual, expected, magnitudes, strict=True):
+        _close(ours, wanted, magnitude, name)
+
+
+def _gradients(grad: Tensor, x: Tensor, parameters: Sequence[Tensor], steps: int) -> tuple[Tensor, ...]:
+    start, interval, in_scale, out_scale, offset = parameters
+    return reference.threshold_quantize_backward(grad, x, start, interval, in_scale, out_scale, offset, steps)
+
+
+def _magnitudes(grad: Tensor, x: Tensor, parameters: Sequence[Tensor], steps: int) -> tuple[Tensor, ...]:
+    """Sums of the absolute contributions to each gradient: every contribution is given the same sign."""
+    *others, offset = parameters
+    without = (*others, torch.zeros_like(offset))
+    d_x, d_start, d_interval, _, d_out = _gradients(grad.abs(), x, without, steps)
+    d_in_scale = _gradients(grad.abs() * x.sign(), x, without, steps)[3]
+    d_out = d_out + offset.abs() * grad.abs().double().sum()
+    return d_x.abs(), d_start.abs(), d_interval.abs(), d_in_scale.abs(), d_out
+
+
+def _check_bits(bits: int, count: int, device: torch.device) -> None:
+    codes = torch.randint(0, 2**bits, (count,), dtype=torch.uint8, generator=torch.Generator().manual_seed(bits))
+    packed = torch.ops.adq.pack_bits(codes.to(device), bits)
+    assert packed.numel() == packed_size(count, bits), "packed size"
+    _same(packed, reference.pack_bits(codes, bits), "packed")
+    _same(torch.ops.adq.unpack_bits(packed, bits, count), codes, "unpacked")
+
+
+def _check_kept(setting: Setting) -> None:
+    elements = 2**16
+    data = activations(setting, elements, torch.float32, 3)
+    kept = elements * kept_bytes(threshold_quantize)(data)
+    parameters = sum(tensor.nbytes for tensor in (*data.parameters, data.offset))
+    assert kept <= 4 * elements + parameters, f"{kept:.0f} bytes, more than the input and the parameters"

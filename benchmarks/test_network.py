@@ -1,0 +1,7 @@
+"""All the weights of a network at once."""
+
+PART = "network"
+
+
+def test_network(compete, case, contender):
+    compete(case, contender)
