@@ -189,7 +189,14 @@ def threshold_quantize(
     steps = interval.numel() if steps is None else steps
     offset = torch.zeros(1, device=x.device) if offset is None else offset
     parameters = [_as_table(p) for p in (start, interval, in_scale, out_scale, offset)]
-    return _ThresholdQuantize.apply(x, *parameters, steps)
+    return quantize_activation(x, *parameters, steps)
+
+
+def quantize_activation(
+    x: Tensor, start: Tensor, interval: Tensor, in_scale: Tensor, out_scale: Tensor, offset: Tensor, steps: int
+) -> Tensor:
+    """:func:`threshold_quantize` for parameters that are one-dimensional float32: the modules' hot path."""
+    return _ThresholdQuantize.apply(x, start, interval, in_scale, out_scale, offset, steps)
 
 
 def _as_table(parameter: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ MIN_INTERVAL = 1e-3
 """Smallest interval between activation thresholds; smaller ones are clamped, with gradient zero."""
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_SCALARS = ("start", "in_scale", "out_scale", "offset")
 
 LIBRARY = torch.library.Library("adq", "DEF")
 
@@ -75,13 +76,15 @@ def _check_float(name: str, tensor: Tensor) -> None:
         raise TypeError(f"adq: {name} must be float32, bfloat16 or float16, got {tensor.dtype}")
 
 
-def _check_table(name: str, tensor: Tensor, device: torch.device) -> None:
+def _check_table(name: str, tensor: Tensor, device: torch.device, index: int | None = None) -> None:
+    if tensor.dtype is torch.float32 and tensor.dim() == 1 and tensor.device == device:
+        return
+    name = name if index is None else f"{name}[{index}]"
     if tensor.dtype != torch.float32 or tensor.dim() != 1:
         raise TypeError(
             f"adq: {name} must be a one-dimensional float32 tensor, got {tensor.dtype} of shape {tuple(tensor.shape)}"
         )
-    if tensor.device != device:
-        raise ValueError(f"adq: {name} is on {tensor.device}, but the data is on {device}")
+    raise ValueError(f"adq: {name} is on {tensor.device}, but the data is on {device}")
 
 
 def check_codebook(w: Tensor, thresholds: Tensor, codebook: Tensor | None = None) -> None:
@@ -100,14 +103,17 @@ def check_codebook(w: Tensor, thresholds: Tensor, codebook: Tensor | None = None
 
 def scale_axis(w: Tensor, scale: Tensor) -> int | None:
     """The axis of w along which ``scale`` has an element for each channel, None if one serves the whole tensor."""
-    axes = [axis for axis, size in enumerate(scale.shape) if size != 1]
-    fits = scale.dim() == w.dim() and len(axes) <= 1 and all(scale.shape[axis] == w.shape[axis] for axis in axes)
-    if scale.dtype != torch.float32 or not fits or not scale.is_contiguous():
-        raise ValueError(
-            f"adq: the scale of a weight {tuple(w.shape)} must be contiguous float32 and 1 in all dimensions but at "
-            f"most one, got {scale.dtype} {tuple(scale.shape)}"
-        )
-    return axes[0] if axes else None
+    shape = scale.shape
+    if scale.dtype is torch.float32 and len(shape) == w.dim() and scale.is_contiguous():
+        if scale.numel() == 1:
+            return None
+        axes = [axis for axis, size in enumerate(shape) if size != 1]
+        if len(axes) == 1 and shape[axes[0]] == w.shape[axes[0]]:
+            return axes[0]
+    raise ValueError(
+        f"adq: the scale of a weight {tuple(w.shape)} must be contiguous float32 and 1 in all dimensions but at "
+        f"most one, got {scale.dtype} {tuple(scale.shape)}"
+    )
 
 
 def _check_lists(weights: list[Tensor], scales: list[Tensor], **tables: list[Tensor]) -> None:
@@ -115,19 +121,20 @@ def _check_lists(weights: list[Tensor], scales: list[Tensor], **tables: list[Ten
         if len(tensors) != len(weights):
             raise ValueError(f"adq: {len(weights)} weights, but {len(tensors)} {name}")
     device = weights[0].device if weights else None
-    for i, (w, scale) in enumerate(zip(weights, scales, strict=True)):
-        _check_float(f"weights[{i}]", w)
+    for i, (w, scale, *state) in enumerate(zip(weights, scales, *tables.values(), strict=True)):
+        if w.dtype not in _FLOATS:
+            _check_float(f"weights[{i}]", w)
         scale_axis(w, scale)
-        levels = next(iter(tables.values()))[i].numel()
-        for name, tensors in tables.items():
-            _check_table(f"{name}[{i}]", tensors[i], w.device)
-            if tensors[i].numel() != levels or not 1 <= levels <= MAX_LEVELS or not tensors[i].is_contiguous():
-                raise ValueError(
-                    f"adq: {name}[{i}] must be contiguous, with one element for each of the 1..{MAX_LEVELS} levels of "
-                    f"its codebook, got {tensors[i].numel()} for {levels} levels"
-                )
         if w.device != device or scale.device != device:
             raise ValueError(f"adq: weights[{i}] is on {w.device} and its scale on {scale.device}, others on {device}")
+        levels = state[0].numel()
+        for name, table in zip(tables, state, strict=True):
+            _check_table(name, table, w.device, i)
+            if table.numel() != levels or not 1 <= levels <= MAX_LEVELS or not table.is_contiguous():
+                raise ValueError(
+                    f"adq: {name}[{i}] must be contiguous, with one element for each of the 1..{MAX_LEVELS} levels of "
+                    f"its codebook, got {table.numel()} for {levels} levels"
+                )
 
 
 def check_foreach_quantize(weights: list[Tensor], scales: list[Tensor], codebooks: list[Tensor]) -> None:
@@ -165,15 +172,11 @@ def check_threshold(
 ) -> None:
     """Check the arguments of the activation quantizer; raises TypeError or ValueError."""
     _check_float("x", x)
-    for name, tensor in (
-        ("start", start),
-        ("interval", interval),
-        ("in_scale", in_scale),
-        ("out_scale", out_scale),
-        ("offset", offset),
-    ):
-        _check_table(name, tensor, x.device)
-        if name != "interval" and tensor.numel() != 1:
+    device = x.device
+    _check_table("interval", interval, device)
+    for name, tensor in zip(_SCALARS, (start, in_scale, out_scale, offset), strict=True):
+        _check_table(name, tensor, device)
+        if tensor.numel() != 1:
             raise ValueError(f"adq: {name} must hold one element, got {tensor.numel()}")
     if not 1 <= steps < MAX_LEVELS:
         raise ValueError(f"adq: steps must be in 1..{MAX_LEVELS - 1}, got {steps}")

@@ -233,8 +233,7 @@ def threshold_quantize_backward(
     x = _with_strides_of(x, d_x)
     grad = _with_strides_of(grad, d_x)
     interval = interval.contiguous()
-    d_start, d_interval = empty_like(start), empty_like(interval)
-    d_in_scale, d_out_scale = empty_like(in_scale), empty_like(out_scale)
+    d_start, d_interval, d_in_scale, d_out_scale = map(torch.empty_like, (start, interval, in_scale, out_scale))
     _C.threshold_quantize_backward(
         _DTYPES[x.dtype],
         grad.data_ptr(),

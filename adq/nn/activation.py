@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from adq.config import ActivationConfig
-from adq.functional import threshold_quantize
+from adq.functional import quantize_activation
 from adq.nn.dtype import keeping_dtype
 from adq.ops import ACTIVATION_RANGE
 from adq.thresholds import Thresholds, fit_thresholds, num_intervals
@@ -71,8 +71,8 @@ class ActivationQuantizer(nn.Module):
                 f"adq: the activation quantizer of layer {self.name!r} is not calibrated; "
                 "call adq.calibrate_(model, batches) before training or evaluation"
             )
-        return threshold_quantize(
-            x, self.start, self.interval, self.in_scale, self.out_scale, offset=self.offset, steps=self.config.steps
+        return quantize_activation(
+            x, self.start, self.interval, self.in_scale, self.out_scale, self.offset, self.config.steps
         )
 
     @torch.no_grad()
