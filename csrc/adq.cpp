@@ -63,7 +63,7 @@ Segments find_segments(const Quantizer& quantizer) {
 }
 
 UniformTable uniform_table(const Quantizer& quantizer) {
-    UniformTable table;
+    UniformTable table{};
     table.scale = *quantizer.in_scale;
     table.start = *quantizer.start;
     table.width = clamped(*quantizer.interval);
@@ -154,6 +154,7 @@ void codebook_lookup(const Lookup& args, int threads) {
     StepTable table;
     table.levels = args.levels;
     table.scale = 1.0f;
+    table.stream = exceeds_caches(args.dtype, args.n);
     std::copy(args.thresholds, args.thresholds + args.levels - 1, table.edges.sorted);
     if (args.w_q != nullptr)
         std::copy(args.codebook, args.codebook + args.levels, table.value);
@@ -176,13 +177,15 @@ void threshold_quantize(Dtype dtype, const void* x, std::int64_t n, const Quanti
                         int threads) {
     const Kernels& isa = kernels();
     if (is_uniform(quantizer)) {
-        const UniformTable table = uniform_table(quantizer);
+        UniformTable table = uniform_table(quantizer);
+        table.stream = exceeds_caches(dtype, n);
         for_chunks(n, kChunk, threads, [&](std::int64_t, std::int64_t begin, std::int64_t count) {
             isa.uniform(dtype, table, at(x, dtype, begin), count, at(y, dtype, begin));
         });
         return;
     }
-    const StepTable table = step_table(quantizer, dtype);
+    StepTable table = step_table(quantizer, dtype);
+    table.stream = exceeds_caches(dtype, n);
     for_chunks(n, kChunk, threads, [&](std::int64_t, std::int64_t begin, std::int64_t count) {
         isa.steps(dtype, table, at(x, dtype, begin), count, at(y, dtype, begin), nullptr, nullptr, nullptr);
     });
@@ -192,7 +195,8 @@ void threshold_quantize_backward(Dtype dtype, const void* grad, const void* x, s
                                  const Quantizer& quantizer, const QuantizerGradients& gradients,
                                  int threads) {
     const Kernels& isa = kernels();
-    const SlopeTable table = slope_table(quantizer);
+    SlopeTable table = slope_table(quantizer);
+    table.stream = exceeds_caches(dtype, n);
     std::vector<SlopeSums> sums(chunk_count(n, kChunk));
     for_chunks(n, kChunk, threads, [&](std::int64_t chunk, std::int64_t begin, std::int64_t count) {
         isa.slopes(dtype, table, at(grad, dtype, begin), at(x, dtype, begin), count,

@@ -50,6 +50,7 @@ StepTable table_of(const Layer& layer) {
     StepTable table;
     table.levels = layer.levels;
     table.scale = 1.0f;
+    table.stream = false;
     for (int k = 0; k + 1 < layer.levels; ++k)
         table.edges.sorted[k] = 0.5f * (layer.codebook[k] + layer.codebook[k + 1]);
     std::copy(layer.codebook, layer.codebook + layer.levels, table.value);

@@ -21,6 +21,7 @@ struct StepTable {
     EdgeTable edges;
     int levels;  // real cells, <= edges.cells
     float scale;
+    bool stream;              // y is too large for the caches
     float value[kMaxLevels];  // what to store for each cell: the bits of the storage type, kept as they are
 };
 
@@ -33,6 +34,7 @@ struct UniformTable {
     float step;
     float offset;
     float out_scale;
+    bool stream;  // y is too large for the caches
 };
 
 // The surrogate's segments: segment(u) = #{j >= 1 : u > T_j}, slope zero unless low < u <= high.
@@ -41,6 +43,7 @@ struct SlopeTable {
     int segments;
     bool uniform;
     UniformTable level;
+    bool stream;  // d_x is too large for the caches
     float low;
     float high;
     float dx_scale;             // d_x = grad * inverse[segment] * dx_scale
@@ -59,7 +62,8 @@ struct SlopeSums {
 struct Kernels {
     // values[count], count a multiple of 16, rounded to dtype in place: its bits in the low end of each word.
     void (*encode)(Dtype dtype, float* values, int count);
-    // y, codes optional and apart from x; total and count (both or neither) are added to, and then n <= kChunk.
+    // y, codes optional and apart from x; total and count (both or neither) are added to, and then n <=
+    // kChunk.
     void (*steps)(Dtype dtype, const StepTable& table, const void* x, std::int64_t n, void* y,
                   std::uint8_t* codes, double* total, std::int64_t* count);
     // v = w / scale, and y = q * scale rounded to dtype.

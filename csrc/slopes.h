@@ -168,6 +168,7 @@ void sweep_slopes(const SlopeTable& table, const T* grad, const T* x, std::int64
     const Floats scale = fill(table.level.scale), low = fill(table.low), high = fill(table.high);
     const Floats step = fill(table.level.step), offset = fill(table.level.offset),
                  dx_scale = fill(table.dx_scale);
+    const Output<T> out(d_x, table.stream);
     Ramps ramps(table, histograms);
     CommonSums common;
     typename Ramps::Totals ramp_totals;
@@ -183,11 +184,11 @@ void sweep_slopes(const SlopeTable& table, const T* grad, const T* x, std::int64
                 const Mask inside = and_not(greater(u, low), greater(u, high));
                 const Floats inverse = cells.pick(inverses, u, found);
                 const Floats gi = only_where(inside, g) * inverse;
-                if (d_x != nullptr) store(d_x + at, gi * dx_scale);
+                if (out.wanted()) out.put(at, Storage<T>::encode(gi * dx_scale));
                 const Floats ramp = (u - cells.pick(origins, u, found)) * inverse;
                 ramps.add(part.value, u, cells.number(found), gi, only_where(inside, gi * ramp));
-                const Floats out = g * (step * level(cells, u, found) - offset);
-                common.add(part.value, gi, only_where(inside, gi * w), only_where(is_number(u), out));
+                const Floats d_out = g * (step * level(cells, u, found) - offset);
+                common.add(part.value, gi, only_where(inside, gi * w), only_where(is_number(u), d_out));
             });
         }
         ramps.flush(ramp_totals);

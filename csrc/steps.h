@@ -353,6 +353,7 @@ void sweep_steps(const StepTable& table, const T* x, std::int64_t n, T* y, std::
     const Cells cells(table.edges);
     const typename Cells::Table value(table.value);
     const Floats scale = fill(table.scale);
+    const Output<T> out(y, table.stream);
     typename Statistics::Memory memory;
     Statistics statistics(sink, memory);
     for (std::int64_t begin = 0; begin < n; begin += kBlock) {
@@ -364,9 +365,9 @@ void sweep_steps(const StepTable& table, const T* x, std::int64_t n, T* y, std::
                 const Floats u = Statistics::kCounts ? w : w * scale;
                 const auto found = cells.find(u);
                 const Mask known = is_number(u);
-                if (y != nullptr) {
+                if (out.wanted()) {
                     const Ints word = bits(cells.pick(value, u, found));
-                    Storage<T>::store_bits(y + at, select(known, word, fill(Storage<T>::kNan)));
+                    out.put(at, select(known, word, fill(Storage<T>::kNan)));
                 }
                 if (codes != nullptr) narrow(codes + at, cells.number(found));
                 if constexpr (Statistics::kCounts) {

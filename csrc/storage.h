@@ -81,6 +81,54 @@ struct Storage<Float16> {
 #endif
 };
 
+// Stores elements given as their bits. A result too large for the caches goes past them, so that its lines
+// are not read before they are written.
+template <class T>
+class Output {
+ public:
+    // Whole vectors from an aligned address can pass the caches, `stream` says whether they shall.
+    ADQ_INLINE Output(T* to, bool stream)
+        : to_(to), stream_(stream && reinterpret_cast<std::uintptr_t>(to) % kLineBytes == 0) {}
+    ADQ_INLINE ~Output() {
+        if (stream_) finish_streams();
+    }
+
+    ADQ_INLINE bool wanted() const { return to_ != nullptr; }
+    ADQ_INLINE void put(std::int64_t at, Ints word) const {
+        if (stream_)
+            stream_bits(to_ + at, word);
+        else
+            Storage<T>::store_bits(to_ + at, word);
+    }
+
+ private:
+    static constexpr int kLineBytes = 64;
+
+#if defined(__AVX512F__)
+    static ADQ_INLINE void stream_bits(T* to, Ints word) {
+        if constexpr (sizeof(T) == 4)
+            _mm512_stream_si512(reinterpret_cast<__m512i*>(to), (__m512i)word);
+        else
+            _mm256_stream_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16((__m512i)word));
+    }
+    static ADQ_INLINE void finish_streams() { _mm_sfence(); }
+#elif defined(__AVX2__)
+    static ADQ_INLINE void stream_bits(T* to, Ints word) {
+        if constexpr (sizeof(T) == 4)
+            _mm256_stream_si256(reinterpret_cast<__m256i*>(to), (__m256i)word);
+        else
+            Storage<T>::store_bits(to, word);
+    }
+    static ADQ_INLINE void finish_streams() { _mm_sfence(); }
+#else
+    static ADQ_INLINE void stream_bits(T* to, Ints word) { Storage<T>::store_bits(to, word); }
+    static ADQ_INLINE void finish_streams() {}
+#endif
+
+    T* to_;
+    bool stream_;
+};
+
 template <class T>
 ADQ_INLINE void store(T* to, Floats a) {
     Storage<T>::store_bits(to, Storage<T>::encode(a));

@@ -10,6 +10,11 @@
 
 namespace adq {
 
+// Whether n elements are more than the caches of most processors hold.
+inline bool exceeds_caches(Dtype dtype, std::int64_t n) {
+    return n >= (dtype == Dtype::kFloat32 ? 8 : 16) * (1 << 20);
+}
+
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // The size of the searches' tables that holds the cells.

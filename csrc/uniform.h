@@ -32,10 +32,11 @@ void sweep_uniform(const UniformTable& table, const T* x, std::int64_t n, T* y) 
     const UniformLevel levels(table);
     const Floats scale = fill(table.scale), out_scale = fill(table.out_scale);
     const Floats step = fill(table.step), offset = fill(table.offset);
+    const Output<T> out(y, table.stream);
     for (std::int64_t i = 0; i < n; i += kWidth) {
         const Floats position = levels.position(Storage<T>::load(x + i) * scale);
         const Ints word = Storage<T>::encode(out_scale * (step * levels.level(position) - offset));
-        Storage<T>::store_bits(y + i, select(is_number(position), word, fill(Storage<T>::kNan)));
+        out.put(i, select(is_number(position), word, fill(Storage<T>::kNan)));
     }
 }
 
