@@ -118,7 +118,7 @@ class ChainStatistics {
     ADQ_INLINE ChainStatistics(const StatisticsSink& sink, Memory& memory) : sink_(sink), memory_(memory) {}
 
     template <class Part, class Found>
-    ADQ_INLINE void add(std::int64_t at, Part, Floats, Ints cell, Mask, const Found&) {
+    ADQ_INLINE void add(std::int64_t at, Part, Floats, Ints cell, const Found&) {
         narrow(memory_.cell + at, cell);
     }
 
@@ -167,8 +167,8 @@ class DigitCells {
     using Table = RegisterTable<16>;
     struct Found {
         Ints cell;
-        Mask high[4];  // high[i]: the high digit is at least i; high[0] is not used
-        Mask low[4];
+        Mask high[4];  // where the high digit is 0 .. 3; NaN has none
+        Mask low[4];   // where the low digit is at least 1 .. 3; low[0] is not used
     };
 
     explicit ADQ_INLINE DigitCells(const EdgeTable& edges)
@@ -177,12 +177,15 @@ class DigitCells {
     }
 
     ADQ_INLINE Found find(Floats u) const {
+        const Mask above[4] = {is_number(u), greater(u, high_[1]), greater(u, high_[2]),
+                               greater(u, high_[3])};
+        const Ints high =
+            add_where(add_where(add_where(fill(0), above[1], fill(1)), above[2], fill(1)), above[3], fill(1));
         Found found;
-        Ints high = fill(0);
         unroll<3>([&](auto i) ADQ_INLINE_LAMBDA {
-            found.high[i.value + 1] = greater(u, high_[i.value + 1]);
-            high = add_where(high, found.high[i.value + 1], fill(1));
+            found.high[i.value] = and_not(above[i.value], above[i.value + 1]);
         });
+        found.high[3] = above[3];
         found.cell = high << 2;
         unroll<3>([&](auto i) ADQ_INLINE_LAMBDA {
             found.low[i.value + 1] = greater(u, low_[i.value].pick(high));
@@ -223,14 +226,15 @@ class DigitStatistics {
     }
 
     template <class Part>
-    ADQ_INLINE void add(std::int64_t at, Part, Floats x, Ints cell, Mask known,
-                        const DigitCells::Found& found) {
+    ADQ_INLINE void add(std::int64_t at, Part, Floats x, Ints cell, const DigitCells::Found& found) {
         narrow(memory_.cell + at, cell);
         unroll<4>([&](auto low) ADQ_INLINE_LAMBDA {
-            const Floats row = only_where(exactly<low.value>(known, found.low), x);
+            Floats row = x;
+            if constexpr (low.value > 0) row = only_where(found.low[low.value], row);
+            if constexpr (low.value < 3) row = select(found.low[low.value + 1], fill(0.0f), row);
             unroll<4>([&](auto high) ADQ_INLINE_LAMBDA {
                 Floats& sum = sum_[4 * high.value + low.value][Part::value];
-                sum = add_where(sum, exactly<high.value>(known, found.high), row);
+                sum = add_where(sum, found.high[high.value], row);
             });
         });
     }
@@ -252,14 +256,6 @@ class DigitStatistics {
     }
 
  private:
-    // Where a digit is kDigit, from where it is at least each of 1 .. 3.
-    template <int kDigit>
-    static ADQ_INLINE Mask exactly(Mask known, const Mask (&at_least)[4]) {
-        if constexpr (kDigit == 0) return and_not(known, at_least[1]);
-        if constexpr (kDigit == 3) return at_least[3];
-        return and_not(at_least[kDigit], at_least[kDigit < 3 ? kDigit + 1 : 3]);
-    }
-
     ADQ_INLINE void clear() {
         unroll<16>([&](auto k) ADQ_INLINE_LAMBDA {
             for (int p = 0; p < kParts; ++p) sum_[k.value][p] = fill(0.0f);
@@ -293,7 +289,7 @@ class HistogramStatistics {
     }
 
     template <class Part, class Found>
-    ADQ_INLINE void add(std::int64_t, Part, Floats x, Ints cell, Mask, const Found&) {
+    ADQ_INLINE void add(std::int64_t, Part, Floats x, Ints cell, const Found&) {
         constexpr int part = Part::value;
         drain(part);
         cell = select(equal(cell, fill(kNoCell)), fill(kCells), cell);
@@ -372,7 +368,7 @@ void sweep_steps(const StepTable& table, const T* x, std::int64_t n, T* y, std::
                 if (codes != nullptr) narrow(codes + at, cells.number(found));
                 if constexpr (Statistics::kCounts) {
                     const Ints cell = select(known, cells.number(found), fill(kNoCell));
-                    statistics.add(i + kWidth * part.value, part, w, cell, known, found);
+                    statistics.add(i + kWidth * part.value, part, w, cell, found);
                 }
             });
         }
