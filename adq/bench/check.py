@@ -59,6 +59,7 @@ def checks(setting: Setting) -> Iterator[Check]:
     for bits in (2, 3, 4, 1, 5, 6, 7, 8):
         for count in (0, 1, 7, 8191, 65536):
             yield Check(f"pack and unpack, {bits} bits, {count} codes", partial(_check_bits, bits, count, device))
+    yield Check("every layer in one call", partial(_check_foreach, device))
     values = _values(2**17)
     finite = values.nan_to_num(0.0, 3.0, -3.0)
     for shape, take in sorted(SHAPES.items(), key=lambda item: item[0] != PLAIN):
@@ -130,6 +131,46 @@ def _check_codebook(data: tuple[Tensor, Tensor], levels: int, device: torch.devi
     alone = torch.ops.adq.codebook_statistics(_on(finite, device), tables[1])
     _same(alone[0], count, "count")
     _close(alone[1], total, magnitude, "total")
+
+
+def _layers(device: torch.device) -> tuple[list[Tensor], ...]:
+    """Weights of several shapes, dtypes and widths with their scales, codebooks, EMA counts and EMA totals."""
+    generator = torch.Generator().manual_seed(3)
+    weights, state = [], []
+    for shape, axis, levels, dtype in (
+        ((64, 32, 3, 3), 0, 8, torch.float32),
+        ((32, 1, 3, 3), 0, 15, torch.float32),
+        ((24, 40, 2, 2), 1, 4, torch.float32),
+        ((100, 333), 0, 256, torch.bfloat16),
+        ((50, 77), None, 16, torch.float16),
+    ):
+        weights.append(torch.randn(shape, generator=generator).to(dtype))
+        scale = torch.rand([n if d == axis else 1 for d, n in enumerate(shape)], generator=generator) + 0.5
+        codebook = torch.randn(levels, generator=generator).sort().values
+        count = torch.full((levels,), weights[-1].numel() / levels)
+        state.append((scale, codebook, count, count * codebook))
+    return [w.to(device) for w in weights], *([t.to(device) for t in table] for table in zip(*state, strict=True))
+
+
+def _check_foreach(device: torch.device) -> None:
+    """One step of all codebooks, and the weights quantized before and after it."""
+    ours, theirs = _layers(device), _layers(torch.device("cpu"))
+    for actual, expected in zip(
+        torch.ops.adq.foreach_codebook_quantize(*ours[:3]),
+        reference.foreach_codebook_quantize(*theirs[:3]),
+        strict=True,
+    ):
+        _same(actual, expected, "quantized weight")
+    count = len(ours[0])
+    kept = [torch.empty_like(w) for w in ours[0]]
+    rates, snap = torch.full((count,), 0.1), [False] * count
+    torch.ops.adq.foreach_codebook_step_(*ours, rates.to(device), 0.5, snap, kept)
+    reference.foreach_codebook_step_(*theirs, rates, 0.5, snap, [])
+    for name, mine, wanted in zip(("scale", "codebook", "count", "total"), ours[1:], theirs[1:], strict=True):
+        for a, b in zip(mine, wanted, strict=True):
+            _close(a, b, b.abs() + b.abs().max(), name)
+    for actual, expected in zip(kept, torch.ops.adq.foreach_codebook_quantize(*ours[:3]), strict=True):
+        _same(actual, expected.cpu(), "weight quantized in the step")
 
 
 def _absolute_sums(w: Tensor, thresholds: Tensor) -> Tensor:

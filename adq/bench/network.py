@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 import adq
-from adq.bench.case import ADQ, COPY, Call, Case, Setting, Target, Unavailable, share_of_copy
+from adq.bench.case import ADQ, COPY, Call, Case, Setting, Target, share_of_copy
 from adq.convert import weight_quantizers
 from adq.nn.layers import QUANTIZED
 
 PART = "network"
-FOREACH = "adq, every layer in one call"
+ONE_BY_ONE = "adq, layer by layer"
+KEEPING = "adq, leaving the quantized weights behind"
 MAX_GPU_US = 100.0
 
 
@@ -29,16 +30,20 @@ def cases(setting: Setting) -> Iterator[Case]:
         PART,
         f"{name}: quantize every weight",
         lambda: _network(setting, name),
-        {ADQ: _layer_by_layer, FOREACH: _foreach, COPY: _copy_weights},
-        (share_of_copy(None), share_of_copy(None, FOREACH), _microseconds(FOREACH, bound)),
+        {ADQ: _quantize, ONE_BY_ONE: _layer_by_layer, COPY: _copy_weights},
+        (share_of_copy(None), share_of_copy(None, ONE_BY_ONE), _microseconds(ADQ, bound)),
         bytes_moved=moved,
     )
     yield Case(
         PART,
-        f"{name}: quantize every weight and move the codebooks",
+        f"{name}: move every codebook",
         lambda: _network(setting, name),
-        {ADQ: lambda model: lambda: adq.step(model), COPY: _copy_weights},
-        (share_of_copy(None), _microseconds(ADQ, bound)),
+        {
+            ADQ: lambda model: _step(model, keep=False),
+            KEEPING: lambda model: _step(model, keep=True),
+            COPY: _copy_weights,
+        },
+        (share_of_copy(None), _microseconds(ADQ, bound), _microseconds(KEEPING, bound)),
         bytes_moved=moved,
     )
 
@@ -62,14 +67,26 @@ def _layer_by_layer(model: nn.Module) -> Call:
     return call
 
 
-def _foreach(model: nn.Module) -> Call:
-    if not hasattr(torch.ops.adq, "foreach_codebook_quantize"):
-        raise Unavailable("this version of adq has no such operator")
+def _state(model: nn.Module) -> tuple[list[Tensor], ...]:
+    """Weights, scales, codebooks, EMA counts and EMA totals."""
     pairs = list(weight_quantizers(model).values())
-    weights = [layer.weight.detach() for layer, _ in pairs]
-    scales = [quantizer.scale for _, quantizer in pairs]
-    codebooks = [quantizer.codebook for _, quantizer in pairs]
+    quantizers = [quantizer for _, quantizer in pairs]
+    names = ("scale", "codebook", "ema_count", "ema_total")
+    tables = ([getattr(quantizer, name) for quantizer in quantizers] for name in names)
+    return [layer.weight.detach() for layer, _ in pairs], *tables
+
+
+def _quantize(model: nn.Module) -> Call:
+    weights, scales, codebooks, *_ = _state(model)
     return lambda: torch.ops.adq.foreach_codebook_quantize(weights, scales, codebooks)
+
+
+def _step(model: nn.Module, keep: bool) -> Call:
+    weights, *state = _state(model)
+    rates = torch.full((len(weights),), 0.01, device=weights[0].device)
+    snap = [False] * len(weights)
+    quantized = [torch.empty_like(w) for w in weights] if keep else []
+    return lambda: torch.ops.adq.foreach_codebook_step_(weights, *state, rates, 1.0, snap, quantized)
 
 
 def _copy_weights(model: nn.Module) -> Call:
