@@ -21,6 +21,9 @@ SCALE_ROUNDS = 3
 
 _ops = torch.ops.adq
 
+Bounds = tuple[Tensor, Tensor]
+"""The least and the largest weight of each channel, see :func:`_bounds`."""
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -89,17 +92,16 @@ def _quantiles(side: Spectrum, n: int) -> np.ndarray:
     return low + (position - np.floor(position)) * (high - low)
 
 
-def uniform_codebook(weights: Spectrum, num_levels: int) -> Tensor:
+def uniform_codebook(low: float, high: float, num_levels: int) -> Tensor:
     """K evenly spaced levels over the range of the weights, zero among them; ascending float32 ``[K]``."""
-    low, high = min(weights.value[0], 0.0), max(weights.value[-1], 0.0)
-    grid = np.linspace(low, high, num_levels)
+    grid = np.linspace(min(low, 0.0), max(high, 0.0), num_levels)
     return torch.from_numpy(grid - grid[np.abs(grid).argmin()]).float()
 
 
 # ---- scales ------------------------------------------------------------------------------------------
 
 
-def _bounds(w: Tensor, axis: int | None) -> tuple[Tensor, Tensor]:
+def _bounds(w: Tensor, axis: int | None) -> Bounds:
     """The least and the largest weight of each channel along ``axis`` (of the tensor if None); float32.
 
     Shape: that of w with every other axis 1, so that they broadcast. NaN where a weight is.
@@ -157,29 +159,28 @@ def fit(w: Tensor, config: WeightConfig, axis: int = 0) -> Fit:
         raise ValueError("adq: the weight holds NaN or infinity")
     peak = torch.maximum(-bounds[0], bounds[1])
     scale = torch.where(peak > 0, peak, 1.0) if per_channel else torch.ones_like(peak)
-    weights = _spectrum(w, scale, bounds)
     if config.refine:
-        codebook, scale = _refined(w, scale, bounds, optimal_levels(weights, config.num_levels), per_channel)
+        codebook, scale = _refined(w, scale, bounds, config.num_levels, SCALE_ROUNDS if per_channel else 0)
     elif config.init == "uniform":
-        codebook = uniform_codebook(weights, config.num_levels).to(w.device)
+        codebook = uniform_codebook(*_limits(scale, bounds), config.num_levels).to(w.device)
     else:
+        weights = spectrum(w, scale, *_limits(scale, bounds))
         codebook = quantile_codebook(weights, config.num_levels, config.levels).to(w.device)
     codebook = snap_codebook(codebook) if config.snap else codebook
     return Fit(codebook, scale, _statistics(w, scale, codebook)[0].float())
 
 
-def _spectrum(w: Tensor, scale: Tensor, bounds: tuple[Tensor, Tensor]) -> Spectrum:
-    low, high = (bounds[0] / scale).min().item(), (bounds[1] / scale).max().item()
-    return spectrum(w, scale, low, high)
+def _limits(scale: Tensor, bounds: Bounds) -> tuple[float, float]:
+    """The least and the largest of ``w / scale``."""
+    return (bounds[0] / scale).min().item(), (bounds[1] / scale).max().item()
 
 
-def _refined(
-    w: Tensor, scale: Tensor, bounds: tuple[Tensor, Tensor], levels: np.ndarray, per_channel: bool
-) -> tuple[Tensor, Tensor]:
-    """Codebook and scales from the optimal levels for the present scales."""
-    for _ in range(SCALE_ROUNDS if per_channel else 0):
+def _refined(w: Tensor, scale: Tensor, bounds: Bounds, num_levels: int, rounds: int) -> tuple[Tensor, Tensor]:
+    """The optimal codebook for the given scale, then scale and codebook fitted in turn, ``rounds`` times."""
+    levels = optimal_levels(spectrum(w, scale, *_limits(scale, bounds)), num_levels)
+    for _ in range(rounds):
         scale = fit_scale(w, _table(levels, w), scale)
-        levels = lloyd(_spectrum(w, scale, bounds), levels)
+        levels = lloyd(spectrum(w, scale, *_limits(scale, bounds)), levels)
     codebook = _table(levels, w)
     if w.numel() > SORTED_BELOW:  # from a histogram's middles to the means of the weights themselves
         count, total = _statistics(w, scale, codebook)

@@ -86,10 +86,7 @@ def spectrum(w: Tensor, scale: Tensor, low: float, high: float) -> Spectrum:
 
 
 def _histogram(parts: Iterable[Tensor], low: np.float32, high: np.float32) -> Spectrum:
-    """Counts in bins of equal relative width on both sides of zero, or of the bound nearest to zero.
-
-    A bin stands for its middle, but the outer ones for the bounds themselves.
-    """
+    """Counts in bins of equal relative width on both sides of zero, or of the bound nearest to zero."""
     origin = min(max(low, np.float32(0)), high)
     peak = max(high - origin, origin - low).view(np.int32)
     floor = max(0, int(peak) - (BINADES << 23))
@@ -100,9 +97,7 @@ def _histogram(parts: Iterable[Tensor], low: np.float32, high: np.float32) -> Sp
     value = np.concatenate([-middle[:0:-1], middle]) + origin
     count = counts.cpu().numpy()  # type: ignore[union-attr]
     used = count.nonzero()[0]
-    value, count = value[used], count[used].astype(np.float64)
-    value[0], value[-1] = low, high
-    return Spectrum(value, count)
+    return Spectrum(value[used].clip(low, high), count[used].astype(np.float64))
 
 
 def _bins(x: Tensor, floor: int) -> Tensor:
