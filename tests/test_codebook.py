@@ -152,6 +152,11 @@ def test_sqnr_by_hand():
     assert cb.sqnr(tensor(0, 0), tensor(0, 1)) == -math.inf
 
 
+def test_sqnr_of_many_weights():
+    w = torch.randn(3, 700_001, generator=torch.Generator().manual_seed(0))
+    assert cb.sqnr(w, w.round()) == pytest.approx(ratio_db(w, w.round().double().numpy()))
+
+
 # ---- scale -------------------------------------------------------------------------------------------
 
 

@@ -96,6 +96,7 @@ def test_blocks_cover_every_element_once(monkeypatch, layout, axis):
     along = torch.arange(float(np.prod(channels, dtype=int))).reshape(channels)
     pieces = list(blocks(w, along, along.expand_as(w)))
     assert all(part.numel() <= 16 for part, _, _ in pieces)
+    assert not w.is_contiguous() or all(part.is_contiguous() for part, _, _ in pieces)
     assert all(torch.equal(thin.expand_as(part), full) for part, thin, full in pieces)
     pairs = [torch.stack((part, full), -1).reshape(-1, 2) for part, _, full in pieces]
     expected = torch.stack((w, along.expand_as(w)), -1).reshape(-1, 2)
@@ -171,6 +172,15 @@ def squared_error(weights: Spectrum, codebook: np.ndarray) -> float:
     return float((weights.count * (weights.value - nearest) ** 2).sum())
 
 
+def gain_of_a_step(weights: Spectrum, codebook: np.ndarray) -> float:
+    """What moving the levels to the means of their cells would gain, in dB."""
+    cell = (0.5 * (codebook[:-1] + codebook[1:])).searchsorted(weights.value)
+    n = np.bincount(cell, weights.count, codebook.size)
+    total = np.bincount(cell, weights.count * weights.value, codebook.size)
+    means = np.divide(total, n, out=codebook.copy(), where=n > 0)
+    return shortfall(weights, squared_error(weights, codebook), squared_error(weights, means))
+
+
 def shortfall(weights: Spectrum, error: float, least: float) -> float:
     """How far an error is above the least one, in dB; below -110 dB of the weights all errors are rounding."""
     rounding = 1e-11 * (weights.count * weights.value**2).sum()
@@ -224,9 +234,10 @@ LEVELS = (2, 3, 4, 7, 8, 15, 16, 32, 64, 128, 256)
 def test_levels_are_near_the_optimum(name, size):
     weights = counted(DISTRIBUTIONS[name](np.random.default_rng(0), size).astype(np.float32))
     least = least_errors(weights, LEVELS[-1])
-    found = {k: shortfall(weights, squared_error(weights, optimal_levels(weights, k)), least[k - 1]) for k in LEVELS}
-    assert min(found.values()) > -1e-3
-    assert max(found.values()) < 0.03
+    for k in LEVELS:
+        found = optimal_levels(weights, k)
+        assert -1e-3 < shortfall(weights, squared_error(weights, found), least[k - 1]) < 0.03
+        assert size == 300 or gain_of_a_step(weights, found) < 1e-3
 
 
 def test_lloyd_rests_where_levels_are_means():
@@ -234,10 +245,7 @@ def test_lloyd_rests_where_levels_are_means():
     start = np.linspace(-3, 3, 8)
     found = lloyd(weights, start)
     assert squared_error(weights, found) < squared_error(weights, start)
-    cell = (0.5 * (found[:-1] + found[1:])).searchsorted(weights.value)
-    means = np.bincount(cell, weights.value) / np.bincount(cell)
-    gain = shortfall(weights, squared_error(weights, found), squared_error(weights, means))
-    assert 0 <= gain < 10 * np.log10(1 / (1 - kmeans.LLOYD_GAIN))
+    assert 0 <= gain_of_a_step(weights, found) < 10 * np.log10(1 / (1 - kmeans.LLOYD_GAIN))
 
 
 def test_lloyd_leaves_unused_levels_in_place():
@@ -275,6 +283,14 @@ def test_layers_of_resnet20_are_near_the_optimum(bits, largest):
     assert len(found) >= 2 * len(bits) * 7
     worst = max(found, key=found.get)
     assert found[worst] < 0.1, f"{worst}: {found[worst]:.3f} dB"
+
+
+@pytest.mark.parametrize("rows", [40, 300])
+def test_levels_are_means_at_the_fitted_scales(rows):
+    w = torch.from_numpy(np.random.default_rng(0).laplace(size=(rows, 500)).astype(np.float32))
+    fitted = fit(w, WeightConfig(bits=4, scale="channel"))
+    weights = counted((w / fitted.scale).numpy())
+    assert gain_of_a_step(weights, fitted.codebook.double().numpy()) < 1e-3
 
 
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
