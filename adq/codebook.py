@@ -1,21 +1,28 @@
-"""Fitting codebooks: quantile start, Lloyd refinement, scales. Everything is built on the operators, deterministic."""
+"""Fitting codebooks to weights: post-training quantization, and the start of training.
+
+Weights are worked on in blocks, so a fit needs little memory beside them, and every result is the same
+whatever the number of threads.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from adq.config import WeightConfig
-from adq.reference import decision_thresholds, least_squares_scale, snap_codebook
+from adq.kmeans import SORTED_BELOW, Spectrum, blocks, lloyd, optimal_levels, spectrum
+from adq.reference import decision_thresholds, snap_codebook
 
-LLOYD_GAIN_DB = 0.01
-LLOYD_MAX_ITERATIONS = 200
 SCALE_ROUNDS = 3
 
 _ops = torch.ops.adq
+
+Bounds = tuple[Tensor, Tensor]
+"""The least and the largest weight of each channel, see :func:`_bounds`."""
 
 
 @dataclass(frozen=True)
@@ -35,115 +42,105 @@ class Fit:
 
 def sqnr(w: Tensor, w_q: Tensor) -> float:
     """Signal-to-quantization-noise ratio ``10 log10(sum w^2 / sum (w - w_q)^2)`` in dB; inf where equal."""
-    signal = w.double().square().sum().item()
-    noise = (w.double() - w_q.double()).square().sum().item()
-    if noise == 0.0:
+    signal = noise = torch.zeros((), dtype=torch.float64, device=w.device)
+    for x, y in blocks(w, w_q):
+        signal = signal + x.double().square().sum()
+        noise = noise + (x.double() - y.double()).square().sum()
+    if noise.item() == 0.0:
         return math.inf
-    return 10.0 * math.log10(signal / noise) if signal > 0.0 else -math.inf
+    return 10.0 * math.log10(signal.item() / noise.item()) if signal.item() > 0.0 else -math.inf
 
 
-def _side_quantiles(ordered: Tensor, n: int) -> Tensor:
-    """Quantiles ``(i + 0.5) / n``, i < n, of sorted values, interpolated linearly; float32 ``[n]``."""
-    position = (torch.arange(n, device=ordered.device, dtype=torch.float64) + 0.5) / n * (ordered.numel() - 1)
-    low = position.floor().long()
-    high = position.ceil().long()
-    return torch.lerp(ordered[low].double(), ordered[high].double(), position - low).float()
+# ---- levels without refinement -----------------------------------------------------------------------
 
 
-def quantile_codebook(w: Tensor, num_levels: int, levels: str = "full") -> Tensor:
+def quantile_codebook(weights: Spectrum, num_levels: int, levels: str = "full") -> Tensor:
     """Levels at quantiles ``(i + 0.5) / n`` of the positive and of the negative weights, plus zero.
 
     With ``levels="symmetric"`` both sides have the same number; with ``"full"`` the side with more weights
     has the odd one, and a side without weights has none. ADQ, arXiv 2510.19760, section 3.1.
 
     Args:
-        w: finite weights, any shape, not empty.
+        weights: their distribution.
         num_levels: K.
 
     Returns:
         Ascending float32 ``[K]``.
     """
-    values = w.detach().flatten().float()
-    positive = values[values > 0].sort().values
-    negative = values[values < 0].sort().values
-    spare = num_levels - 1
-    n_pos, n_neg = spare // 2, spare // 2
-    if positive.numel() == 0 and negative.numel() == 0:
-        return values.new_zeros(num_levels)
+    value, count = weights.value, weights.count
+    positive = Spectrum(value[value > 0], count[value > 0])
+    negative = Spectrum(-value[value < 0][::-1], count[value < 0][::-1])
     if levels == "symmetric":  # an empty side mirrors the other one
-        positive, negative = (
-            positive if positive.numel() else -negative.flip(0),
-            negative if negative.numel() else -positive.flip(0),
-        )
-    elif positive.numel() == 0 or negative.numel() == 0:
-        n_pos, n_neg = (spare, 0) if positive.numel() else (0, spare)
-    elif positive.numel() > negative.numel():
-        n_pos = spare - n_neg
-    else:
-        n_neg = spare - n_pos
-    zero = values.new_zeros(num_levels - n_pos - n_neg)
-    sides = [
-        _side_quantiles(negative, n_neg) if n_neg else zero[:0],
-        zero,
-        _side_quantiles(positive, n_pos) if n_pos else zero[:0],
-    ]
-    return torch.cat(sides).sort().values
+        positive = positive if positive.value.size else negative
+        negative = negative if negative.value.size else positive
+    spare = num_levels - 1
+    more = positive.count.sum() > negative.count.sum()
+    n_pos = spare // 2 + spare % 2 * int(more)
+    if not positive.value.size or not negative.value.size:
+        n_pos = spare if positive.value.size else 0
+    sides = [-_quantiles(negative, spare - n_pos), np.zeros(1), _quantiles(positive, n_pos)]
+    return torch.from_numpy(np.sort(np.concatenate(sides))).float()
 
 
-def uniform_codebook(w: Tensor, num_levels: int) -> Tensor:
-    """K evenly spaced levels over the range of w, zero among them; ascending float32 ``[K]``."""
-    low, high = (bound.float() for bound in w.detach().aminmax())
-    grid = low.clamp_max(0) + (high.clamp_min(0) - low.clamp_max(0)) * torch.linspace(0, 1, num_levels, device=w.device)
-    return grid - grid[grid.abs().argmin()]
+def _quantiles(side: Spectrum, n: int) -> np.ndarray:
+    """Quantiles ``(i + 0.5) / n``, i < n, interpolated linearly; float64 ``[n]``, zeros if there are no weights."""
+    if not side.value.size:
+        return np.zeros(n)
+    ranks = side.count.cumsum()
+    position = (np.arange(n) + 0.5) / max(n, 1) * (ranks[-1] - 1)
+    low, high = (side.value[ranks.searchsorted(edge, side="right")] for edge in (np.floor(position), np.ceil(position)))
+    return low + (position - np.floor(position)) * (high - low)
 
 
-def lloyd(v: Tensor, codebook: Tensor) -> Tensor:
-    """Lloyd iterations (cell means, exact 1-D k-means steps) until the SQNR gains less than 0.01 dB.
+def uniform_codebook(low: float, high: float, num_levels: int) -> Tensor:
+    """K evenly spaced levels over the range of the weights, zero among them; ascending float32 ``[K]``."""
+    grid = np.linspace(min(low, 0.0), max(high, 0.0), num_levels)
+    return torch.from_numpy(grid - grid[np.abs(grid).argmin()]).float()
 
-    A level whose cell is empty stays where it is, so the order is kept.
 
-    Args:
-        v: weights in units of their scale, any shape.
-        codebook: ascending float32 ``[K]``.
+# ---- scales ------------------------------------------------------------------------------------------
 
-    Returns:
-        Ascending float32 ``[K]``.
+
+def _bounds(w: Tensor, axis: int | None) -> Bounds:
+    """The least and the largest weight of each channel along ``axis`` (of the tensor if None); float32.
+
+    Shape: that of w with every other axis 1, so that they broadcast. NaN where a weight is.
     """
-    signal = v.double().square().sum().item()
-    before = -math.inf
-    for _ in range(LLOYD_MAX_ITERATIONS):
-        count, total = _ops.codebook_statistics(v, decision_thresholds(codebook))
-        now = _sqnr_from_statistics(signal, codebook, count, total)
-        if not now - before >= LLOYD_GAIN_DB:  # inf - inf, without any signal, is no gain either
-            break
-        before = now
-        means = torch.where(count > 0, total / count.clamp_min(1), codebook)
-        codebook = means.cummax(0).values  # equal means may have been rounded apart
-    return codebook
-
-
-def _sqnr_from_statistics(signal: float, codebook: Tensor, count: Tensor, total: Tensor) -> float:
-    c, n, s = codebook.double(), count.double(), total.double()
-    noise = signal - (2 * c * s - n * c * c).sum().item()
-    # the difference is only known to the rounding of the float32 sums
-    return 10.0 * math.log10(signal / max(noise, 1e-7 * signal)) if signal > 0.0 else math.inf
-
-
-def channel_scale(w: Tensor, axis: int | None) -> Tensor:
-    """Largest magnitude of each channel along ``axis`` (of the tensor if None), 1 where that is zero.
-
-    Shape: that of w with every other axis 1, so that it broadcasts; float32.
-    """
-    magnitude = w.detach().float().abs()
     others = [d for d in range(w.dim()) if d != axis]
-    peak = magnitude.amax(dim=others, keepdim=True) if others else magnitude
-    return torch.where(peak > 0, peak, 1.0)
+    if not others:
+        return w.float(), w.float()
+    return w.amin(others, keepdim=True).float(), w.amax(others, keepdim=True).float()
+
+
+def fit_scale(w: Tensor, codebook: Tensor, scale: Tensor) -> Tensor:
+    """Per channel the factor s that minimises ``||w - s q||^2``, q the levels nearest to ``w / scale``.
+
+    The old scale where that factor is not positive. Shape and dtype of ``scale``.
+    """
+    thresholds = decision_thresholds(codebook)
+    others = [d + 1 for d in range(w.dim()) if scale.shape[d] == 1]
+    sums = torch.zeros(2, *scale.shape, dtype=torch.float64, device=w.device)
+    for part, s, wq, qq in blocks(w, scale, *sums):
+        x = part.float()
+        q, _ = _ops.codebook_lookup(x / s, codebook, thresholds, False)
+        # one sum of both: torch splits the sum to a single result between threads, and rounds differently
+        products = torch.stack((x * q, q * q))
+        both = products.sum(others, keepdim=True) if others else products
+        wq += both[0]
+        qq += both[1]
+    fitted = (sums[0] / sums[1]).float()
+    return torch.where(fitted > 0, fitted, scale)
+
+
+# ---- the fit -----------------------------------------------------------------------------------------
 
 
 def fit(w: Tensor, config: WeightConfig, axis: int = 0) -> Fit:
     """Fit codebook and scale to a weight: the start of training, and post-training quantization.
 
-    With per-channel scales and ``refine``, Lloyd iterations alternate with least-squares scales.
+    With ``refine`` the levels are those of the least squared error of ``w / scale`` (:mod:`adq.kmeans`); per-channel
+    scales start at the largest magnitudes and are fitted in turn with the levels. Otherwise the levels are
+    those of ``init`` (in more than 65,536 weights to ``2^-12`` of themselves) and scales stay where they start.
 
     Args:
         w: weight, finite, not empty.
@@ -155,22 +152,54 @@ def fit(w: Tensor, config: WeightConfig, axis: int = 0) -> Fit:
     """
     if w.numel() == 0:
         raise ValueError("adq: the weight is empty")
-    if not bool(w.isfinite().all()):
-        raise ValueError("adq: the weight holds NaN or infinity")
-    w = w.detach().float()
+    w = w.detach()
     per_channel = config.scale == "channel"
-    scale = channel_scale(w, axis) if per_channel else w.new_ones([1] * w.dim())
-    v = w / scale
-    uniform = config.init == "uniform"
-    codebook = (
-        uniform_codebook(v, config.num_levels) if uniform else quantile_codebook(v, config.num_levels, config.levels)
-    )
-    for _ in range(SCALE_ROUNDS if per_channel and config.refine else int(config.refine)):
-        codebook = lloyd(v, codebook)
-        if per_channel:
-            q, _ = _ops.codebook_lookup(v, codebook, decision_thresholds(codebook), False)
-            scale = least_squares_scale(w, q, scale)
-            v = w / scale
+    bounds = _bounds(w, axis if per_channel else None)
+    if not all(bool(bound.isfinite().all()) for bound in bounds):
+        raise ValueError("adq: the weight holds NaN or infinity")
+    peak = torch.maximum(-bounds[0], bounds[1])
+    scale = torch.where(peak > 0, peak, 1.0) if per_channel else torch.ones_like(peak)
+    if config.refine:
+        codebook, scale = _refined(w, scale, bounds, config.num_levels, SCALE_ROUNDS if per_channel else 0)
+    elif config.init == "uniform":
+        codebook = uniform_codebook(*_limits(scale, bounds), config.num_levels).to(w.device)
+    else:
+        weights = spectrum(w, scale, *_limits(scale, bounds))
+        codebook = quantile_codebook(weights, config.num_levels, config.levels).to(w.device)
     codebook = snap_codebook(codebook) if config.snap else codebook
-    count, _ = _ops.codebook_statistics(v, decision_thresholds(codebook))
-    return Fit(codebook, scale, count.float())
+    return Fit(codebook, scale, _statistics(w, scale, codebook)[0].float())
+
+
+def _limits(scale: Tensor, bounds: Bounds) -> tuple[float, float]:
+    """The least and the largest of ``w / scale``."""
+    return (bounds[0] / scale).min().item(), (bounds[1] / scale).max().item()
+
+
+def _refined(w: Tensor, scale: Tensor, bounds: Bounds, num_levels: int, rounds: int) -> tuple[Tensor, Tensor]:
+    """The optimal codebook for the given scale, then scale and codebook fitted in turn, ``rounds`` times."""
+    levels = optimal_levels(spectrum(w, scale, *_limits(scale, bounds)), num_levels)
+    for _ in range(rounds):
+        scale = fit_scale(w, _table(levels, w), scale)
+        levels = lloyd(spectrum(w, scale, *_limits(scale, bounds)), levels)
+    codebook = _table(levels, w)
+    if w.numel() > SORTED_BELOW:  # from a histogram's middles to the means of the weights themselves
+        count, total = _statistics(w, scale, codebook)
+        means = torch.where(count > 0, total / count.clamp_min(1), codebook.double()).float()
+        codebook = means.cummax(0).values  # equal means may have been rounded apart
+    return codebook, scale
+
+
+def _table(levels: np.ndarray, w: Tensor) -> Tensor:
+    return torch.from_numpy(levels).float().to(w.device)
+
+
+def _statistics(w: Tensor, scale: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+    """Per level, how many ``w / scale`` are nearest to it (int64 ``[K]``), and their sum (float64 ``[K]``)."""
+    thresholds = decision_thresholds(codebook)
+    count = torch.zeros(codebook.numel(), dtype=torch.int64, device=w.device)
+    total = count.double()
+    for part, s in blocks(w, scale):
+        n, sums = _ops.codebook_statistics(part.float() / s, thresholds)
+        count += n
+        total += sums
+    return count, total

@@ -40,11 +40,13 @@ class WeightConfig:
 
     Attributes:
         bits: width of a code, 1..8.
-        levels: ``"full"`` uses K = 2^bits levels, ``"symmetric"`` K = 2^bits - 1, as many on each side of zero.
+        levels: ``"full"`` uses K = 2^bits levels, ``"symmetric"`` K = 2^bits - 1, with as many on each side of
+            zero unless ``refine`` places them.
         scale: ``"channel"`` divides the weights by a scale per output channel before the lookup, the
             codebook being shared by the layer; ``"tensor"`` keeps the codebook in weight units.
-        init: where the levels start: ``"quantile"`` of each sign (the paper), or a ``"uniform"`` grid.
-        refine: continue with Lloyd iterations until the SQNR gains less than 0.01 dB.
+        init: the levels without ``refine``, otherwise of no effect: ``"quantile"`` of each sign (the paper), or a
+            ``"uniform"`` grid.
+        refine: fit the levels to the least squared error (one-dimensional k-means, within 0.1 dB of the optimum).
         update: who moves the codebook in training: ``"ema"`` of the cells' means, the ``"gradient"`` of the
             loss, or nobody (``"frozen"``).
         ema_decay: g of ``N <- g N + (1 - g) n``.

@@ -83,14 +83,15 @@ class WeightQuantizer(nn.Module):
 
     def _fit(self, weight: Tensor, config: WeightConfig) -> Fit:
         try:
-            if weight.numel() and not bool(weight.any()):
+            fitted = fit(weight, config, self.axis)
+            if not bool(fitted.codebook.any()):
                 raise ValueError(
                     "adq: every weight is zero, there is nothing to quantize; load or train the weights first, "
                     "or leave the layer in float by an override"
                 )
-            return fit(weight.detach(), config, self.axis)
         except ValueError as error:
             raise ValueError(f"{error} (layer {self.name!r})") from error
+        return fitted
 
     def _placeholder(self, weight: Tensor) -> Fit:
         channel = self.config.scale == "channel"
