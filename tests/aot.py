@@ -165,8 +165,8 @@ class Recorder:
     def __init__(self):
         self.launches = []
 
-    def __call__(self, kernel, programs, *args, warp=False, registers=None, **constants):
-        self.launches.append((kernel, args, constants, {"warp": warp, "registers": registers}))
+    def __call__(self, kernel, programs, *args, block=False, **constants):
+        self.launches.append((kernel, args, constants, {"block": block}))
 
 
 BITS = {
@@ -205,7 +205,7 @@ def cases(target: str):
 
 
 def main(target: str) -> None:
-    cuda.PRODUCT_SIZE = TARGETS[target].warp_size
+    cuda.WARP = cuda.PRODUCT_SIZE = TARGETS[target].warp_size
     recorder = cuda._launch = Recorder()
     done = set()
     for operation, dtype, size, call in cases(target):
