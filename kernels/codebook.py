@@ -5,6 +5,7 @@ import triton.language as tl
 from adq.kernels.tiles import (
     ADD,
     TABLE,
+    cell_sums,
     column,
     lane_probes,
     lane_search,
@@ -184,40 +185,55 @@ def codebook_cells_kernel(
 
 @triton.jit(do_not_specialize=["numel"])
 def codebook_statistics_kernel(
-    w, thresholds, counts, totals, numel, K: tl.constexpr, PROBES: tl.constexpr, SIZE: tl.constexpr
+    w,
+    thresholds,
+    counts,
+    totals,
+    numel,
+    K: tl.constexpr,
+    PROBES: tl.constexpr,
+    MORE: tl.constexpr,
+    SIZE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """The statistics of :func:`codebook_cells_kernel` for 16 < K <= 256.
 
-    With ``code = 16 i + j`` the sums ``s[i, j] = sum [w in row i] w [w in column j]`` are a matrix
-    product, in IEEE float32, and so are the counts: 2 x 16 compares a weight instead of 256. Infinite
-    weights are kept out of the product, in which they would meet zeros, and added to the end levels.
+    With ``code = 16 i + j`` the sums ``s[i, j] = sum [w in row i] w [w in column j]`` are a matrix product,
+    and so are the counts: 2 x 16 compares a weight instead of 256. Infinite weights are kept out of the
+    product, in which they would meet zeros, and added to the end levels.
 
     w           ``[numel]`` float32, bfloat16 or float16
     thresholds  ``[K - 1]`` float32, ascending
     counts      out, ``[K, programs]`` int32
     totals      out, ``[K, programs]`` float32
     """
+    SPLIT: tl.constexpr = w.dtype.element_ty == tl.float32
     program, programs = tl.program_id(0), tl.num_programs(0)
+    probes, _ = _load_tables(None, thresholds, K, PROBES, MORE)
     tile = tile_offsets(SIZE, 1)
     digit = tl.arange(0, 16)
-    count = tl.full((16, 16), 0, tl.int32)
-    total = tl.full((16, 16), 0, tl.float32)
+    count = tl.full((16, 16), 0, tl.float32)  # whole numbers, below 2^24 up to 2^35 weights
+    total, part = count, count
     low = tl.full((SIZE,), 0, tl.float32)
     high = tl.full((SIZE,), 0, tl.float32)
     for start in range(program.to(tl.int64) * SIZE, numel, programs * SIZE):
+        total += part
         x = tl.reshape(load_tile(w, start, tile, numel, float("nan")), (SIZE,))
-        code = tl.where(x == x, search(x, thresholds, K - 1, PROBES), 256)
-        row = (code >> 4)[None, :] == digit[:, None]
-        column = (code & 15)[:, None] == digit[None, :]
-        count += tl.dot(row.to(tl.float16), column.to(tl.float16)).to(tl.int32)
+        code = lane_search(x, probes, PROBES)
+        if MORE > 0:
+            code = search(x, thresholds, K - 1, MORE, code << MORE)
+        code = tl.where(x == x, code, 256)
+        row = ((code >> 4)[None, :] == digit[:, None]).to(tl.float32)
+        column = ((code & 15)[:, None] == digit[None, :]).to(tl.float32)
+        count = tl.dot(row, column, count, input_precision=PRECISION)
         low += tl.where(x == float("-inf"), x, 0.0)
         high += tl.where(x == float("inf"), x, 0.0)
-        finite = tl.where(tl.abs(x) < float("inf"), x, 0.0)
-        total = tl.dot(row.to(tl.float32), tl.where(column, finite[:, None], 0.0), total, input_precision="ieee")
+        part = cell_sums(row, column, tl.where(tl.abs(x) < float("inf"), x, 0.0), SPLIT, PRECISION)
+    total += part
     level = digit[:, None] * 16 + digit[None, :]
     total += tl.where(level == 0, tl.reduce(low, 0, ADD), 0.0)
     total += tl.where(level == K - 1, tl.reduce(high, 0, ADD), 0.0)
-    tl.store(counts + level * programs + program, count, mask=level < K)
+    tl.store(counts + level * programs + program, count.to(tl.int32), mask=level < K)
     tl.store(totals + level * programs + program, total, mask=level < K)
 
 

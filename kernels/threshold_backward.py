@@ -15,10 +15,12 @@ from adq.kernels.threshold import lane_segments, load_segments, uniform_level
 from adq.kernels.tiles import (
     ADD,
     TABLE,
+    cell_sums,
     column,
     lane_probes,
     lane_search,
     lane_zeros,
+    load_edges,
     load_tile,
     look_up,
     saturate,
@@ -170,12 +172,14 @@ def threshold_backward_search_kernel(
     numel,
     STEPS: tl.constexpr,
     PROBES: tl.constexpr,
+    MORE: tl.constexpr,
     STEP: tl.constexpr,
     SIZE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """:func:`threshold_backward_kernel` for 16 to 255 learned intervals, from the tables in memory.
 
-    The sums of a segment ``16 i + j`` are matrix products in IEEE float32, as in
+    The sums of a segment ``16 i + j`` are matrix products, as in
     :func:`adq.kernels.codebook.codebook_statistics_kernel`.
 
     segments        ``[STEPS + 1]`` float32
@@ -186,14 +190,17 @@ def threshold_backward_search_kernel(
     tile = tile_offsets(SIZE, 1)
     u_scale, y_scale, zero = tl.load(in_scale), tl.load(out_scale), tl.load(offset)
     flow = tl.full((16, 16), 0, tl.float32)
-    part = tl.full((16, 16), 0, tl.float32)
+    ramp, new_flow, new_ramp = flow, flow, flow
+    probes = lane_probes(load_edges(segments, STEPS + 1, 1 << MORE), PROBES)
     d_in = tl.full((SIZE,), 0, tl.float32)
     d_out = tl.full((SIZE,), 0, tl.float32)
     for first in range(program.to(tl.int64) * SIZE, numel, programs * SIZE):
         value = tl.reshape(load_tile(x, first, tile, numel, float("nan")), (SIZE,))
         dy = tl.reshape(load_tile(grad, first, tile, numel, 0.0), (SIZE,))
         u = u_scale * value
-        above = search(u, segments, STEPS + 1, PROBES)
+        above = lane_search(u, probes, PROBES)
+        if MORE > 0:
+            above = search(u, segments, STEPS + 1, MORE, above << MORE)
         inside = (above > 0) & (above <= STEPS)
         segment = tl.where(inside, above - 1, 0)
         rise = tl.where(inside, dy * y_scale * (STEP / tl.load(widths + segment)), 0.0)
@@ -203,14 +210,16 @@ def threshold_backward_search_kernel(
         d_out += tl.where(u == u, dy * (STEP * level.to(tl.float32) - zero), 0.0)
         reach = rise * tl.where(inside, u - tl.load(segments + segment), 0.0)
         row = ((segment >> 4)[None, :] == digit[:, None]).to(tl.float32)
-        column = (segment & 15)[:, None] == digit[None, :]
-        flow = tl.dot(row, tl.where(column, rise[:, None], 0.0), flow, input_precision="ieee")
-        part = tl.dot(row, tl.where(column, reach[:, None], 0.0), part, input_precision="ieee")
+        column = ((segment & 15)[:, None] == digit[None, :]).to(tl.float32)
+        flow += new_flow
+        ramp += new_ramp
+        new_flow = cell_sums(row, column, rise, True, PRECISION)
+        new_ramp = cell_sums(row, column, reach, True, PRECISION)
     segment = tl.arange(0, 256)
-    flow = tl.reshape(flow, (256,))
+    flow = tl.reshape(flow + new_flow, (256,))
     width = tl.load(widths + segment, mask=segment < STEPS, other=1.0)
     passed = tl.cumsum(flow, 0, reverse=True) - flow
-    part = tl.reshape(part, (256,)) / width + passed
+    part = tl.reshape(ramp + new_ramp, (256,)) / width + passed
     tl.store(partials + segment * programs + program, part, mask=segment < STEPS)
     tl.store(partials + STEPS * programs + program, tl.reduce(flow, 0, ADD))
     tl.store(partials + (STEPS + 1) * programs + program, tl.reduce(d_in, 0, ADD))

@@ -170,3 +170,19 @@ def search(values, table, LENGTH: tl.constexpr, PROBES: tl.constexpr, found=None
             above = values > tl.load(table + probe - 1, eviction_policy="evict_last")
         found = tl.where(above, probe, found)
     return found
+
+
+@triton.jit
+def cell_sums(row, column, values, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """``sum of values[SIZE] in row i and column j`` as ``[16, 16]`` float32, by a product of matrices: ``row[16,
+    SIZE]`` and ``column[SIZE, 16]`` of zeros and ones, finite values.
+
+    TF32 units keep 11 bits of a factor, all that a 16-bit number has; others (SPLIT) are added in two parts, to
+    22 bits. They round sums towards zero, so callers add the tiles up themselves.
+    """
+    if SPLIT and PRECISION == "tf32":
+        head = (values.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+        sums = tl.dot(row, column * head[:, None], input_precision=PRECISION)
+        return tl.dot(row, column * (values - head)[:, None], sums, input_precision=PRECISION)
+    else:
+        return tl.dot(row, column * values[:, None], input_precision=PRECISION)

@@ -45,6 +45,8 @@ PROGRAMS = 8192
 """Most programs of an elementwise kernel."""
 PARTIALS = 4096
 """Most programs, and so partials, of a reduction: fixed, so that sums are the same on every device."""
+PRECISION = "ieee" if INTERPRETED or torch.version.hip else "tf32"
+"""Of the units that multiply matrices."""
 PRODUCT_SIZE = 128 if INTERPRETED else WARP
 """Elements of a tile of the sums that are matrix products, for more than 16 levels or 15 steps."""
 PRODUCT_PARTIALS = 2048
@@ -85,7 +87,7 @@ def _tiles(x: Tensor, rows: int, most: int) -> tuple[int, dict[str, Any]]:
     return min(triton.cdiv(x.numel(), lanes * vector), most), {"LANES": lanes, "VECTOR": vector}
 
 
-def _probes(edges: int) -> dict[str, int]:
+def _probes(edges: int) -> dict[str, Any]:
     """Steps of a binary search that need no memory, and the others."""
     probes = edges.bit_length()
     return {"PROBES": min(probes, LANE_PROBES), "MORE": max(probes - LANE_PROBES, 0)}
@@ -160,8 +162,9 @@ def _many_level_statistics(w: Tensor, thresholds: Tensor) -> tuple[Tensor, Tenso
         programs,
         *(w, thresholds, *partials, w.numel()),
         K=levels,
-        PROBES=(levels - 1).bit_length(),
+        **_probes(levels - 1),
         SIZE=PRODUCT_SIZE,
+        PRECISION=PRECISION,
     )
     return _add_partials(*partials)
 
@@ -296,9 +299,10 @@ def _searched_backward(
         programs,
         *(grad, x, *_table(start, interval, steps), *scales, d_x, partials, x.numel()),
         STEPS=steps,
-        PROBES=(steps + 1).bit_length(),
+        **_probes(steps + 1),
         STEP=ops.ACTIVATION_RANGE / steps,
         SIZE=PRODUCT_SIZE,
+        PRECISION=PRECISION,
     )
     return partials
 
