@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 from adq.kernels.tiles import (
     ADD,
+    FLUSH,
     TABLE,
     cell_sums,
     column,
@@ -17,9 +18,6 @@ from adq.kernels.tiles import (
     store_tile,
     tile_offsets,
 )
-
-FLUSH = tl.constexpr(31)
-"""Tiles that are counted together: at most 8 a lane and tile, they fit in a byte. Their sums are short chains."""
 
 
 @triton.jit

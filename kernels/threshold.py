@@ -138,13 +138,13 @@ def threshold_kernel(
     """
     SIZE: tl.constexpr = LANES * VECTOR
     program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
-    low, width = tl.load(start), tl.maximum(tl.load(interval), MIN_INTERVAL)
-    scalars = (tl.load(in_scale), tl.load(out_scale), tl.load(offset), low, width)
+    KNOWN: tl.constexpr = 1 if UNIFORM or edges is not None else STEPS
+    segments, _, widths = load_segments(start, interval, KNOWN, MIN_INTERVAL)
+    scalars = (tl.load(in_scale), tl.load(out_scale), tl.load(offset), segments[0], widths[0])
     probes, outputs = None, None
     if not UNIFORM:
         if edges is None:
-            _, _, widths = load_segments(start, interval, STEPS, MIN_INTERVAL)
-            _, lanes, _ = lane_segments(low, interval, widths, STEPS, MIN_INTERVAL)
+            _, lanes, _ = lane_segments(segments[0], interval, widths, STEPS, MIN_INTERVAL)
         else:
             lanes = load_edges(edges, STEPS, 1 << MORE)
         probes = lane_probes(lanes, PROBES)

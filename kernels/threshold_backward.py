@@ -14,6 +14,7 @@ import triton.language as tl
 from adq.kernels.threshold import lane_segments, load_segments, uniform_level
 from adq.kernels.tiles import (
     ADD,
+    FLUSH,
     TABLE,
     cell_sums,
     column,
@@ -128,22 +129,24 @@ def threshold_backward_kernel(
         tables = ((), (), (), ())
     else:
         low, middle, width = lane_segments(segments[0], interval, widths, STEPS, MIN_INTERVAL)
-        # the last segment has no upper end to look for
-        ends = tl.gather(
-            tl.where(tl.arange(0, TABLE) < STEPS, low, float("inf")), tl.minimum(tl.arange(0, TABLE) + 1, TABLE - 1), 0
-        )
         outputs = STEP * tl.arange(0, TABLE).to(tl.float32) - zero
-        tables = (lane_probes(ends, PROBES), STEP * y_scale / width, middle, outputs)
+        tables = (lane_probes(low + width, PROBES), STEP * y_scale / width, middle, outputs)
         for k in tl.static_range(STEPS):
             inverses = inverses + (1.0 / widths[k],)
-    sums = lane_zeros(SEGMENTS + 3, LANES, tl.float32)
-    whole = numel // SIZE * SIZE
+    zeros = lane_zeros(SEGMENTS + 3, LANES, tl.float32)
+    sums, whole, step = zeros, numel // SIZE * SIZE, programs * SIZE
     tile = tile_offsets(LANES, VECTOR)
-    for first in range(program * SIZE, whole, programs * SIZE):
-        sums = _differentiate(
-            *(grad, x, d_x, first, tile, numel, u_scale, scalars, segments, inverses, tables, sums),
-            *(SEGMENTS, STEPS, UNIFORM, PROBES, STEP),
-        )
+    for block in range(program * SIZE, whole, step * FLUSH):
+        part = zeros
+        for first in range(block, tl.minimum(block + step * FLUSH, whole), step):
+            part = _differentiate(
+                *(grad, x, d_x, first, tile, numel, u_scale, scalars, segments, inverses, tables, part),
+                *(SEGMENTS, STEPS, UNIFORM, PROBES, STEP),
+            )
+        added = ()
+        for i in tl.static_range(SEGMENTS + 3):
+            added = added + (sums[i] + part[i],)
+        sums = added
     tile = tile_offsets(LANES, 1)
     for first in range(whole + program * LANES, numel, programs * LANES):
         sums = _differentiate(

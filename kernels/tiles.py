@@ -6,6 +6,9 @@ import triton.language as tl
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 TABLE = tl.constexpr(32)
 """Entries of a table that lies across the lanes of a warp."""
+FLUSH = tl.constexpr(16)
+"""Tiles that are added up on their own, before their sums are added to those of the others: chains of float32
+additions stay short, and counts of at most 8 a lane and tile fit in a byte."""
 
 
 @triton.jit
