@@ -211,8 +211,8 @@ class Recorder:
     def __init__(self):
         self.launches = []
 
-    def __call__(self, kernel, programs, *args, block=False, **constants):
-        self.launches.append((kernel, args, constants, {"block": block}))
+    def __call__(self, kernel, programs, *args, block=False, registers=None, **constants):
+        self.launches.append((kernel, args, constants, {"block": block, "registers": registers}))
 
 
 def cases():

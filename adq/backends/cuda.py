@@ -49,6 +49,8 @@ PRECISION = "ieee" if INTERPRETED or torch.version.hip else "tf32"
 """Of the units that multiply matrices."""
 PRODUCT_SIZE = 128 if INTERPRETED else WARP
 """Elements of a tile of the sums that are matrix products, for more than 16 levels or 15 steps."""
+PRODUCT_REGISTERS = 255
+"""Registers of a thread there: left to itself ptxas may take 80 and spill."""
 PRODUCT_PARTIALS = 2048
 """As PARTIALS, for those."""
 REDUCE_ROWS = 32 if INTERPRETED else 1
@@ -66,16 +68,20 @@ def describe() -> str:
     return f"Triton {triton.__version__}"
 
 
-def launch_options(hip: bool, block: bool = False) -> dict[str, int | bool]:
+def launch_options(hip: bool, block: bool = False, registers: int | None = None) -> dict[str, int | bool]:
     """Compiler options: a single warp, or a ``block`` of 128 threads, and products and sums never contracted to
-    fused ones, so that results are the reference's bits. Loops are not pipelined through shared memory."""
-    return {"num_warps": (2 if hip else 4) if block else 1, "num_stages": 1, "enable_fp_fusion": False}
+    fused ones, so that results are the reference's bits. Loops are not pipelined through shared memory.
+    ``registers`` caps a thread's registers, on NVIDIA alone."""
+    options = {"num_warps": (2 if hip else 4) if block else 1, "num_stages": 1, "enable_fp_fusion": False}
+    return options if hip or registers is None else {**options, "maxnreg": registers}
 
 
-def _launch(kernel: Any, programs: int, *args: Any, block: bool = False, **constants: Any) -> None:
+def _launch(
+    kernel: Any, programs: int, *args: Any, block: bool = False, registers: int | None = None, **constants: Any
+) -> None:
     """Launch on the device of the first argument; no programs, no launch."""
     device = args[0].device
-    options = launch_options(torch.version.hip is not None, block)
+    options = launch_options(torch.version.hip is not None, block, registers)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         if programs:
             kernel[(programs,)](*args, **options, **constants)
@@ -163,6 +169,7 @@ def _many_level_statistics(w: Tensor, thresholds: Tensor) -> tuple[Tensor, Tenso
         *(w, thresholds, *partials, w.numel()),
         K=levels,
         **_probes(levels - 1),
+        registers=PRODUCT_REGISTERS,
         SIZE=PRODUCT_SIZE,
         PRECISION=PRECISION,
     )
@@ -301,6 +308,7 @@ def _searched_backward(
         STEPS=steps,
         **_probes(steps + 1),
         STEP=ops.ACTIVATION_RANGE / steps,
+        registers=PRODUCT_REGISTERS,
         SIZE=PRODUCT_SIZE,
         PRECISION=PRECISION,
     )
