@@ -19,7 +19,14 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CCompilerError, CompileError, ExecError, LinkError, PlatformError
 
 # The slowest first, so that the others compile meanwhile.
-SOURCES = ("csrc/kernels_baseline.cpp", "csrc/bindings.cpp", "csrc/adq.cpp", "csrc/foreach.cpp", "csrc/isa.cpp", "csrc/pool.cpp")
+SOURCES = (
+    "csrc/kernels_baseline.cpp",
+    "csrc/bindings.cpp",
+    "csrc/adq.cpp",
+    "csrc/foreach.cpp",
+    "csrc/isa.cpp",
+    "csrc/pool.cpp",
+)
 ISA_FLAGS = {
     "avx2": ["-mavx2", "-mf16c"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"],

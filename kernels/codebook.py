@@ -2,65 +2,141 @@
 
 import triton
 import triton.language as tl
-from adq.kernels.tiles import ADD, lane_zeros, load_scalars, load_tile, narrow, search, tile_mask, tile_offsets
+from adq.kernels.tiles import (
+    ADD,
+    FLUSH,
+    TABLE,
+    cell_sums,
+    column,
+    lane_probes,
+    lane_search,
+    lane_zeros,
+    load_edges,
+    load_tile,
+    look_up,
+    search,
+    store_tile,
+    tile_offsets,
+)
 
 
 @triton.jit
-def _chain(w, thresholds, levels, K: tl.constexpr):
-    """Code of each weight, and codeword where ``levels`` is given, by K - 1 compares and selects.
-
-    ``thresholds[K - 1]`` and ``levels[K]`` are tuples of scalars in registers.
-    """
-    code = tl.full(w.shape, 0, tl.int32)
-    w_q = w
-    if levels is not None:
-        w_q = tl.full(w.shape, levels[0], tl.float32)
-    for k in tl.static_range(1, K):
-        above = w > thresholds[k - 1]
-        code = tl.where(above, k, code)
-        if levels is not None:
-            w_q = tl.where(above, levels[k], w_q)
-    return code, w_q
+def _load_tables(codebook, thresholds, K: tl.constexpr, PROBES: tl.constexpr, MORE: tl.constexpr):
+    """The probes of the first steps of the search, and the codebook, each across the lanes."""
+    probes = lane_probes(load_edges(thresholds, K - 1, 1 << MORE), PROBES)
+    levels = ()
+    if codebook is not None and K <= TABLE:
+        lane = tl.arange(0, TABLE)
+        levels = tl.load(codebook + lane, mask=lane < K, other=0.0)
+    return probes, levels
 
 
 @triton.jit
-def _store(w_q, codes, start, tile, numel, value, code):
-    """Store a tile of each result that is wanted, with one branch for both: the codes share its compares."""
+def _quantize(
+    w,
+    codebook,
+    thresholds,
+    tables,
+    w_q,
+    codes,
+    start,
+    tile,
+    numel,
+    K: tl.constexpr,
+    PROBES: tl.constexpr,
+    MORE: tl.constexpr,
+):
+    """Load a tile, store each result that is wanted, and return the weights and codes."""
+    probes, levels = tables
+    x = load_tile(w, start, tile, numel, float("nan"))
+    code = lane_search(x, probes, PROBES)
+    if MORE > 0:
+        code = search(x, thresholds, K - 1, MORE, code << MORE)
     if w_q is not None:
-        value = narrow(value, w_q.dtype.element_ty)
-    code = code.to(tl.uint8)
-    if start + tile.shape[0] * tile.shape[1] <= numel:
-        if w_q is not None:
-            tl.store(w_q + start + tile, value)
-        if codes is not None:
-            tl.store(codes + start + tile, code)
-    else:
-        inside = tile_mask(tile, start, numel)
-        if w_q is not None:
-            tl.store(w_q + start + tile, value, mask=inside)
-        if codes is not None:
-            tl.store(codes + start + tile, code, mask=inside)
+        if K <= TABLE:
+            value = look_up(levels, code)
+        else:
+            value = tl.load(codebook + code, eviction_policy="evict_last")
+        store_tile(w_q, start, tile, numel, tl.where(x == x, value, float("nan")))
+    if codes is not None:
+        store_tile(codes, start, tile, numel, code)
+    return x, code
 
 
 @triton.jit
-def _accumulate(w, code, counts, totals, K: tl.constexpr):
-    """Add a tile to the counts and sums ``[LANES]`` of the levels 0 <= code < K <= 16.
+def _add_totals(w, code, totals, K: tl.constexpr):
+    """Add the weights of a tile to the sums ``[LANES]`` of their levels."""
+    w = tl.where(w == w, w, 0.0)
+    for i in tl.static_range(w.shape[1]):
+        value, level = column(w, i), column(code, i)
+        added = ()
+        for k in tl.static_range(K):
+            added = added + (tl.where(level == k, totals[k] + value, totals[k]),)
+        totals = added
+    return totals
 
-    The counts of the weights in a lane, 15 at most, are added up in one integer, four bits a level.
-    """
-    one = tl.full((), 1, tl.int64)
-    packed = tl.reduce(tl.where(w == w, one << (4 * code), 0), 1, ADD)
-    code = tl.where(w == w, code, K)
-    new_counts = ()
-    new_totals = ()
+
+@triton.jit
+def _add_counts(w, code, even, odd, K: tl.constexpr):
+    """Add a tile to the counts ``[LANES]`` of even and of odd levels, a byte a level, by way of a sum of the
+    lane's weights with four bits a level."""
+    if K <= 8:
+        one, low = tl.full((), 1, tl.int32), 0x0F0F0F0F
+    else:
+        one, low = tl.full((), 1, tl.int64), 0x0F0F0F0F0F0F0F0F
+    packed = tl.reduce(tl.where(w == w, one << 4 * code, 0), 1, ADD)
+    return even + (packed & low), odd + (packed >> 4 & low)
+
+
+@triton.jit
+def _flush(counts, totals, even, odd, part, K: tl.constexpr):
+    """Add the bytes of :func:`_add_counts` and the sums of :func:`_add_totals` to those of all tiles before."""
+    new_counts, new_totals = (), ()
     for k in tl.static_range(K):
-        new_counts = new_counts + (counts[k] + ((packed >> (4 * k)) & 15).to(tl.int32),)
-        new_totals = new_totals + (totals[k] + tl.reduce(tl.where(code == k, w, 0.0), 1, ADD),)
+        new_counts = new_counts + (counts[k] + ((odd if k % 2 else even) >> 8 * (k // 2) & 255).to(tl.int32),)
+        new_totals = new_totals + (totals[k] + part[k],)
     return new_counts, new_totals
 
 
 @triton.jit(do_not_specialize=["numel"])
 def codebook_kernel(
+    w,
+    codebook,
+    thresholds,
+    w_q,
+    codes,
+    numel,
+    K: tl.constexpr,
+    PROBES: tl.constexpr,
+    MORE: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """Nearest codeword of every weight: ``code = #{k : w > t[k]}``, ``w_q = c[code]``; NaN gives NaN and code 0.
+
+    The code is found by a binary search of ``PROBES`` steps across lanes and ``MORE`` in memory.
+    Source: ADQ, arXiv 2510.19760, section 3.
+
+    w           ``[numel]`` float32, bfloat16 or float16
+    codebook    ``[K]`` float32, ascending; None where ``w_q`` is None
+    thresholds  ``[K - 1]`` float32, ascending
+    w_q         out, ``[numel]`` in w's dtype, or None
+    codes       out, ``[numel]`` uint8, or None
+    """
+    SIZE: tl.constexpr = LANES * VECTOR
+    program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    tables = _load_tables(codebook, thresholds, K, PROBES, MORE)
+    whole = numel // SIZE * SIZE
+    tile = tile_offsets(LANES, VECTOR)
+    for start in range(program * SIZE, whole, programs * SIZE):
+        _quantize(w, codebook, thresholds, tables, w_q, codes, start, tile, numel, K, PROBES, MORE)
+    tile = tile_offsets(LANES, 1)
+    for start in range(whole + program * LANES, numel, programs * LANES):
+        _quantize(w, codebook, thresholds, tables, w_q, codes, start, tile, numel, K, PROBES, MORE)
+
+
+@triton.jit(do_not_specialize=["numel"])
+def codebook_cells_kernel(
     w,
     codebook,
     thresholds,
@@ -74,88 +150,88 @@ def codebook_kernel(
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """Nearest codeword of every weight and, for K <= 16, the statistics of the cells, in one pass over w.
+    """:func:`codebook_kernel` for K <= 16 and, in the same pass, the statistics of the cells:
+    ``n[k] = #{code = k}``, ``s[k] = sum of those w``; NaN counts nowhere.
 
-    ``code = #{k : w > t[k]}``, ``w_q = c[code]``, ``n[k] = #{code = k}``, ``s[k] = sum of those w``; NaN
-    gives NaN, code 0 and counts nowhere. Source: ADQ, arXiv 2510.19760, section 3. With ``PROBES`` = 0
-    the tables stay in registers, else the code is found by ``PROBES`` steps of a binary search.
-
-    w           ``[numel]`` float32, bfloat16 or float16
-    codebook    ``[K]`` float32, ascending; None where ``w_q`` is None
-    thresholds  ``[K - 1]`` float32, ascending
-    w_q         out, ``[numel]`` in w's dtype, or None
-    codes       out, ``[numel]`` uint8, or None
-    counts      out, ``[K, programs]`` int32, or None: partial counts of the programs
-    totals      out, ``[K, programs]`` float32, or None with ``counts``: their partial sums
+    counts  out, ``[K, programs]`` int32: partial counts of the programs
+    totals  out, ``[K, programs]`` float32: their partial sums
     """
     SIZE: tl.constexpr = LANES * VECTOR
-    program, programs = tl.program_id(0), tl.num_programs(0)
+    program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    tables = _load_tables(codebook, thresholds, K, PROBES, 0)
+    count = lane_zeros(K, LANES, tl.int32)
+    total = lane_zeros(K, LANES, tl.float32)
+    zeros, none = total, tl.full((LANES,), 0, tl.int32 if K <= 8 else tl.int64)
+    whole, step = numel // SIZE * SIZE, programs * SIZE
     tile = tile_offsets(LANES, VECTOR)
-    edges, levels = None, None
-    if PROBES == 0:
-        edges = load_scalars(thresholds, K - 1)
-        if w_q is not None:
-            levels = load_scalars(codebook, K)
-    if counts is not None:
-        count = lane_zeros(K, LANES, tl.int32)
-        total = lane_zeros(K, LANES, tl.float32)
-    for start in range(program.to(tl.int64) * SIZE, numel, programs * SIZE):
-        x = load_tile(w, start, tile, numel, float("nan"))
-        if PROBES == 0:
-            code, value = _chain(x, edges, levels, K)
-        else:
-            code = search(x, thresholds, K - 1, PROBES)
-            if w_q is not None:
-                value = tl.load(codebook + code)
-            else:
-                value = x
-        if w_q is not None:
-            value = tl.where(x == x, value, float("nan"))
-        _store(w_q, codes, start, tile, numel, value, code)
-        if counts is not None:
-            count, total = _accumulate(x, code, count, total, K)
-    if counts is not None:
-        for k in tl.static_range(K):
-            tl.store(counts + k * programs + program, tl.reduce(count[k], 0, ADD))
-            tl.store(totals + k * programs + program, tl.reduce(total[k], 0, ADD))
+    for first in range(program * SIZE, whole, step * FLUSH):
+        part, even, odd = zeros, none, none
+        for start in range(first, tl.minimum(first + step * FLUSH, whole), step):
+            x, code = _quantize(w, codebook, thresholds, tables, w_q, codes, start, tile, numel, K, PROBES, 0)
+            part = _add_totals(x, code, part, K)
+            even, odd = _add_counts(x, code, even, odd, K)
+        count, total = _flush(count, total, even, odd, part, K)
+    tile = tile_offsets(LANES, 1)
+    for start in range(whole + program * LANES, numel, programs * LANES):
+        x, code = _quantize(w, codebook, thresholds, tables, w_q, codes, start, tile, numel, K, PROBES, 0)
+        even, odd = _add_counts(x, code, none, none, K)
+        count, total = _flush(count, total, even, odd, _add_totals(x, code, zeros, K), K)
+    for k in tl.static_range(K):
+        tl.store(counts + k * programs + program, tl.reduce(count[k], 0, ADD))
+        tl.store(totals + k * programs + program, tl.reduce(total[k], 0, ADD))
 
 
 @triton.jit(do_not_specialize=["numel"])
 def codebook_statistics_kernel(
-    w, thresholds, counts, totals, numel, K: tl.constexpr, PROBES: tl.constexpr, SIZE: tl.constexpr
+    w,
+    thresholds,
+    counts,
+    totals,
+    numel,
+    K: tl.constexpr,
+    PROBES: tl.constexpr,
+    MORE: tl.constexpr,
+    SIZE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """The statistics of :func:`codebook_kernel` for 16 < K <= 256.
+    """The statistics of :func:`codebook_cells_kernel` for 16 < K <= 256.
 
-    With ``code = 16 i + j`` the sums ``s[i, j] = sum [w in row i] w [w in column j]`` are a matrix
-    product, in IEEE float32, and so are the counts: 2 x 16 compares a weight instead of 256. Infinite
-    weights are kept out of the product, in which they would meet zeros, and added to the end levels.
+    With ``code = 16 i + j`` the sums ``s[i, j] = sum [w in row i] w [w in column j]`` are a matrix product,
+    and so are the counts: 2 x 16 compares a weight instead of 256. Infinite weights are kept out of the
+    product, in which they would meet zeros, and added to the end levels.
 
     w           ``[numel]`` float32, bfloat16 or float16
     thresholds  ``[K - 1]`` float32, ascending
     counts      out, ``[K, programs]`` int32
     totals      out, ``[K, programs]`` float32
     """
+    SPLIT: tl.constexpr = w.dtype.element_ty == tl.float32
     program, programs = tl.program_id(0), tl.num_programs(0)
+    probes, _ = _load_tables(None, thresholds, K, PROBES, MORE)
     tile = tile_offsets(SIZE, 1)
     digit = tl.arange(0, 16)
-    count = tl.full((16, 16), 0, tl.int32)
-    total = tl.full((16, 16), 0, tl.float32)
+    count = tl.full((16, 16), 0, tl.float32)  # whole numbers, below 2^24 up to 2^35 weights
+    total, part = count, count
     low = tl.full((SIZE,), 0, tl.float32)
     high = tl.full((SIZE,), 0, tl.float32)
     for start in range(program.to(tl.int64) * SIZE, numel, programs * SIZE):
+        total += part
         x = tl.reshape(load_tile(w, start, tile, numel, float("nan")), (SIZE,))
-        code = tl.where(x == x, search(x, thresholds, K - 1, PROBES), 256)
-        row = (code >> 4)[None, :] == digit[:, None]
-        column = (code & 15)[:, None] == digit[None, :]
-        count += tl.dot(row.to(tl.float16), column.to(tl.float16)).to(tl.int32)
+        code = lane_search(x, probes, PROBES)
+        if MORE > 0:
+            code = search(x, thresholds, K - 1, MORE, code << MORE)
+        code = tl.where(x == x, code, 256)
+        row = ((code >> 4)[None, :] == digit[:, None]).to(tl.float32)
+        column = ((code & 15)[:, None] == digit[None, :]).to(tl.float32)
+        count = tl.dot(row, column, count, input_precision=PRECISION)
         low += tl.where(x == float("-inf"), x, 0.0)
         high += tl.where(x == float("inf"), x, 0.0)
-        finite = tl.where(tl.abs(x) < float("inf"), x, 0.0)
-        total = tl.dot(row.to(tl.float32), tl.where(column, finite[:, None], 0.0), total, input_precision="ieee")
+        part = cell_sums(row, column, tl.where(tl.abs(x) < float("inf"), x, 0.0), SPLIT, PRECISION)
+    total += part
     level = digit[:, None] * 16 + digit[None, :]
     total += tl.where(level == 0, tl.reduce(low, 0, ADD), 0.0)
     total += tl.where(level == K - 1, tl.reduce(high, 0, ADD), 0.0)
-    tl.store(counts + level * programs + program, count, mask=level < K)
+    tl.store(counts + level * programs + program, count.to(tl.int32), mask=level < K)
     tl.store(totals + level * programs + program, total, mask=level < K)
 
 

@@ -2,7 +2,17 @@
 
 import triton
 import triton.language as tl
-from adq.kernels.tiles import load_tile, search, store_tile, tile_offsets
+from adq.kernels.tiles import (
+    TABLE,
+    lane_probes,
+    lane_search,
+    load_edges,
+    load_tile,
+    look_up,
+    search,
+    store_tile,
+    tile_offsets,
+)
 
 
 @triton.jit
@@ -22,12 +32,16 @@ def load_segments(start, interval, STEPS: tl.constexpr, MIN_INTERVAL: tl.constex
 
 
 @triton.jit
-def chain_level(u, edges, STEPS: tl.constexpr):
-    """Output level ``#{i : u > edges[i]}``, float32, by compares and selects; NaN gives 0."""
-    level = tl.full(u.shape, 0, tl.float32)
+def lane_segments(low, interval, widths, STEPS: tl.constexpr, MIN_INTERVAL: tl.constexpr):
+    """The same numbers as tables across the lanes: ``T_i``, ``T_i + interval[i] / 2`` and clamped intervals, the
+    last two infinite from ``STEPS`` on. ``low`` is ``T_0``, ``widths`` are those of :func:`load_segments`."""
+    lane = tl.arange(0, TABLE)
+    low = tl.full((TABLE,), low, tl.float32)
     for i in tl.static_range(STEPS):
-        level = tl.where(u > edges[i], i + 1.0, level)
-    return level
+        low = tl.where(lane > i, low + widths[i], low)
+    width = tl.load(interval + lane, mask=lane < STEPS, other=float("inf"))
+    width = tl.where(width < MIN_INTERVAL, MIN_INTERVAL, width)
+    return low, low + 0.5 * width, width
 
 
 @triton.jit
@@ -56,6 +70,39 @@ def threshold_table_kernel(start, interval, segments, edges, widths, STEPS, MIN_
         tl.store(segments + i + 1, low)
 
 
+@triton.jit
+def _quantize(
+    x,
+    y,
+    first,
+    tile,
+    numel,
+    scalars,
+    edges,
+    probes,
+    outputs,
+    STEPS: tl.constexpr,
+    UNIFORM: tl.constexpr,
+    PROBES: tl.constexpr,
+    MORE: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """One tile of :func:`threshold_kernel`."""
+    u_scale, y_scale, zero, low, width = scalars
+    u = u_scale * load_tile(x, first, tile, numel, float("nan"))
+    if UNIFORM:
+        level = uniform_level(u, low, width, STEPS)
+    else:
+        level = lane_search(u, probes, PROBES)
+        if MORE > 0:
+            level = search(u, edges, STEPS, MORE, level << MORE)
+    if outputs is None:
+        value = y_scale * (STEP * level.to(tl.float32) - zero)
+    else:
+        value = look_up(outputs, level)
+    store_tile(y, first, tile, numel, tl.where(u == u, value, float("nan")))
+
+
 @triton.jit(do_not_specialize=["numel"])
 def threshold_kernel(
     x,
@@ -70,6 +117,7 @@ def threshold_kernel(
     STEPS: tl.constexpr,
     UNIFORM: tl.constexpr,
     PROBES: tl.constexpr,
+    MORE: tl.constexpr,
     STEP: tl.constexpr,
     MIN_INTERVAL: tl.constexpr,
     LANES: tl.constexpr,
@@ -78,27 +126,34 @@ def threshold_kernel(
     """``y = out_scale (D q - offset)`` with ``u = in_scale x`` and ``q = #{i : u > T_i + interval[i] / 2}``.
 
     Source: N2UQ, arXiv 2111.14826, equation 5; the affine offset is ours. ``D = STEP`` is the output step
-    R / n. Up to 15 steps the edges stay in registers; above (``PROBES`` > 0) they come from
-    :func:`threshold_table_kernel` and are searched; ``UNIFORM`` computes the level in closed form.
+    R / n. The level is found by a binary search of ``PROBES`` steps across lanes and ``MORE`` in memory or,
+    if UNIFORM, computed in closed form.
 
     x                                    ``[numel]`` float32, bfloat16 or float16
     start, in_scale, out_scale, offset   ``[1]`` float32
     interval                             ``[STEPS]`` float32, ``[1]`` if UNIFORM
-    edges                                ``[STEPS]`` float32, or None where ``PROBES`` = 0
+    edges                                ``[STEPS]`` float32 of :func:`threshold_table_kernel`, or None up to 15
+                                         steps, whose edges every program works out itself
     y                                    out, ``[numel]`` in x's dtype
     """
     SIZE: tl.constexpr = LANES * VECTOR
-    tile = tile_offsets(LANES, VECTOR)
-    u_scale, y_scale, zero = tl.load(in_scale), tl.load(out_scale), tl.load(offset)
-    if PROBES == 0:
-        segments, chain, widths = load_segments(start, interval, 1 if UNIFORM else STEPS, MIN_INTERVAL)
-    for first in range(tl.program_id(0).to(tl.int64) * SIZE, numel, tl.num_programs(0) * SIZE):
-        u = u_scale * load_tile(x, first, tile, numel, float("nan"))
-        if UNIFORM:
-            level = uniform_level(u, segments[0], widths[0], STEPS)
-        elif PROBES == 0:
-            level = chain_level(u, chain, STEPS)
+    program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    KNOWN: tl.constexpr = 1 if UNIFORM or edges is not None else STEPS
+    segments, _, widths = load_segments(start, interval, KNOWN, MIN_INTERVAL)
+    scalars = (tl.load(in_scale), tl.load(out_scale), tl.load(offset), segments[0], widths[0])
+    probes, outputs = None, None
+    if not UNIFORM:
+        if edges is None:
+            _, lanes, _ = lane_segments(segments[0], interval, widths, STEPS, MIN_INTERVAL)
         else:
-            level = search(u, edges, STEPS, PROBES).to(tl.float32)
-        level = tl.where(u == u, level, float("nan"))
-        store_tile(y, first, tile, numel, y_scale * (STEP * level - zero))
+            lanes = load_edges(edges, STEPS, 1 << MORE)
+        probes = lane_probes(lanes, PROBES)
+        if MORE == 0:
+            outputs = scalars[1] * (STEP * tl.arange(0, TABLE).to(tl.float32) - scalars[2])
+    whole = numel // SIZE * SIZE
+    tile = tile_offsets(LANES, VECTOR)
+    for first in range(program * SIZE, whole, programs * SIZE):
+        _quantize(x, y, first, tile, numel, scalars, edges, probes, outputs, STEPS, UNIFORM, PROBES, MORE, STEP)
+    tile = tile_offsets(LANES, 1)
+    for first in range(whole + program * LANES, numel, programs * LANES):
+        _quantize(x, y, first, tile, numel, scalars, edges, probes, outputs, STEPS, UNIFORM, PROBES, MORE, STEP)

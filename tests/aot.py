@@ -1,14 +1,19 @@
 """Compiles the Triton kernels ahead of time, without a GPU, and reads what the compiler made of them.
 
-``python tests/aot.py sm_90`` runs every launcher of :mod:`adq.backends.cuda` on small CPU tensors with the
-launch itself replaced by a recorder, compiles each recorded launch for the target as the runtime would
-(same constants, options and pointer alignment), and prints one JSON line a kernel. Needs Triton's
+``python tests/aot.py sm_90 gfx942`` runs every launcher of :mod:`adq.backends.cuda` on small CPU tensors with the
+launch itself replaced by a recorder, compiles each recorded launch for each target as the runtime would (same
+constants, options and pointer alignment), on all cores, and prints one JSON line a kernel. Needs Triton's
 compiler, so it must not run under ``TRITON_INTERPRET=1``.
+
+On NVIDIA most of the time would go into starting the assembler and the disassembler, so the PTX of several kernels
+is put together and assembled, by Triton's own command, as one file. Functions do not influence each other there.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
@@ -16,9 +21,12 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
+os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
+
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import ASTSource
 
 from adq.backends import cuda
@@ -38,7 +46,8 @@ POINTERS = {
     torch.float64: "*fp64",
 }
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-
+BATCH = 12
+"""Kernels that a process compiles at a time."""
 
 Code = list[tuple[str, int | None, bool]]
 """Instructions: text, index of the branch target or None, and whether the next one is not reached from it."""
@@ -101,19 +110,45 @@ def _hot_path(code: Code, anchor: str) -> int:
     return max(around or through)
 
 
-def _nvidia(compiled) -> dict:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        command = [TOOLS / "cuobjdump", "--dump-resource-usage", "--dump-sass", cubin.name]
-        dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    usage = dict(re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", dump))
-    code = _sass(dump)
+class Assembler:
+    """Stands in for Triton's assembler: keeps each kernel's PTX until they are assembled together."""
+
+    make_cubin = CUDABackend.make_cubin
+
+    def __init__(self):
+        self.ptx, self.arguments = [], ()
+
+    def __call__(self, backend, ptx: str, metadata, options, capability) -> bytes:
+        name, number = re.search(r"\.entry (\w+)", ptx)[1], len(self.ptx)
+        self.ptx.append(re.sub(rf"\b{name}\b|_\$_str", rf"k{number}_\g<0>", ptx))
+        self.arguments = backend, metadata, options, capability
+        return b""
+
+    def figures(self) -> list[dict]:
+        """What was made of each kernel."""
+        backend, *others = self.arguments
+        body = [ptx[ptx.index(".address_size 64") + len(".address_size 64") :] for ptx in self.ptx]
+        begin = self.ptx[0][: -len(body[0])]
+        cubin = Assembler.make_cubin(backend, begin + "".join(body), *others)
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(cubin)
+            file.flush()
+            command = [TOOLS / "cuobjdump", "--dump-resource-usage", "--dump-sass", file.name]
+            dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        usage = dict(re.findall(r"Function k(\d+)_\w+:\s*\n\s*(.*)", dump))
+        code = {m[1]: m[2] for m in re.finditer(r"Function : k(\d+)_\w+\n(.*?)(?=Function :|\Z)", dump, re.S)}
+        assert len(usage) == len(code) == len(self.ptx)
+        return [_nvidia(usage[str(i)], code[str(i)]) for i in range(len(self.ptx))]
+
+
+def _nvidia(usage: str, text: str) -> dict:
+    size = dict(re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", usage))
+    code = _sass(text)
     wide = [i for i, _, _ in code if re.search(r"(LDG|STG)\.E\S*\.128", i)]
     return {
-        "registers": int(usage["REG"]),
-        "spills": int(usage["STACK"]) + int(usage["LOCAL"]),
-        "shared": int(usage["SHARED"]),
+        "registers": int(size["REG"]),
+        "spills": int(size["STACK"]) + int(size["LOCAL"]),
+        "shared": int(size["SHARED"]),
         "wide_loads": sum("LDG" in i for i in wide),
         "wide_stores": sum("STG" in i for i in wide),
         "path": _hot_path(code, r"(LDG|STG)\.E\S*\.128" if wide else "LDG"),
@@ -140,8 +175,8 @@ def _amd(compiled) -> dict:
     }
 
 
-def compile_launch(target: GPUTarget, kernel, args, constants, options) -> dict:
-    """Compile one recorded launch as the runtime would and measure it."""
+def compile_launch(target: GPUTarget, kernel, args, constants, options):
+    """Compile one recorded launch as the runtime would."""
     signature, constexprs, attributes = {}, dict(constants), {}
     for i, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
         if value is None:
@@ -154,9 +189,20 @@ def compile_launch(target: GPUTarget, kernel, args, constants, options) -> dict:
             signature[name] = "fp32" if isinstance(value, float) else "i32" if value < 2**31 else "i64"
     signature = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
     options = cuda.launch_options(target.backend == "hip", **options)
-    compiled = triton.compile(ASTSource(kernel, signature, constexprs, attributes), target=target, options=options)
-    figures = _nvidia(compiled) if target.backend == "cuda" else _amd(compiled)
-    return {"fused": compiled.asm.get("ptx", "").count("fma."), **figures}
+    return triton.compile(ASTSource(kernel, signature, constexprs, attributes), target=target, options=options)
+
+
+def measure(target: GPUTarget, launches: list[tuple]) -> list[dict]:
+    """Compile recorded launches and read the figures of each; ``fused`` counts the products and sums that the
+    compiler fused by itself, in PTX."""
+    assembler = Assembler()
+    CUDABackend.make_cubin = lambda *args: assembler(*args)
+    compiled = [compile_launch(target, *launch) for launch in launches]
+    figures = assembler.figures() if target.backend == "cuda" else list(map(_amd, compiled))
+    for kernel, row in zip(compiled, figures, strict=True):
+        by_name = sum(int(m or 1) for m in re.findall(r"call (?:<(\d) x )?float>? @llvm\.fma\.", kernel.asm["llir"]))
+        row["fused"] = kernel.asm["ptx"].count("fma.") - by_name if target.backend == "cuda" else 0
+    return figures
 
 
 class Recorder:
@@ -165,49 +211,45 @@ class Recorder:
     def __init__(self):
         self.launches = []
 
-    def __call__(self, kernel, programs, *args, warp=False, registers=None, **constants):
-        self.launches.append((kernel, args, constants, {"warp": warp, "registers": registers}))
+    def __call__(self, kernel, programs, *args, block=False, registers=None, **constants):
+        self.launches.append((kernel, args, constants, {"block": block, "registers": registers}))
 
 
-BITS = {
-    "sm_90": {torch.float32: (1, 2, 3, 4, 7, 8), torch.bfloat16: (2, 3, 4, 8), torch.float16: (3,)},
-    "sm_80": {torch.float32: (2, 4, 8), torch.bfloat16: (3, 4)},
-    "gfx942": {torch.float32: (2, 4, 8), torch.bfloat16: (3, 4)},
-}
-"""Bit-widths to compile: on one target all those whose code differs (above four bits that is the number of
-probes of a search, and 7 stands for the symmetric codebooks), elsewhere the ends of the range."""
+def cases():
+    """(operation, dtype, size, call) of every launcher of the product; size is K, n or the bits of a code.
 
-
-def cases(target: str):
-    """(operation, dtype, size, call) of every launcher of the product; size is K, n or the bits of a code."""
+    Symmetric codebooks have a level less. Where no search in memory and no statistics are needed, that is another
+    constant in the same code. So is the number of steps of a uniform quantizer.
+    """
     one = torch.ones(1)
-    for dtype, widths in BITS[target].items():
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
         name = str(dtype).removeprefix("torch.")
         x = torch.zeros(4096, dtype=dtype)
-        for bits in widths:
-            levels, steps = 2**bits - (bits == 7), 2**bits - 1
-            table = torch.zeros(levels), torch.zeros(levels - 1)
-            yield "lookup", name, levels, partial(cuda.codebook_lookup, x, *table, False)
-            yield "lookup with codes", name, levels, partial(cuda.codebook_lookup, x, *table, True)
-            yield "statistics", name, levels, partial(cuda.codebook_statistics, x, table[1])
-            if levels <= cuda.REGISTER_LEVELS:
-                yield "both", name, levels, partial(cuda.codebook_lookup_statistics, x, *table, True)
-            kinds = {"forward": torch.ones(steps), **({"uniform": one} if bits == 8 else {})}
+        for bits in range(1, 9):
+            for levels in (2**bits, 2**bits - 1)[: min(bits, 2)]:
+                table = torch.zeros(levels), torch.zeros(levels - 1)
+                if levels == 2**bits or bits > cuda.LANE_PROBES:
+                    yield "lookup", name, levels, partial(cuda.codebook_lookup, x, *table, False)
+                    yield "lookup with codes", name, levels, partial(cuda.codebook_lookup, x, *table, True)
+                yield "statistics", name, levels, partial(cuda.codebook_statistics, x, table[1])
+                if levels <= cuda.REGISTER_LEVELS:
+                    yield "both", name, levels, partial(cuda.codebook_lookup_statistics, x, *table, True)
+            steps = 2**bits - 1
+            kinds = {"": torch.ones(steps), **({"uniform ": one} if bits == 8 else {})}
             for kind, interval in kinds.items():
                 arguments = (x, one, interval, one, one, one, steps)
-                back = "backward" if kind == "forward" else "uniform backward"
-                yield kind, name, steps, partial(cuda.threshold_quantize, *arguments)
-                yield back, name, steps, partial(cuda.threshold_quantize_backward, x, *arguments)
-        yield from foreach_cases(dtype, [(4, 8, 16, 256)] + [(4,), (8,), (16,)] * (target == "sm_90"))
-    for bits in range(1, 9) if target == "sm_90" else (3, 4, 8):
+                yield kind + "forward", name, steps, partial(cuda.threshold_quantize, *arguments)
+                yield kind + "backward", name, steps, partial(cuda.threshold_quantize_backward, x, *arguments)
+        yield from foreach_cases(dtype)
+    for bits in range(1, 9):
         codes, packed = torch.zeros(8192, dtype=torch.uint8), torch.zeros(1024 * bits, dtype=torch.uint8)
         yield "pack", "uint8", bits, partial(cuda.pack_bits, codes, bits)
         yield "unpack", "uint8", bits, partial(cuda.unpack_bits, packed, bits, 8192)
 
 
-def foreach_cases(dtype: torch.dtype, networks):
-    """The operators of many layers, for networks whose layers have these numbers of levels; size is the largest."""
-    for levels in networks:
+def foreach_cases(dtype: torch.dtype):
+    """The operators of many layers: of all widths together, and of one; size is the largest number of levels."""
+    for levels in ((4, 8, 16, 256), (4,), (8,), (16,)):
         labels = str(dtype).removeprefix("torch."), max(levels)
         weights, scales = (
             [torch.zeros(16, 8, 3, 3, dtype=dtype) for _ in levels],
@@ -221,24 +263,38 @@ def foreach_cases(dtype: torch.dtype, networks):
             yield operation, *labels, partial(cuda.foreach_codebook_step_, *arguments)
 
 
-def main(target: str) -> None:
-    cuda.PRODUCT_SIZE = TARGETS[target].warp_size
+def record(target: str) -> list[tuple[dict, tuple]]:
+    """Labels and launch of everything that :func:`cases` launches on a target, each code once."""
+    warp = cuda.WARP = cuda.PRODUCT_SIZE = TARGETS[target].warp_size
+    cuda.PRECISION = "ieee" if TARGETS[target].backend == "hip" else "tf32"
     recorder = cuda._launch = Recorder()
-    done = set()
-    for operation, dtype, size, call in cases(target):
+    found = {}
+    for operation, dtype, size, call in cases():
         recorder.launches.clear()
         call()
-        for kernel, args, constants, options in recorder.launches:
+        for launch in recorder.launches:
+            kernel, args, constants, options = launch
             key = (kernel.__name__, str([getattr(a, "dtype", a is None) for a in args]), str(constants))
-            if key in done:
-                continue
-            done.add(key)
-            elements = 16 if operation.endswith("pack") else constants.get("VECTOR", 1)
-            labels = {"operation": operation, "dtype": dtype, "size": size, "kernel": kernel.__name__}
-            figures = compile_launch(TARGETS[target], kernel, args, constants, options)
-            figures["per_element"] = round(figures["path"] / elements, 1)
-            print(json.dumps(labels | figures), flush=True)
+            tile = constants.get("SIZE", constants.get("LANES", warp) * constants.get("VECTOR", 1))
+            elements = 16 if operation.endswith("pack") else tile // (cuda.BLOCK if options["block"] else warp)
+            labels = {"target": target, "operation": operation, "dtype": dtype, "size": size}
+            found.setdefault(key, (labels | {"kernel": kernel.__name__, "elements": elements}, launch))
+    return list(found.values())
+
+
+def work(task: tuple[str, int]) -> list[dict]:
+    """The rows of one batch of a target's launches."""
+    target, first = task
+    batch = RECORDED[target][first : first + BATCH]
+    figures = measure(TARGETS[target], [launch for _, launch in batch])
+    rows = [labels | row for (labels, _), row in zip(batch, figures, strict=True)]
+    return [row | {"per_element": round(row["path"] / row["elements"], 1)} for row in rows]
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    RECORDED = {target: record(target) for target in sys.argv[1:]}
+    tasks = [(target, first) for target, launches in RECORDED.items() for first in range(0, len(launches), BATCH)]
+    with multiprocessing.get_context("fork").Pool() as pool:
+        for rows in pool.imap_unordered(work, tasks):
+            for row in rows:
+                print(json.dumps(row), flush=True)

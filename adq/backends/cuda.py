@@ -21,7 +21,12 @@ from torch import Tensor
 from adq import ops
 from adq.backends.layers import LONG, SHORT, Layout, Table, tables
 from adq.kernels.bits import pack_kernel, unpack_kernel
-from adq.kernels.codebook import codebook_kernel, codebook_reduce_kernel, codebook_statistics_kernel
+from adq.kernels.codebook import (
+    codebook_cells_kernel,
+    codebook_kernel,
+    codebook_reduce_kernel,
+    codebook_statistics_kernel,
+)
 from adq.kernels.foreach import foreach_quantize_kernel, foreach_statistics_kernel, foreach_update_kernel
 from adq.kernels.threshold import threshold_kernel, threshold_table_kernel
 from adq.kernels.threshold_backward import (
@@ -31,27 +36,35 @@ from adq.kernels.threshold_backward import (
 )
 
 INTERPRETED = triton.knobs.runtime.interpret
-LANES = 1024 if INTERPRETED else 128
-"""Lanes of a tile, one a thread; the interpreter prefers few large tiles."""
+WARP = 1024 if INTERPRETED else 64 if torch.version.hip else 32
+"""Lanes of a warp. All other kernels are programs of one warp, across whose lanes tables lie and which
+waits for no other; the interpreter prefers few large tiles."""
+ROWS = 2
+"""Vectors that a lane of an elementwise kernel loads together; a lane of a reduction loads one."""
 VECTOR_BYTES = 16
-"""Bytes of a tensor that a lane loads at once."""
-PRODUCT_SIZE = 1024 if INTERPRETED else 64 if torch.version.hip else 32
-"""Elements of a tile of the sums that are matrix products, for more than 16 levels or 15 steps: one a
-lane of a single warp, since a second warp would only repeat the search and the loads of the operands."""
-PROGRAMS = 4096
+"""Bytes of a tensor in a vector."""
+BLOCK = 1024 if INTERPRETED else 128
+"""Lanes of a program of the kernels of bits and of many layers, one a thread."""
+PROGRAMS = 8192
 """Most programs of an elementwise kernel."""
-PARTIALS = 1024
+PARTIALS = 4096
 """Most programs, and so partials, of a reduction: fixed, so that sums are the same on every device."""
+PRECISION = "ieee" if INTERPRETED or torch.version.hip else "tf32"
+"""Of the units that multiply matrices."""
+PRODUCT_SIZE = 128 if INTERPRETED else WARP
+"""Elements of a tile of the sums that are matrix products, for more than 16 levels or 15 steps."""
+PRODUCT_REGISTERS = 255
+"""Registers of a thread there: left to itself ptxas may take 80 and spill."""
 PRODUCT_PARTIALS = 2048
-"""As PARTIALS, for programs of one warp."""
+"""As PARTIALS, for those."""
 REDUCE_ROWS = 32 if INTERPRETED else 1
 """Rows of partials that one program adds up."""
+LANE_PROBES = 5
+"""Most steps of a binary search in tables across the lanes of a warp, which have 32 entries."""
 REGISTER_LEVELS = 16
-"""Most levels whose tables and statistics a program holds in registers."""
+"""Most levels whose statistics a program holds in registers."""
 REGISTER_STEPS = 15
 """Most activation steps whose thresholds and sums a program holds in registers."""
-SEARCH_REGISTERS = 64
-"""Registers of a thread that searches a table: left to itself ptxas takes 32 or 40 and spills."""
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -61,29 +74,35 @@ def describe() -> str:
     return f"Triton {triton.__version__}"
 
 
-def launch_options(hip: bool, warp: bool = False, registers: int | None = None) -> dict[str, int | bool]:
-    """Compiler options: a thread for each of 128 lanes, or a single ``warp``, and products and sums never
-    contracted to fused ones, so that results are the reference's bits. Loops are not pipelined through
-    shared memory. ``registers`` caps a thread's registers, on NVIDIA alone."""
-    options = {"num_warps": 1 if warp else 2 if hip else 4, "num_stages": 1, "enable_fp_fusion": False}
+def launch_options(hip: bool, block: bool = False, registers: int | None = None) -> dict[str, int | bool]:
+    """Compiler options: a single warp, or a ``block`` of 128 threads, and products and sums never contracted to
+    fused ones, so that results are the reference's bits. Loops are not pipelined through shared memory.
+    ``registers`` caps a thread's registers, on NVIDIA alone."""
+    options = {"num_warps": (2 if hip else 4) if block else 1, "num_stages": 1, "enable_fp_fusion": False}
     return options if hip or registers is None else {**options, "maxnreg": registers}
 
 
 def _launch(
-    kernel: Any, programs: int, *args: Any, warp: bool = False, registers: int | None = None, **constants: Any
+    kernel: Any, programs: int, *args: Any, block: bool = False, registers: int | None = None, **constants: Any
 ) -> None:
     """Launch on the device of the first argument; no programs, no launch."""
     device = args[0].device
-    options = launch_options(torch.version.hip is not None, warp, registers)
+    options = launch_options(torch.version.hip is not None, block, registers)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         if programs:
             kernel[(programs,)](*args, **options, **constants)
 
 
-def _tiles(x: Tensor, most: int) -> tuple[int, dict[str, Any]]:
-    """Programs for the elements of x, and the shape of their tiles: 16 bytes of x in every lane."""
-    vector = VECTOR_BYTES // x.element_size()
-    return min(triton.cdiv(x.numel(), LANES * vector), most), {"LANES": LANES, "VECTOR": vector}
+def _tiles(x: Tensor, rows: int, most: int) -> tuple[int, dict[str, Any]]:
+    """Programs for the elements of x, and the shape of their tiles: ``rows`` vectors of x in every lane."""
+    lanes, vector = rows * WARP, VECTOR_BYTES // x.element_size()
+    return min(triton.cdiv(x.numel(), lanes * vector), most), {"LANES": lanes, "VECTOR": vector}
+
+
+def _probes(edges: int) -> dict[str, Any]:
+    """Steps of a binary search that need no memory, and the others."""
+    probes = edges.bit_length()
+    return {"PROBES": min(probes, LANE_PROBES), "MORE": max(probes - LANE_PROBES, 0)}
 
 
 def _like(x: Tensor, out: Tensor) -> Tensor:
@@ -109,6 +128,7 @@ def _add_partials(counts: Tensor, totals: Tensor) -> tuple[Tensor, Tensor]:
         codebook_reduce_kernel,
         triton.cdiv(levels, REDUCE_ROWS),
         *(counts, totals, count, total, levels, programs),
+        block=True,
         ROWS=REDUCE_ROWS,
         PROGRAMS=triton.next_power_of_2(max(programs, PARTIALS)),
     )
@@ -123,22 +143,25 @@ def _codebook(
     codes: Tensor | None = None,
     statistics: bool = False,
 ) -> tuple[Tensor, Tensor] | None:
-    """Up to 16 levels, one pass over w for all that is wanted: ``w_q`` and ``codes`` are written where they
-    are given, the statistics are returned. Above 16 levels the pass leaves the statistics out."""
+    """One pass over w for all that is wanted: ``w_q`` and ``codes`` are written where they are given, the
+    statistics, for up to 16 levels, are returned."""
     levels = thresholds.numel() + 1
-    searched = levels > REGISTER_LEVELS
-    programs, tile = _tiles(w, PARTIALS if statistics else PROGRAMS)
-    partials = _partials(w, levels, programs) if statistics else (None, None)
+    if not statistics:
+        programs, tile = _tiles(w, ROWS, PROGRAMS)
+        probes = _probes(levels - 1)
+        _launch(codebook_kernel, programs, w, codebook, thresholds, w_q, codes, w.numel(), K=levels, **probes, **tile)
+        return None
+    programs, tile = _tiles(w, 1, PARTIALS)
+    partials = _partials(w, levels, programs)
     _launch(
-        codebook_kernel,
+        codebook_cells_kernel,
         programs,
         *(w, codebook, thresholds, w_q, codes, *partials, w.numel()),
-        registers=SEARCH_REGISTERS if searched else None,
         K=levels,
-        PROBES=(levels - 1).bit_length() if searched else 0,
+        PROBES=(levels - 1).bit_length(),
         **tile,
     )
-    return _add_partials(*partials) if statistics else None
+    return _add_partials(*partials)
 
 
 def _many_level_statistics(w: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,10 +173,11 @@ def _many_level_statistics(w: Tensor, thresholds: Tensor) -> tuple[Tensor, Tenso
         codebook_statistics_kernel,
         programs,
         *(w, thresholds, *partials, w.numel()),
-        warp=True,
         K=levels,
-        PROBES=(levels - 1).bit_length(),
+        **_probes(levels - 1),
+        registers=PRODUCT_REGISTERS,
         SIZE=PRODUCT_SIZE,
+        PRECISION=PRECISION,
     )
     return _add_partials(*partials)
 
@@ -208,7 +232,8 @@ def _constants(table: Table, registers: int | None = None) -> dict[str, Any]:
         "registers": registers,
         "DTYPE": TYPES[table.dtype],
         "KINDS": table.kinds,
-        "LANES": LANES,
+        "LANES": BLOCK,
+        "block": True,
         "VECTOR": VECTOR_BYTES // table.dtype.itemsize,
     }
 
@@ -220,7 +245,7 @@ def foreach_codebook_quantize(weights: list[Tensor], scales: list[Tensor], codeb
     """
     results: list[Tensor] = list(weights)
     for table in tables(
-        LANES,
+        BLOCK,
         lambda: ops.check_foreach_quantize(weights, scales, codebooks),
         weights=weights,
         scales=scales,
@@ -251,7 +276,7 @@ def foreach_codebook_step_(
     lists = {"weights": weights, "scales": scales, "codebooks": codebooks, "counts": counts, "totals": totals}
     check = partial(ops.check_foreach_step, **lists, rates=rates, snap=snap, quantized=quantized)
     options = rates.dtype, rates.shape, rates.device
-    for table in tables(LANES, check, options, snap, **lists, quantized=quantized):
+    for table in tables(BLOCK, check, options, snap, **lists, quantized=quantized):
         work = rates.new_empty(table.workspace)
         layers = len(table.members)
         arguments = table.data, _stage(table, weights), rates.contiguous(), work, layers, pace
@@ -283,17 +308,15 @@ def threshold_quantize(
     ops.check_threshold(x, start, interval, in_scale, out_scale, offset, steps)
     interval = interval.contiguous()
     y = torch.empty_like(x)
-    programs, tile = _tiles(x, PROGRAMS)
-    searched = _searched(interval, steps)
-    edges = _table(start, interval, steps)[1] if searched and programs else None
+    programs, tile = _tiles(x, ROWS, PROGRAMS)
+    edges = _table(start, interval, steps)[1] if _searched(interval, steps) and programs else None
     _launch(
         threshold_kernel,
         programs,
         *(_like(x, y), start, interval, in_scale, out_scale, offset, edges, y, x.numel()),
-        registers=SEARCH_REGISTERS if searched else None,
         STEPS=steps,
         UNIFORM=interval.numel() != steps,
-        PROBES=steps.bit_length() if searched else 0,
+        **_probes(interval.numel()),
         STEP=ops.ACTIVATION_RANGE / steps,
         MIN_INTERVAL=ops.MIN_INTERVAL,
         **tile,
@@ -328,6 +351,7 @@ def threshold_quantize_backward(
         threshold_reduce_kernel,
         rows,
         *(partials, interval, *d_parameters, rows - 3, programs),
+        block=True,
         MIN_INTERVAL=ops.MIN_INTERVAL,
         PROGRAMS=triton.next_power_of_2(max(programs, PARTIALS)),
     )
@@ -338,14 +362,16 @@ def _register_backward(
     grad: Tensor, x: Tensor, start: Tensor, interval: Tensor, scales: tuple[Tensor, ...], d_x: Tensor, steps: int
 ) -> Tensor:
     """Write ``d_x`` and return the partial sums, with every segment in registers."""
-    programs, tile = _tiles(x, PARTIALS)
-    partials = start.new_empty(interval.numel() + 3, programs)
+    programs, tile = _tiles(x, 1, PARTIALS)
+    segments = interval.numel()
+    partials = start.new_empty(segments + 3, programs)
     _launch(
         threshold_backward_kernel,
         programs,
         *(grad, x, start, interval, *scales, d_x, partials, x.numel()),
         STEPS=steps,
-        UNIFORM=interval.numel() != steps,
+        UNIFORM=segments != steps,
+        PROBES=(segments - 1).bit_length(),
         STEP=ops.ACTIVATION_RANGE / steps,
         MIN_INTERVAL=ops.MIN_INTERVAL,
         **tile,
@@ -363,11 +389,12 @@ def _searched_backward(
         threshold_backward_search_kernel,
         programs,
         *(grad, x, *_table(start, interval, steps), *scales, d_x, partials, x.numel()),
-        warp=True,
         STEPS=steps,
-        PROBES=(steps + 1).bit_length(),
+        **_probes(steps + 1),
         STEP=ops.ACTIVATION_RANGE / steps,
+        registers=PRODUCT_REGISTERS,
         SIZE=PRODUCT_SIZE,
+        PRECISION=PRECISION,
     )
     return partials
 
@@ -378,7 +405,7 @@ def _bits(kernel: Any, source: Tensor, alignment: int, out: Tensor, numel: int, 
     if source.data_ptr() % alignment:
         source = source.clone()
     unit = {1: tl.uint8, 2: tl.uint16, 4: tl.uint32, 8: tl.uint64}[bits & -bits]
-    _launch(kernel, triton.cdiv(numel, 16 * LANES), source, out, numel, BITS=bits, UNIT=unit, LANES=LANES)
+    _launch(kernel, triton.cdiv(numel, 16 * BLOCK), source, out, numel, block=True, BITS=bits, UNIT=unit, LANES=BLOCK)
     return out
 
 
