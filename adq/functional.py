@@ -188,8 +188,8 @@ def threshold_quantize(
     """
     steps = interval.numel() if steps is None else steps
     offset = torch.zeros(1, device=x.device) if offset is None else offset
-    parameters = [_as_table(p) for p in (start, interval, in_scale, out_scale, offset)]
-    return quantize_activation(x, *parameters, steps)
+    start, interval, in_scale, out_scale, offset = map(_as_table, (start, interval, in_scale, out_scale, offset))
+    return quantize_activation(x, start, interval, in_scale, out_scale, offset, steps)
 
 
 def quantize_activation(

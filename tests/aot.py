@@ -276,7 +276,7 @@ def record(target: str) -> list[tuple[dict, tuple]]:
             kernel, args, constants, options = launch
             key = (kernel.__name__, str([getattr(a, "dtype", a is None) for a in args]), str(constants))
             tile = constants.get("SIZE", constants.get("LANES", warp) * constants.get("VECTOR", 1))
-            elements = 16 if operation.endswith("pack") else tile // (cuda.BLOCK if options["block"] else warp)
+            elements = 16 if operation.endswith("pack") else max(1, tile // (cuda.BLOCK if options["block"] else warp))
             labels = {"target": target, "operation": operation, "dtype": dtype, "size": size}
             found.setdefault(key, (labels | {"kernel": kernel.__name__, "elements": elements}, launch))
     return list(found.values())

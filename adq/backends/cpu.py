@@ -52,7 +52,7 @@ def _pooled(size: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) -> Te
     """Uninitialised memory of the pool for a dense tensor, None where that is not a matter for the pool."""
     numel = size.numel()
     wanted = _HAS_POOL and numel * dtype.itemsize >= POOL_FROM
-    if not wanted or (torch.are_deterministic_algorithms_enabled() and fill_settings.fill_uninitialized_memory):
+    if not wanted or (torch.are_deterministic_algorithms_enabled() and fill_settings.fill_uninitialized_memory):  # type: ignore[attr-defined]
         return None
     memory = torch.frombuffer(_C.PoolBuffer(numel * dtype.itemsize), dtype=dtype, count=numel)
     # not a view: autograd forbids in-place changes of a view that a Function returns
@@ -180,7 +180,7 @@ def foreach_codebook_step_(
     """See :func:`adq.reference.foreach_codebook_step_`."""
     ops.check_foreach_step(weights, scales, codebooks, counts, totals, rates, snap, quantized)
     dense = [_dense(w) for w in weights]
-    outs = quantized or [None] * len(weights)
+    outs: list[Tensor | None] = [*quantized] or [None] * len(weights)
     step_rates = (rates * pace).tolist()
     steps = [
         (count.data_ptr(), total.data_ptr(), rate, snapped)

@@ -165,7 +165,8 @@ def _check_foreach(device: torch.device) -> None:
     kept = [torch.empty_like(w) for w in ours[0]]
     rates, snap = torch.full((count,), 0.1), [False] * count
     torch.ops.adq.foreach_codebook_step_(*ours, rates.to(device), 0.5, snap, kept)
-    reference.foreach_codebook_step_(*theirs, rates, 0.5, snap, [])
+    weights, scales, codebooks, counts, totals = theirs
+    reference.foreach_codebook_step_(weights, scales, codebooks, counts, totals, rates, 0.5, snap, [])
     for name, mine, wanted in zip(("scale", "codebook", "count", "total"), ours[1:], theirs[1:], strict=True):
         for a, b in zip(mine, wanted, strict=True):
             _close(a, b, b.abs() + b.abs().max(), name)

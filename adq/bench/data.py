@@ -11,6 +11,7 @@ from torch import Tensor
 
 from adq.bench.case import COPY, Build, Call, Setting
 from adq.codebook import quantile_codebook
+from adq.kmeans import Spectrum
 from adq.reference import decision_thresholds
 
 SAMPLE = 2**16
@@ -58,7 +59,8 @@ class Weights:
 def weights(setting: Setting, elements: int, dtype: torch.dtype, levels: int) -> Weights:
     """Normal weights with ``levels`` levels at their quantiles."""
     w = random_tensor(elements, dtype, setting)
-    codebook = quantile_codebook(w.flatten()[:SAMPLE].float(), levels)
+    value, count = w.flatten()[:SAMPLE].double().cpu().unique(return_counts=True)
+    codebook = quantile_codebook(Spectrum(value.numpy(), count.double().numpy()), levels).to(w.device)
     return Weights(Rotation(w, setting), codebook, decision_thresholds(codebook))
 
 

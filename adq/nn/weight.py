@@ -128,8 +128,8 @@ class WeightQuantizer(nn.Module):
         if self.config.update == "gradient":
             w_q = learned_lookup(weight / self.scale, self.codebook.sort().values)
             return (w_q * self.scale).to(weight.dtype)
-        prepared = self.prepared
-        return quantize_weight(weight, self.scale, self.codebook, prepared and prepared.of(weight, self.codebook))
+        ready = None if self.prepared is None else self.prepared.of(weight, self.codebook)
+        return quantize_weight(weight, self.scale, self.codebook, ready)
 
     @torch.no_grad()
     def encode(self, weight: Tensor) -> Tensor:
