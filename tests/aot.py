@@ -248,8 +248,9 @@ def cases():
 
 
 def foreach_cases(dtype: torch.dtype):
-    """The operators of many layers: of all widths together, and of one; size is the largest number of levels."""
-    for levels in ((4, 8, 16, 256), (4,), (8,), (16,)):
+    """The operators of many layers: of all widths in one network, which is all the code there is; and of single
+    widths, in float32 alone, for their figures. Size is the largest number of levels."""
+    for levels in ((4, 8, 16, 256), *[(4,), (8,), (16,)] * (dtype == torch.float32)):
         labels = str(dtype).removeprefix("torch."), max(levels)
         weights, scales = (
             [torch.zeros(16, 8, 3, 3, dtype=dtype) for _ in levels],

@@ -280,7 +280,7 @@ def foreach_codebook_step_(
         work = rates.new_empty(table.workspace)
         layers = len(table.members)
         arguments = table.data, _stage(table, weights), rates.contiguous(), work, layers, pace
-        constants = _constants(table, 128 if table.kinds < REGISTER_LEVELS else 168)
+        constants = _constants(table, 128 if table.kinds < REGISTER_LEVELS else 255)
         sums = {"SHORT": SHORT, "LONG": LONG, "PRODUCT": PRODUCT_SIZE, **constants}
         _launch(foreach_statistics_kernel, table.programs, *arguments, **sums)
         programs = table.programs if quantized else layers
