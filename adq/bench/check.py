@@ -59,7 +59,6 @@ def checks(setting: Setting) -> Iterator[Check]:
     for bits in (2, 3, 4, 1, 5, 6, 7, 8):
         for count in (0, 1, 7, 8191, 65536):
             yield Check(f"pack and unpack, {bits} bits, {count} codes", partial(_check_bits, bits, count, device))
-    yield Check("every layer in one call", partial(_check_foreach, device))
     values = _values(2**17)
     finite = values.nan_to_num(0.0, 3.0, -3.0)
     for shape, take in sorted(SHAPES.items(), key=lambda item: item[0] != PLAIN):
@@ -71,6 +70,7 @@ def checks(setting: Setting) -> Iterator[Check]:
             for bits, shared in STEPS if shape == PLAIN else STEPS[:1]:
                 title = f"N2UQ, {bits} bits{', one interval' if shared else ''}, {where}"
                 yield Check(title, partial(_check_threshold, w, bits, shared, device))
+    yield Check("every layer in one call", partial(_check_foreach, device))
 
 
 def _values(count: int) -> Tensor:
