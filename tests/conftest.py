@@ -13,9 +13,7 @@ import os
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
 
-PARALLEL = "PYTEST_XDIST_WORKER" in os.environ
-if PARALLEL:  # threads that spin while they wait would take the other processes' cores
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads take the cores of other test processes
 os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault(  # looks for the extension without importing adq, because that loads the backends
     "ADQ_CPU_BACKEND",
@@ -29,7 +27,7 @@ import pytest
 import torch
 from oracle import Sum
 
-torch.set_num_threads(1 if PARALLEL else min(2, torch.get_num_threads()))
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
 
 INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
 BACKENDS = {"reference": "adq.reference", "cpp": "adq.backends.cpu", "triton": "adq.backends.cuda"}
