@@ -215,7 +215,7 @@ class Recorder:
         self.launches.append((kernel, args, constants, {"block": block, "registers": registers}))
 
 
-def cases():
+def cases(target: str):
     """(operation, dtype, size, call) of every launcher of the product; size is K, n or the bits of a code.
 
     Symmetric codebooks have a level less. Where no search in memory and no statistics are needed, that is another
@@ -240,17 +240,18 @@ def cases():
                 arguments = (x, one, interval, one, one, one, steps)
                 yield kind + "forward", name, steps, partial(cuda.threshold_quantize, *arguments)
                 yield kind + "backward", name, steps, partial(cuda.threshold_quantize_backward, x, *arguments)
-        yield from foreach_cases(dtype)
+        yield from foreach_cases(dtype, target)
     for bits in range(1, 9):
         codes, packed = torch.zeros(8192, dtype=torch.uint8), torch.zeros(1024 * bits, dtype=torch.uint8)
         yield "pack", "uint8", bits, partial(cuda.pack_bits, codes, bits)
         yield "unpack", "uint8", bits, partial(cuda.unpack_bits, packed, bits, 8192)
 
 
-def foreach_cases(dtype: torch.dtype):
+def foreach_cases(dtype: torch.dtype, target: str):
     """The operators of many layers: of all widths in one network, which is all the code there is; and of single
-    widths, in float32 alone, for their figures. Size is the largest number of levels."""
-    for levels in ((4, 8, 16, 256), *[(4,), (8,), (16,)] * (dtype == torch.float32)):
+    widths, in float32 on one target, for their figures. Size is the largest number of levels."""
+    single = dtype == torch.float32 and target == "sm_90"
+    for levels in ((4, 8, 16, 256), *[(4,), (8,), (16,)] * single):
         labels = str(dtype).removeprefix("torch."), max(levels)
         weights, scales = (
             [torch.zeros(16, 8, 3, 3, dtype=dtype) for _ in levels],
@@ -270,7 +271,7 @@ def record(target: str) -> list[tuple[dict, tuple]]:
     cuda.PRECISION = "ieee" if TARGETS[target].backend == "hip" else "tf32"
     recorder = cuda._launch = Recorder()
     found = {}
-    for operation, dtype, size, call in cases():
+    for operation, dtype, size, call in cases(target):
         recorder.launches.clear()
         call()
         for launch in recorder.launches:
