@@ -36,14 +36,11 @@ class CellCounts {
  public:
     CellCounts() { std::memset(seen_, 0, sizeof seen_); }
 
-    // Meanwhile the next block is on its way: no load of the sweep would ask for it here.
-    template <class T>
-    ADQ_INLINE void add(const std::uint8_t (&cells)[kBlock], const T* next) {
+    ADQ_INLINE void add(const std::uint8_t (&cells)[kBlock]) {
         ByteLanes seen[kCells];
         unroll<kCells>([&](auto k) ADQ_INLINE_LAMBDA { seen[k.value] = ByteLanes{}; });
         for (int i = 0; i < kBlock; i += kRound) {
             const int size = kBlock - i < kRound ? kBlock - i : kRound;
-            prefetch(next + i, size);
             add_round(seen, cells + i, size);
         }
         unroll<kCells>([&](auto k)
@@ -144,7 +141,7 @@ class ChainStatistics {
                            ADQ_INLINE_LAMBDA { std::memcpy(lanes[k.value], sum[k.value], sizeof lanes[0]); });
         memory_.total.add(lanes);
         if (n < kBlock) std::memset(memory_.cell + n, 0xff, kBlock - n);
-        memory_.seen.add(memory_.cell, x + kBlock);
+        memory_.seen.add(memory_.cell);
     }
 
     ADQ_INLINE void finish() {
@@ -240,14 +237,14 @@ class DigitStatistics {
     }
 
     template <class T>
-    ADQ_INLINE void flush(const T* x, std::int64_t n) {
+    ADQ_INLINE void flush(const T*, std::int64_t n) {
         float sum[16][kLanes];
         unroll<16>([&](auto k)
                        ADQ_INLINE_LAMBDA { std::memcpy(sum[k.value], sum_[k.value], sizeof sum[0]); });
         clear();
         memory_.total.add(sum);
         if (n < kBlock) std::memset(memory_.cell + n, 0xff, kBlock - n);
-        memory_.seen.add(memory_.cell, x + kBlock);
+        memory_.seen.add(memory_.cell);
     }
 
     ADQ_INLINE void finish() {
@@ -358,6 +355,9 @@ void sweep_steps(const StepTable& table, const T* x, std::int64_t n, T* y, std::
             unroll<kParts>([&](auto part) ADQ_INLINE_LAMBDA {
                 const std::int64_t at = begin + i + kWidth * part.value;
                 const Floats w = Storage<T>::load(x + at);
+                // a block is read while the one before it is worked on, of which its loads alone would make a
+                // gap
+                if constexpr (Statistics::kCounts) prefetch(x + at + kBlock, kWidth);
                 const Floats u = Statistics::kCounts ? w : w * scale;
                 const auto found = cells.find(u);
                 const Mask known = is_number(u);
