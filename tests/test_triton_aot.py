@@ -17,8 +17,7 @@ from pathlib import Path
 import pytest
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
-
-pytestmark = pytest.mark.xdist_group("aot")  # the kernels are compiled once
+fcntl = pytest.importorskip("fcntl", reason="a system without file locks")
 
 TARGETS = ("sm_90", "sm_80", "gfx942")
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -126,9 +125,18 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     environment |= {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")), "ADQ_CPU_BACKEND": "reference"}
     targets = [target for target in TARGETS if not unavailable(target)]
     command = [sys.executable, str(Path(__file__).with_name("aot.py")), *targets]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
-    assert run.returncode == 0, run.stderr[-4000:]
-    return [json.loads(line) for line in run.stdout.splitlines()]
+    # parallel test processes share the folder above their own: one compiles, the others wait for its rows
+    folder = (
+        tmp_path_factory.getbasetemp().parent if "PYTEST_XDIST_WORKER" in os.environ else tmp_path_factory.mktemp("aot")
+    )
+    rows = folder / "aot.jsonl"
+    with open(folder / "aot.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not rows.exists():
+            run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
+            assert run.returncode == 0, run.stderr[-4000:]
+            rows.write_text(run.stdout)
+    return [json.loads(line) for line in rows.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module", params=TARGETS)
