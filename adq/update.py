@@ -142,7 +142,8 @@ def _prepare(model: nn.Module, args: Any) -> None:
     if torch.compiler.is_compiling():  # a compiled graph holds each layer's own lookup
         return
     if model not in _LAYERS_OF:
-        _LAYERS_OF[model] = _layers_of(model)
+        # without the model, should it be a layer itself: an entry that holds its own key is never dropped
+        _LAYERS_OF[model] = [layer for layer in _layers_of(model) if layer is not model]
     groups: dict[torch.device, dict[int, tuple[Tensor, WeightQuantizer]]] = {}
     for layer in _LAYERS_OF[model]:
         weight, quantizer = layer.weight, layer.weight_quantizer

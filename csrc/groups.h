@@ -38,11 +38,6 @@ class OutputTail {
     std::int64_t n_;
 };
 
-template <class T>
-ADQ_INLINE T* advance(T* pointer, std::int64_t count) {
-    return pointer != nullptr ? pointer + count : nullptr;
-}
-
 // The lanes of a vector, one by one.
 struct Lanes {
     union {

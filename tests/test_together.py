@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -160,6 +162,16 @@ def test_copies_quantize_their_own_weights_at_once(calls, copied):
     assert torch.equal(twin(inputs()), alone(twin, inputs()))
     assert calls[0] == 4
     assert not torch.equal(twin(inputs()), net(inputs()))
+
+
+@pytest.mark.parametrize("make", [model, lambda: adq.quantize_(nn.Linear(6, 3), adq.ADQConfig(activation=None))])
+def test_a_model_that_has_run_is_freed(make):
+    net = make()
+    net(inputs())
+    alive = weakref.ref(net)
+    del net
+    gc.collect()
+    assert alive() is None
 
 
 def test_layers_in_float_learned_codebooks_and_disabled_quantizers_stay_out(calls):
