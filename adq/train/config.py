@@ -25,12 +25,18 @@ class ModelConfig:
     Attributes:
         name: as :func:`adq.create_model` takes it.
         weights: file of float weights to start from instead of training them (safetensors, or a torch file).
+        finetune: train the given weights on, as ``float`` says.
         kwargs: further arguments of the architecture.
     """
 
     name: str = "digits_cnn"
     weights: str | None = None
+    finetune: bool = False
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.finetune and self.weights is None:
+            raise ValueError("model.finetune trains given weights on; name them by model.weights")
 
 
 @dataclass(frozen=True)

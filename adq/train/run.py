@@ -196,7 +196,7 @@ class Run:
 
     def _float_phase(self, model: nn.Module, data: Data, train: Any, test: Any) -> nn.Module:
         """Trained float weights: given, from an earlier part of this run, or trained now."""
-        if self.config.model.weights is not None:
+        if self.config.model.weights is not None and not self.config.model.finetune:
             return model
         if self.resume and self.folder.float_weights.exists():
             model.load_state_dict(load_file(self.folder.float_weights))
