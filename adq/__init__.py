@@ -13,8 +13,10 @@ After *Adaptive Distribution-aware Quantization for Mixed-Precision Neural Netwo
 from adq import backends, functional
 from adq.allocate import Allocation, Budget, allocate, apply_allocation_
 from adq.artifact import load, save
+from adq.batch_norm import correct_batch_norm_, reestimate_batch_norm_
+from adq.calibrate import calibrate_
 from adq.config import ActivationConfig, ADQConfig, LayerConfig, WeightConfig
-from adq.convert import calibrate_, quantize_
+from adq.convert import quantize_
 from adq.distill import DistillationLoss
 from adq.models import create_model, load_float_weights, register_architecture
 from adq.sensitivity import LayerCost, SensitivityTable, sensitivity
@@ -36,11 +38,13 @@ __all__ = [
     "apply_allocation_",
     "backends",
     "calibrate_",
+    "correct_batch_norm_",
     "create_model",
     "functional",
     "load",
     "load_float_weights",
     "quantize_",
+    "reestimate_batch_norm_",
     "register_architecture",
     "save",
     "sensitivity",

@@ -18,6 +18,7 @@ from adq.kmeans import SORTED_BELOW, Spectrum, blocks, lloyd, optimal_levels, sp
 from adq.reference import decision_thresholds, snap_codebook
 
 SCALE_ROUNDS = 3
+STEP_ROUNDS = 20
 
 _ops = torch.ops.adq
 
@@ -159,7 +160,9 @@ def fit(w: Tensor, config: WeightConfig, axis: int = 0) -> Fit:
         raise ValueError("adq: the weight holds NaN or infinity")
     peak = torch.maximum(-bounds[0], bounds[1])
     scale = torch.where(peak > 0, peak, 1.0) if per_channel else torch.ones_like(peak)
-    if config.refine:
+    if config.update == "step":
+        codebook, scale = _uniform_step(w, scale, config)
+    elif config.refine:
         codebook, scale = _refined(w, scale, bounds, config.num_levels, SCALE_ROUNDS if per_channel else 0)
     elif config.init == "uniform":
         codebook = uniform_codebook(*_limits(scale, bounds), config.num_levels).to(w.device)
@@ -168,6 +171,21 @@ def fit(w: Tensor, config: WeightConfig, axis: int = 0) -> Fit:
         codebook = quantile_codebook(weights, config.num_levels, config.levels).to(w.device)
     codebook = snap_codebook(codebook) if config.snap else codebook
     return Fit(codebook, scale, _statistics(w, scale, codebook)[0].float())
+
+
+def _uniform_step(w: Tensor, peak: Tensor, config: WeightConfig) -> tuple[Tensor, Tensor]:
+    """The grid of signed integers, and the step of least squared error; ``peak`` has the shape of the scale.
+
+    The search starts where LSQ does, at ``2 mean|w| / sqrt(c[-1])``.
+    """
+    low = -(config.num_levels // 2)
+    grid = torch.arange(low, low + config.num_levels, dtype=torch.float32, device=w.device)
+    others = [d for d in range(w.dim()) if peak.shape[d] == 1]
+    mean = w.float().abs().mean(others, keepdim=True) if others else w.float().abs()
+    scale = torch.where(mean > 0, 2.0 * mean * max(1.0, grid[-1].item()) ** -0.5, peak)
+    for _ in range(STEP_ROUNDS):
+        scale = fit_scale(w, grid, scale)
+    return grid, scale
 
 
 def _limits(scale: Tensor, bounds: Bounds) -> tuple[float, float]:

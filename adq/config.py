@@ -48,7 +48,8 @@ class WeightConfig:
             ``"uniform"`` grid.
         refine: fit the levels to the least squared error (one-dimensional k-means, within 0.1 dB of the optimum).
         update: who moves the codebook in training: ``"ema"`` of the cells' means, the ``"gradient"`` of the
-            loss, or nobody (``"frozen"``).
+            loss, or nobody (``"frozen"``). With ``"step"`` the levels are the uniform grid of signed integers, whatever
+            ``init`` and ``refine`` say, and the gradient moves its step, the scale (LSQ, arXiv 1902.08153).
         ema_decay: g of ``N <- g N + (1 - g) n``.
         ema_follows_lr: multiply (1 - g) by the learning rate over its peak, so that codebooks come to rest
             together with the weights; otherwise they go on moving while the weights can no longer answer.
@@ -60,7 +61,7 @@ class WeightConfig:
     scale: Literal["channel", "tensor"] = "channel"
     init: Literal["quantile", "uniform"] = "quantile"
     refine: bool = True
-    update: Literal["ema", "gradient", "frozen"] = "ema"
+    update: Literal["ema", "gradient", "frozen", "step"] = "ema"
     ema_decay: float = 0.99
     ema_follows_lr: bool = True
     snap: Literal["int8"] | None = None
@@ -71,6 +72,8 @@ class WeightConfig:
         _check_fraction(self.ema_decay, "ema_decay")
         if self.levels == "symmetric" and self.bits == 1:
             raise ValueError('adq: levels="symmetric" needs at least 2 bits: one bit would leave only the level zero')
+        if self.update == "step" and self.bits == 1:
+            raise ValueError('adq: update="step" needs at least 2 bits: the grid of one signed bit is lopsided')
 
     @property
     def num_levels(self) -> int:
@@ -85,18 +88,26 @@ class ActivationConfig:
     Attributes:
         bits: width of a level, 1..8; up to 5 bits every threshold is learned, above that one uniform step.
         signed: levels on both sides of zero; ``None`` decides from the inputs seen at calibration.
+        thresholds: ``"learned"``, each by itself (N2UQ), or ``"uniform"``: one learned step at any width.
     """
 
     bits: int = 3
     signed: bool | None = None
+    thresholds: Literal["learned", "uniform"] = "learned"
 
     def __post_init__(self) -> None:
         check_bits(self.bits, "activation bits")
+        _check_choices(self)
 
     @property
     def steps(self) -> int:
         """n, the number of thresholds; the quantizer has n + 1 levels."""
         return 2**self.bits - 1
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether one learned step stands for all intervals."""
+        return self.thresholds == "uniform" or self.bits > LEARNED_THRESHOLD_BITS
 
 
 @dataclass(frozen=True)

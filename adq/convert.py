@@ -1,10 +1,9 @@
-"""From a float model to a quantized one, in place: swap layers, calibrate thresholds, apply bit-widths."""
+"""From a float model to a quantized one, in place: swap layers, switch quantizers, apply bit-widths."""
 
 from __future__ import annotations
 
 import re
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,9 +17,6 @@ from adq.nn.weight import WeightQuantizer
 from adq.update import prepare_together, unregister
 
 FilterFn = Callable[[nn.Module, str], bool]
-
-SAMPLES_PER_BATCH = 2**15
-MAX_SAMPLES = 2**18
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
@@ -215,77 +211,6 @@ def forward_batch(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
-
-
-class _Sampler:
-    """Keeps a bounded, reproducible sample of a layer's inputs."""
-
-    def __init__(self) -> None:
-        self.parts: list[Tensor] = []
-        self.generator = torch.Generator().manual_seed(0)
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        values = (args[0] if args else kwargs["input"]).detach().reshape(-1)
-        if values.numel() > SAMPLES_PER_BATCH:
-            index = torch.randint(values.numel(), (SAMPLES_PER_BATCH,), generator=self.generator)
-            values = values[index.to(values.device)]
-        self.parts.append(values.float())
-        if sum(part.numel() for part in self.parts) > MAX_SAMPLES:
-            self.parts = [torch.cat(self.parts)[::2]]
-
-
-def calibrate_(model: nn.Module, batches: Iterable[Any], *, force: bool = False) -> nn.Module:
-    """Set every activation quantizer's thresholds from the inputs its layer sees in the float model.
-
-    Runs the model over the batches in evaluation mode with all quantizers off. It must come before training;
-    after training it would throw the learned thresholds away, so it then refuses unless ``force`` is set.
-
-    Args:
-        model: from :func:`quantize_`.
-        batches: iterable of batches: an input tensor, ``(input, ...)``, or a mapping of keyword arguments.
-        force: calibrate a trained model anew.
-
-    Returns:
-        The same model.
-
-    Raises:
-        ValueError: not quantized, no batches, NaN or infinite inputs (the layer is named).
-        RuntimeError: the model has been trained since its calibration.
-    """
-    layers = quantized_layers(model)
-    if not layers:
-        raise ValueError("adq: the model is not quantized; call adq.quantize_(model) first")
-    if not force and any(int(quantizer.steps) > 0 for _, quantizer in weight_quantizers(model).values()):
-        raise RuntimeError(
-            "adq: the model has been trained since it was calibrated, and calibrating again would discard its learned "
-            "thresholds; calibrate before training, or pass force=True"
-        )
-    quantizers = activation_quantizers(model)
-    samplers = {name: _Sampler() for name in quantizers}
-    hooks = [layers[name].register_forward_pre_hook(sampler, with_kwargs=True) for name, sampler in samplers.items()]
-    try:
-        _run(model, batches)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    unseen = [name for name, sampler in samplers.items() if not sampler.parts]
-    if unseen:
-        warnings.warn(f"adq: not calibrated, never reached by the batches: {', '.join(unseen)}", stacklevel=2)
-    for name, sampler in samplers.items():
-        if sampler.parts:
-            quantizers[name].calibrate_(torch.cat(sampler.parts))
-    return model
-
-
-@torch.no_grad()
-def _run(model: nn.Module, batches: Iterable[Any]) -> None:
-    device, count = model_device(model), 0
-    with evaluating(model), quantizers_enabled(model, weights=False, activations=False):
-        for batch in batches:
-            forward_batch(model, to_device(batch, device))
-            count += 1
-    if count == 0:
-        raise ValueError("adq: no batches to calibrate with")
 
 
 def set_weight_bits(model: nn.Module, bits: Mapping[str, int]) -> None:

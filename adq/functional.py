@@ -61,6 +61,19 @@ class _LearnedCodebookQuantize(Function):
         return grad, d_codebook.float(), None
 
 
+class _ScaleGradient(Function):
+    """Identity, whose gradient is multiplied by a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.factor, None
+
+
 class _ThresholdQuantize(Function):
     """N2UQ forward; G-STE backward (formulas: :func:`adq.reference.threshold_quantize_backward`).
 
@@ -111,6 +124,20 @@ def learned_lookup(w: Tensor, codebook: Tensor) -> Tensor:
     """Nearest codewords of w, with straight-through gradient to w and one for the codebook: ``dL/dw_q`` summed
     over each cell."""
     return _LearnedCodebookQuantize.apply(w, codebook, decision_thresholds(codebook.detach()))
+
+
+def learned_step(w: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
+    """``w_q = scale * c[code(w / scale)]`` on a fixed grid c whose step, the scale, learns (LSQ, arXiv 1902.08153).
+
+    Backward: to w straight through where ``w / scale`` lies within the grid, none outside; to the scale
+    ``sum dL/dw_q (c[code] - w / scale)`` within and ``sum dL/dw_q c[code]`` outside, times
+    ``1 / sqrt(n c[-1])`` for the n weights that share it.
+    """
+    n = w.numel() / scale.numel()
+    scale = _ScaleGradient.apply(scale, (n * max(1.0, (codebook.numel() - 1) // 2)) ** -0.5)
+    x = (w / scale).clamp(codebook[0], codebook[-1])
+    q, _ = _CodebookQuantize.apply(x, codebook, decision_thresholds(codebook), False)
+    return q * scale
 
 
 def _check_ascending(codebook: Tensor) -> None:

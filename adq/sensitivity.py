@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from adq.batch_norm import float_statistics
 from adq.config import check_bits
 from adq.convert import (
     evaluating,
@@ -135,7 +136,7 @@ def sensitivity(
     if fixed - set(layers):
         raise ValueError(f"adq: no quantized layer {sorted(fixed - set(layers))[0]!r} to pin")
     free = {name: layers[name] for name in layers if name not in fixed}
-    with evaluating(model), quantizers_enabled(model, weights=False, activations=False):
+    with evaluating(model), float_statistics(model), quantizers_enabled(model, weights=False, activations=False):
         macs = _macs(model, kept[0])
         scores = _ESTIMATORS[estimator](model, kept, loss_fn, widths, free) if free else {}
     costs = tuple(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adq.config import LEARNED_THRESHOLD_BITS, ActivationConfig
+from adq.config import ActivationConfig
 from adq.ops import ACTIVATION_RANGE
 
 UNSIGNED_CANDIDATES = 100
@@ -18,7 +18,7 @@ SIGNED_CANDIDATES = 24
 class Thresholds:
     """Start values of an activation quantizer; the fields are the arguments of ``threshold_quantize``.
 
-    All float32 ``[1]``, but ``interval``: ``[steps]`` with learned thresholds, ``[1]`` above 5 bits.
+    All float32 ``[1]``, but ``interval``: ``[steps]`` with learned thresholds.
     """
 
     start: Tensor
@@ -29,8 +29,8 @@ class Thresholds:
 
 
 def num_intervals(config: ActivationConfig) -> int:
-    """How many intervals are learned: one per step up to 5 bits, above that one for all."""
-    return config.steps if config.bits <= LEARNED_THRESHOLD_BITS else 1
+    """Length of ``interval``: one per step where they are learned, one for all where they are uniform."""
+    return 1 if config.is_uniform else config.steps
 
 
 def uniform_thresholds(step: Tensor, zero_level: Tensor, config: ActivationConfig) -> Thresholds:

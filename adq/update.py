@@ -129,7 +129,7 @@ def _can_prepare(quantizer: WeightQuantizer | nn.Identity, weight: Tensor) -> bo
     return (
         not isinstance(quantizer, nn.Identity)
         and quantizer.enabled
-        and quantizer.config.update != "gradient"
+        and quantizer.config.update in ("ema", "frozen")
         and type(weight) in (nn.Parameter, Tensor)  # not one that a parallel strategy has sharded
         and not weight.is_inference()
     )

@@ -112,10 +112,12 @@ def test_calibration_leaves_flags_switches_and_hooks(fails):
     if fails:
         with pytest.raises(RuntimeError, match="expected input"):
             adq.calibrate_(model, [images(), torch.zeros(1, 2, 8, 8)])
+        assert torch.equal(model.norm.running_mean, statistics)
     else:
         adq.calibrate_(model, [images()])
+        assert not torch.equal(model.norm.running_mean, statistics)
+    assert not model.norm._forward_pre_hooks
     assert {name: module.training for name, module in model.named_modules()} == flags
-    assert torch.equal(model.norm.running_mean, statistics)
     assert [layer.weight_quantizer.enabled for layer in convert.quantized_layers(model).values()] == [
         True,
         False,

@@ -21,12 +21,12 @@ class ActivationQuantizer(nn.Module):
     """Quantizes and dequantizes a layer's input with learned thresholds (arXiv 2111.14826).
 
     Parameters (float32): ``start`` ``[1]``, ``interval`` ``[2^bits - 1]``, ``in_scale`` ``[1]``, ``out_scale`` ``[1]``.
-    Above 5 bits the quantizer is uniform: ``interval`` is then a constant buffer ``[1]``, and the one learned
-    step is ``interval / in_scale``; learning both would learn one number twice, the first with a gradient
-    ``steps`` times too large for its size. Buffers: ``offset`` ``[1]``, which puts zero on a level for signed
-    inputs, and ``calibrated``. All keep their dtype when the model is cast. A quantizer refuses to run before
-    it has been calibrated: its start values say nothing about the inputs. Set ``enabled = False`` to let inputs
-    through untouched.
+    With ``thresholds="uniform"``, and above 5 bits, the quantizer is uniform: ``interval`` is then a constant buffer
+    ``[1]``, and the one learned step is ``interval / in_scale``; learning both would learn one number twice, the
+    first with a gradient ``steps`` times too large for its size. Buffers: ``offset`` ``[1]``, which puts zero on a
+    level for signed inputs, and ``calibrated``. All keep their dtype when the model is cast. A quantizer refuses to run
+    before it has been calibrated: its start values say nothing about the inputs. Set ``enabled = False`` to let
+    inputs through untouched.
 
     Args:
         config: bits and sign.
@@ -46,10 +46,10 @@ class ActivationQuantizer(nn.Module):
         self.name = name
         self.enabled = True
         interval = torch.full((num_intervals(config),), ACTIVATION_RANGE / config.steps)
-        if interval.numel() == config.steps:
-            self.interval = nn.Parameter(interval)
-        else:
+        if config.is_uniform:
             self.register_buffer("interval", interval)
+        else:
+            self.interval = nn.Parameter(interval)
         self.start = nn.Parameter(torch.zeros(1))
         self.in_scale = nn.Parameter(torch.ones(1))
         self.out_scale = nn.Parameter(torch.ones(1))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from adq.codebook import Fit, fit
 from adq.config import WeightConfig
-from adq.functional import learned_lookup, quantize_weight
+from adq.functional import learned_lookup, learned_step, quantize_weight
 from adq.nn.dtype import keeping_dtype
 from adq.reference import decision_thresholds
 
@@ -42,8 +42,8 @@ class WeightQuantizer(nn.Module):
     :mod:`adq.update`). Its length tells the bit-width, so a state dict alone restores it.
 
     Buffers (float32 unless said): ``codebook`` ``[K]`` (a parameter with ``update="gradient"``), ``ema_count`` and
-    ``ema_total`` ``[K]`` (N and M), ``scale`` (broadcasts against the weight), ``steps`` int64, steps since the
-    fit. They keep their dtype when the model is cast.
+    ``ema_total`` ``[K]`` (N and M), ``scale`` (broadcasts against the weight; a parameter with ``update="step"``),
+    ``steps`` int64, steps since the fit. They keep their dtype when the model is cast.
     Set ``enabled = False`` to let weights through untouched.
 
     Args:
@@ -111,8 +111,8 @@ class WeightQuantizer(nn.Module):
             present = getattr(self, name, None)
             if present is not None and present.shape == value.shape:
                 present.copy_(value)  # in place: optimizers and compiled graphs hold it
-            elif name == "codebook" and self.config.update == "gradient":
-                self.codebook = nn.Parameter(value)
+            elif (name, self.config.update) in (("codebook", "gradient"), ("scale", "step")):
+                setattr(self, name, nn.Parameter(value))
             else:
                 self.register_buffer(name, value)
 
@@ -128,6 +128,8 @@ class WeightQuantizer(nn.Module):
         if self.config.update == "gradient":
             w_q = learned_lookup(weight / self.scale, self.codebook.sort().values)
             return (w_q * self.scale).to(weight.dtype)
+        if self.config.update == "step":
+            return learned_step(weight, self.scale, self.codebook).to(weight.dtype)
         ready = None if self.prepared is None else self.prepared.of(weight, self.codebook)
         return quantize_weight(weight, self.scale, self.codebook, ready)
 

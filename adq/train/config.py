@@ -56,6 +56,8 @@ class PhaseConfig:
         warmup_epochs: linear rise at the start.
         label_smoothing: of cross entropy.
         clip_grad_norm: largest gradient norm, None for no limit.
+        reestimate_batches: after the last epoch, replace batch-norm running statistics by their means over so many
+            training batches; 0 keeps the running averages.
     """
 
     epochs: int = 20
@@ -69,11 +71,13 @@ class PhaseConfig:
     warmup_epochs: float = 1.0
     label_smoothing: float = 0.0
     clip_grad_norm: float | None = None
+    reestimate_batches: int = 0
 
     def __post_init__(self) -> None:
         check_choices(self)
-        if self.epochs < 0:
-            raise ValueError(f"epochs must not be negative, got {self.epochs}")
+        for name in ("epochs", "reestimate_batches"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("lr", "threshold_lr", "scale_lr", "weight_decay", "warmup_epochs", "momentum"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
@@ -104,10 +108,21 @@ class AllocationConfig:
 
 @dataclass(frozen=True)
 class DistillationConfig:
-    """Loss = (1 - alpha) cross entropy + alpha T^2 KL(float network || quantized network)."""
+    """Loss = (1 - alpha) cross entropy + alpha T^2 KL(teacher || quantized network).
+
+    Attributes:
+        alpha: 0 for none.
+        temperature: T, of both.
+        teacher: another network than the float one, with its weights.
+    """
 
     alpha: float = 1.0
     temperature: float = 1.0
+    teacher: ModelConfig | None = None
+
+    def __post_init__(self) -> None:
+        if self.teacher is not None and self.teacher.weights is None and not self.teacher.kwargs.get("weights"):
+            raise ValueError("distillation.teacher needs weights: a network without training teaches nothing")
 
 
 @dataclass(frozen=True)

@@ -20,15 +20,17 @@ from torch import Tensor, nn
 from adq import models
 from adq.allocate import Allocation, Budget, allocate, apply_allocation_, describe_allocation
 from adq.artifact import save
+from adq.batch_norm import correct_batch_norm_, reestimate_batch_norm_
+from adq.calibrate import calibrate_
 from adq.config import dump_yaml, from_dict, load_yaml
-from adq.convert import calibrate_, quantize_, weight_quantizers
+from adq.convert import quantize_, weight_quantizers
 from adq.distill import DistillationLoss
 from adq.sensitivity import SensitivityTable, sensitivity
 from adq.store import replacing, write_text
 from adq.summary import summary
 from adq.train import figures
 from adq.train.checkpoint import Checkpoints, Progress
-from adq.train.config import RunConfig
+from adq.train.config import ModelConfig, RunConfig
 from adq.train.data import Data, build_data, check_classes
 from adq.train.display import Display
 from adq.train.engine import Trainer, evaluate
@@ -137,8 +139,8 @@ class Run:
         self._start_folder()
         train, test = self.accelerator.prepare(data.train, data.test)
         model = self._float_phase(model, data, train, test)
-        teacher = copy.deepcopy(model).eval().requires_grad_(False).to(self.accelerator.device)
-        float_top1 = evaluate(self.accelerator, teacher, test)[1]
+        teacher = self._teacher(model, data)
+        float_top1 = evaluate(self.accelerator, model.to(self.accelerator.device), test)[1]
         self.display.say(f"float top-1 {float_top1:.2f}")
         allocation = self._quantize(model, data)
         calibrated_top1 = evaluate(self.accelerator, model.to(self.accelerator.device), test)[1]
@@ -160,13 +162,22 @@ class Run:
 
     def _create(self, data: Data) -> nn.Module:
         set_seed(self.config.seed)
-        model = models.create_model(self.config.model.name, data.num_classes, **self.config.model.kwargs)
-        if self.config.model.weights is not None:
-            models.load_float_weights(model, self.config.model.weights)
+        return self._network(self.config.model, data)
+
+    def _network(self, config: ModelConfig, data: Data) -> nn.Module:
+        model = models.create_model(config.name, data.num_classes, **config.kwargs)
+        if config.weights is not None:
+            models.load_float_weights(model, config.weights)
         check_classes(model, data)
         if self.config.engine.channels_last:
             model = model.to(memory_format=torch.channels_last)
         return model
+
+    def _teacher(self, float_model: nn.Module, data: Data) -> nn.Module:
+        """What the quantized network learns from: the float network itself, or the one that the recipe names."""
+        other = self.config.distillation.teacher
+        teacher = copy.deepcopy(float_model) if other is None else self._network(other, data)
+        return teacher.eval().requires_grad_(False).to(self.accelerator.device)
 
     def _start_folder(self) -> None:
         if self.accelerator.is_main_process:
@@ -224,9 +235,10 @@ class Run:
         """Quantize, calibrate, score and allocate; on resume with the allocation that the run already chose."""
         model.to(self.accelerator.device)
         quantize_(model, self.config.quantization)
-        calibrate_(model, self._calibration(data))
+        calibrate_(model, self._calibration(data), batch_norm=False)
         allocation = self._allocation(model, data)
         apply_allocation_(model, allocation)
+        correct_batch_norm_(model, self._calibration(data))
         if self.accelerator.is_main_process:
             allocation.save(self.folder.allocation)
         self.display.say(
@@ -277,7 +289,17 @@ class Run:
         loss = DistillationLoss(teacher, distill.alpha, distill.temperature, task)
         trainer = self._trainer("qat", model, loss, data, train, test)
         progress: Progress | None = self.checkpoints.latest("qat") if self.resume else None
-        return trainer.run(progress).eval()
+        model = trainer.run(progress).eval()
+        self._reestimate(model, data)
+        return model
+
+    def _reestimate(self, model: nn.Module, data: Data) -> None:
+        """Batch-norm statistics over the first batches of one more epoch, the same ones on every process."""
+        config, device = self.config.qat, self.accelerator.device
+        if config.reestimate_batches:
+            data.sampler.resume(config.epochs, 0)
+            batches = islice(data.train, config.reestimate_batches)
+            reestimate_batch_norm_(model, (images.to(device) for images, _ in batches))
 
     def _result(
         self,
