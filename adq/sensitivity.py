@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +26,7 @@ from adq.nn.layers import QuantizedLayer
 from adq.nn.weight import WeightQuantizer
 
 Estimator = Literal["loss", "fisher", "hessian"]
+Order = Literal["random", "reversed"]
 LossFn = Callable[[Any, Any], Tensor]
 
 HUTCHINSON_PROBES = 8
@@ -151,6 +153,42 @@ def sensitivity(
         for name, (layer, quantizer) in layers.items()
     )
     return SensitivityTable(estimator, costs, float_parameters(model))
+
+
+def reordered(table: SensitivityTable, order: Order, seed: int = 0) -> SensitivityTable:
+    """A control for ablations: the free layers' scores per weight, dealt to those layers anew.
+
+    ``"random"``: by a permutation drawn from the seed. ``"reversed"``: of n layers in order of their score per weight
+    at the lowest width, the i-th gets the scores of the (n-1-i)-th. Each layer's scores are those it gets times its
+    own number of weights; pinned layers and the names stay.
+
+    Args:
+        table: from :func:`sensitivity`.
+        order: see above.
+        seed: of the permutation.
+
+    Returns:
+        A table of the same estimator; the same one for the same arguments.
+
+    Raises:
+        ValueError: unknown order.
+    """
+    if order not in ("random", "reversed"):
+        raise ValueError(f"adq: order must be random or reversed, got {order!r}")
+    free = [layer for layer in table.layers if not layer.pinned]
+    if order == "reversed":
+        ranked = sorted(free, key=lambda layer: layer.scores[min(layer.scores)] / layer.weights)
+        givers = {layer.name: other for layer, other in zip(ranked, reversed(ranked), strict=True)}
+    else:
+        permutation = np.random.default_rng(seed).permutation(len(free))
+        givers = {layer.name: free[i] for layer, i in zip(free, permutation, strict=True)}
+    layers = tuple(layer if layer.pinned else _dealt(layer, givers[layer.name]) for layer in table.layers)
+    return replace(table, layers=layers)
+
+
+def _dealt(layer: LayerCost, giver: LayerCost) -> LayerCost:
+    """A layer with another one's scores per weight."""
+    return replace(layer, scores={b: score / giver.weights * layer.weights for b, score in giver.scores.items()})
 
 
 def float_parameters(model: nn.Module) -> int:

@@ -164,6 +164,12 @@ def test_calibration_is_fixed_and_not_augmented(tmp_path, in_memory):
     assert all((image == everything).flatten(1).all(1).any() for images, _ in first for image in images)
 
 
+def test_each_calibration_batch_is_of_all_classes(tmp_path):
+    config = folder(write_tree(tmp_path, count=40), batch_size=20, calibration_images=80)
+    for _, labels in build_data(config).calibration:
+        assert np.bincount(labels.numpy(), minlength=2).min() >= 4
+
+
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "CMYK", "1", "YCbCr"])
 def test_image_modes_become_rgb(tmp_path, mode):
     suffix = ".tiff" if mode in ("CMYK", "YCbCr") else ".png"

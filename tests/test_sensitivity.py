@@ -16,6 +16,7 @@ import adq
 from adq import ADQConfig, SensitivityTable, WeightConfig
 from adq.codebook import fit
 from adq.config import dump_yaml
+from adq.sensitivity import LayerCost, reordered
 
 BITS = (2, 3, 5)
 
@@ -275,3 +276,41 @@ def test_errors(change, message):
     arguments = {"model": scored(), "batches": batches(), "loss_fn": F.cross_entropy} | change
     with pytest.raises(ValueError, match=message):
         adq.sensitivity(**arguments)
+
+
+# ---- control orders ----------------------------------------------------------------------------------
+
+
+def ordered_table() -> SensitivityTable:
+    """Free layers of 10, 100, 1000 and 5 weights; per weight at 2 bits 3, 1, 4 and 2."""
+    sizes, per_weight = {"a": 10, "b": 100, "c": 1000, "d": 5}, {"a": 3.0, "b": 1.0, "c": 4.0, "d": 2.0}
+    free = [LayerCost(n, sizes[n], 0, 3, {2: per_weight[n] * sizes[n], 3: 0.5 * sizes[n]}) for n in sizes]
+    return SensitivityTable("loss", (LayerCost("first", 7, 0, 8, {8: 0.0}, pinned=True), *free), 11)
+
+
+def test_reversed_gives_the_most_sensitive_layer_the_scores_of_the_least():
+    table = reordered(ordered_table(), "reversed")
+    assert by_name(table) == {
+        "first": {8: 0.0},
+        "a": {2: 2.0 * 10, 3: 5.0},  # rank 2 of 0..3 gets those of rank 1, "d"
+        "b": {2: 4.0 * 100, 3: 50.0},
+        "c": {2: 1.0 * 1000, 3: 500.0},
+        "d": {2: 3.0 * 5, 3: 2.5},
+    }
+    assert (table.estimator, table.float_weights) == ("loss", 11)
+    assert by_name(reordered(table, "reversed")) == by_name(ordered_table())
+
+
+def test_random_is_a_permutation_of_the_scores_per_weight_that_the_seed_decides():
+    tables = [reordered(ordered_table(), "random", seed) for seed in range(20)]
+    for table in tables:
+        assert table.layers[0] == ordered_table().layers[0]
+        assert sorted(round(layer.scores[2] / layer.weights) for layer in table.layers[1:]) == [1, 2, 3, 4]
+        assert [layer.weights for layer in table.layers] == [7, 10, 100, 1000, 5]
+    assert reordered(ordered_table(), "random", 3) == tables[3]
+    assert len({str(table) for table in tables}) > 5
+
+
+def test_an_unknown_order_is_refused():
+    with pytest.raises(ValueError, match="order must be random or reversed, got 'ranked'"):
+        reordered(ordered_table(), "ranked")

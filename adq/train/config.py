@@ -93,6 +93,8 @@ class AllocationConfig:
         bits: widths to choose from.
         estimator: of sensitivity: ``fisher``, ``loss`` or ``hessian``.
         batches: calibration batches that the scores are taken over.
+        order: ``ranked``: by the scores as they are; ``random`` or ``reversed``: a control for ablations, with the
+            scores dealt to other layers (:func:`adq.sensitivity.reordered`).
         file: an allocation to use as it is, instead of computing one.
     """
 
@@ -100,6 +102,7 @@ class AllocationConfig:
     bits: tuple[int, ...] = (2, 3, 4)
     estimator: Literal["fisher", "loss", "hessian"] = "fisher"
     batches: int = 8
+    order: Literal["ranked", "random", "reversed"] = "ranked"
     file: str | None = None
 
     def __post_init__(self) -> None:

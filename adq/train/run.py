@@ -25,7 +25,7 @@ from adq.calibrate import calibrate_
 from adq.config import dump_yaml, from_dict, load_yaml
 from adq.convert import quantize_, weight_quantizers
 from adq.distill import DistillationLoss
-from adq.sensitivity import SensitivityTable, sensitivity
+from adq.sensitivity import SensitivityTable, reordered, sensitivity
 from adq.store import replacing, write_text
 from adq.summary import summary
 from adq.train import figures
@@ -269,6 +269,8 @@ class Run:
         self.metrics.write({"phase": "sensitivity", "estimator": config.estimator, "seconds": seconds})
         if self.accelerator.is_main_process:
             write_text(self.folder.sensitivity, dump_yaml(table.to_dict()))
+        if config.order != "ranked":
+            table = reordered(table, config.order, self.config.seed)
         return allocate(table, Budget(weight_bits=config.weight_bits))
 
     def _score(self, model: nn.Module, data: Data, batches: int) -> SensitivityTable:

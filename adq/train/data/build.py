@@ -260,7 +260,8 @@ def _loaders(
 ) -> Data:
     length = len(train)  # type: ignore[arg-type]
     size = min(config.calibration_images, length)
-    chosen = np.sort(generator(CALIBRATION, config.seed).permutation(length)[:size]).tolist()
+    # in random order: files are listed class by class, and some look at the first few batches only
+    chosen = generator(CALIBRATION, config.seed).permutation(length)[:size].tolist()
 
     def loader(dataset: Dataset[Any], batch_size: int, workers: int, **options: Any) -> Loader:
         return DataLoader(

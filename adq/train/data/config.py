@@ -42,7 +42,7 @@ class DataConfig:
         limit_train: use only that many training images, a seeded subset with the classes' shares kept.
         limit_test: the same for the test images.
         val_fraction: share of the images held out as the test set when the folder has no split of its own.
-        calibration_images: size of the calibration set, a seeded subset of the training images.
+        calibration_images: size of the calibration set, a seeded subset of the training images in random order.
         mean: per channel, of pixels scaled to 0..1; None takes the set's own default.
         std: the same, all positive.
     """
@@ -106,7 +106,7 @@ class Data:
     Attributes:
         train: shuffled and augmented.
         test: every test image once, in the order of the files.
-        calibration: a fixed subset of the training images, not augmented.
+        calibration: a fixed subset of the training images in a fixed random order, not augmented.
         num_classes: number of classes.
         classes: their names, by label.
         input_shape: ``(C, H, W)`` of one image.
