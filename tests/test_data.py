@@ -89,6 +89,17 @@ def test_image_folder_in_memory_equals_the_pixels(tmp_path):
     torch.testing.assert_close(images, (expected / 255 - 0.5) / 0.25)
 
 
+def test_images_are_decoded_once_until_a_file_changes(tmp_path):
+    root = write_tree(tmp_path)
+    first, second = (build_data(folder(root, seed=seed)) for seed in (0, 1))
+    batches(first)
+    assert second.train.dataset.images is first.train.dataset.images
+    with pytest.raises(ValueError, match="read-only"):
+        first.train.dataset.images[0] = 0
+    Image.new("RGB", (8, 8), "white").save(tmp_path / "test" / "ant" / "00.png")
+    assert (build_data(folder(root)).test.dataset.images[0] == 255).all()
+
+
 def test_normalisation_is_that_of_torchvision(tmp_path):
     v2 = pytest.importorskip("torchvision.transforms.v2")
     data = build_data(folder(write_tree(tmp_path)))

@@ -1,4 +1,4 @@
-"""The command line: ``adq train | eval | sensitivity | export | bench | info``."""
+"""The command line: ``adq train | ablate | eval | sensitivity | export | bench | info``."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def parse_assignment_value(path: list[str], value: Any) -> dict[str, Any]:
 def _default(context: typer.Context) -> None:
     if context.invoked_subcommand is None:
         typer.echo(describe_backends())
-        typer.echo("commands: train, eval, sensitivity, export, bench, info; adq COMMAND --help")
+        typer.echo("commands: train, ablate, eval, sensitivity, export, bench, info; adq COMMAND --help")
 
 
 @app.command()
@@ -115,6 +115,34 @@ def train(
         from adq.train.run import Run
 
         Run(resolved, resume=resume).execute()
+
+
+@app.command("ablate")
+def ablate_(
+    config: Annotated[str, typer.Option("--config", help="The ablation: a base, and rows that change it (YAML).")],
+    output: Annotated[Path, typer.Option(help="Folder of the runs, the table and the figures.")],
+    root: Root = None,
+    weights: Annotated[str | None, typer.Option(help="Float weights that every row starts from.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Seeds, comma-separated. Default: those of the file.")] = None,
+    only: Annotated[
+        str | None, typer.Option(help="Only rows whose name holds this, or else matches it as a regular expression.")
+    ] = None,
+    report: Annotated[bool, typer.Option("--report", help="Only write the table and the figures anew.")] = False,
+    set_: Set = None,
+) -> None:
+    """Many runs of one recipe, each with something changed, as a table. Started several times, they share the work."""
+    with _plain_errors():
+        from adq.train.ablate import ablate, parse_seeds, report_only
+
+        if report:
+            report_only(config, output)
+            return
+        options = _nested(data__root=root, model__weights=weights)
+        changes = [options, *(parse_assignment(text) for text in set_ or [])]
+        failed = ablate(config, output, changes, parse_seeds(seeds) if seeds else None, only)
+    typer.echo(f"{output / 'table.md'}" + (f"; {failed} failed" if failed else ""))
+    if failed:
+        raise typer.Exit(1)
 
 
 @app.command("eval")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,16 +41,16 @@ def build_data(config: DataConfig) -> Data:
         ImportError: a package of the ``train`` extra is missing.
     """
     if config.name == "digits":
-        return _memory_data(config, *_digits(config), padding=1, flip=False)
+        return _memory_data(config, *_digits(), padding=1, flip=False)
     if config.name == "cifar10":
-        return _memory_data(config, *_cifar10(config))
+        return _memory_data(config, *_cifar10(config.folder, _changed(config.folder.glob("cifar-10-batches-py/*"))))
     train, test = _folder_splits(config)
     train, test = _limited(train, config.limit_train, config.seed), _limited(test, config.limit_test, config.seed)
     shape = _memory_shape(config, train, test)
     if shape is None:
         return _file_data(config, train, test)
     resize = config.image_size is not None
-    images = [decode(files.paths, shape, resize, what) for files, what in ((train, "training"), (test, "test"))]
+    images = _decoded(train.paths, test.paths, shape, resize, _changed(train.paths + test.paths))
     return _memory_data(config, (images[0], train.labels), (images[1], test.labels), train.classes)
 
 
@@ -69,32 +71,46 @@ def check_classes(model: nn.Module, data: Data) -> None:
 # ---- sources -----------------------------------------------------------------------------------------
 
 Arrays = tuple[np.ndarray, np.ndarray]
-"""Images uint8 [N, C, H, W] and labels int64 [N]."""
+"""Images uint8 [N, C, H, W] and labels int64 [N], read-only: the last ones decoded serve every later call."""
+
+
+def _changed(paths: Iterable[str | Path]) -> int:
+    """When the last of the files was changed, nanoseconds; those that cannot be found do not count."""
+    return max((os.stat(path).st_mtime_ns for path in paths if os.path.exists(path)), default=0)
+
+
+def _read_only(*arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+    for array in arrays:
+        array.setflags(write=False)
+    return arrays
 
 
 def _missing(package: str, name: str) -> ImportError:
     return ImportError(f"data {name!r} needs {package}: pip install 'adq[train]'")
 
 
-def _digits(config: DataConfig) -> tuple[Arrays, Arrays, tuple[str, ...]]:
+@lru_cache(maxsize=1)
+def _digits() -> tuple[Arrays, Arrays, tuple[str, ...]]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise _missing("scikit-learn", config.name) from error
+        raise _missing("scikit-learn", "digits") from error
     digits = load_digits()
     images = np.rint(digits.images[:, None] * (255 / 16)).astype(np.uint8)
     labels = digits.target.astype(np.int64)
     order = stratified_order(labels, seed=0)  # the same split whatever the seed of the run
     test, train = np.sort(order[:360]), np.sort(order[360:])
-    return (images[train], labels[train]), (images[test], labels[test]), tuple(str(i) for i in range(10))
+    sets = [(images[part], labels[part]) for part in (train, test)]
+    _read_only(*sets[0], *sets[1])
+    return sets[0], sets[1], tuple(str(i) for i in range(10))
 
 
-def _cifar10(config: DataConfig) -> tuple[Arrays, Arrays, tuple[str, ...]]:
+@lru_cache(maxsize=1)
+def _cifar10(root: Path, changed: int) -> tuple[Arrays, Arrays, tuple[str, ...]]:
     try:
         from torchvision.datasets import CIFAR10
     except ImportError as error:
-        raise _missing("torchvision", config.name) from error
-    root = config.folder
+        raise _missing("torchvision", "cifar10") from error
     if not (root / CIFAR10.base_folder).is_dir():
         hint = " It looks like an image folder: use name='imagefolder'." if (root / "train").is_dir() else ""
         raise FileNotFoundError(
@@ -108,7 +124,16 @@ def _cifar10(config: DataConfig) -> tuple[Arrays, Arrays, tuple[str, ...]]:
         except RuntimeError as error:
             raise ValueError(f"{root / CIFAR10.base_folder} is incomplete or damaged: {error}") from error
         sets.append((np.ascontiguousarray(part.data.transpose(0, 3, 1, 2)), np.asarray(part.targets, np.int64)))
+    _read_only(*sets[0], *sets[1])
     return sets[0], sets[1], tuple(part.classes)
+
+
+@lru_cache(maxsize=1)
+def _decoded(
+    train: tuple[str, ...], test: tuple[str, ...], shape: tuple[int, int], resize: bool, changed: int
+) -> tuple[np.ndarray, ...]:
+    """Training and test images of these files, uint8 ``[N, 3, H, W]``."""
+    return _read_only(decode(train, shape, resize, "training"), decode(test, shape, resize, "test"))
 
 
 def _folder_splits(config: DataConfig) -> tuple[Files, Files]:

@@ -1,0 +1,290 @@
+"""``adq ablate``: every row of an ablation file, each with every seed, as whole runs that processes share."""
+
+from __future__ import annotations
+
+import fcntl
+import gc
+import os
+import re
+import shutil
+import socket
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState, GradientState
+
+from adq.convert import layer_configs
+from adq.models import create_model
+from adq.store import write_text
+from adq.train.ablation_config import Ablation, Row, check_seeds, read_ablation
+from adq.train.ablation_report import ERROR, differences, found_seeds, read_saved, run_folder, write_report
+from adq.train.config import RunConfig, resolve
+from adq.train.display import Display
+from adq.train.run import Run, RunFolder
+
+POLL_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """A row with a seed: one run."""
+
+    row: Row
+    seed: int
+    config: RunConfig
+    folder: RunFolder
+    lock: Path
+
+    @property
+    def label(self) -> str:
+        return f"{self.row.name}, seed {self.seed}"
+
+    @property
+    def error(self) -> Path:
+        return self.folder.path / ERROR
+
+    @property
+    def finished(self) -> bool:
+        return self.folder.result.exists()
+
+    @property
+    def failed_at(self) -> int | None:
+        """When it last failed, nanoseconds; None if it did not."""
+        return self.error.stat().st_mtime_ns if self.error.exists() else None
+
+
+class JobDisplay(Display):
+    """Lines that begin with the job's name, and one line for the result."""
+
+    def __init__(self, label: str) -> None:
+        super().__init__()
+        self.label = label
+
+    def say(self, text: str) -> None:
+        """One line of text."""
+        super().say(f"[{self.label}] {text}")
+
+    def result(self, result: dict[str, Any]) -> None:
+        """The result in a line."""
+        self.say(
+            f"top-1 {result['quantized_top1']:.2f}, float {result['float_top1']:.2f}, "
+            f"{result['average_bits_quantized']:.3f} bits over the quantized layers"
+        )
+
+
+def ablate(
+    file: str,
+    output: Path,
+    changes: Sequence[Mapping[str, Any]] = (),
+    seeds: tuple[int, ...] | None = None,
+    only: str | None = None,
+    display: Display | None = None,
+) -> int:
+    """Run what is not finished of an ablation; returns how many of the chosen runs failed.
+
+    Args:
+        file: the ablation, YAML.
+        output: folder of the runs, the table and the figures.
+        changes: to the base of every row, over those of the file and under those of the row.
+        seeds: None for those of the file.
+        only: rows whose name holds this text or, if there are none, matches it as a regular expression.
+        display: where progress is shown.
+
+    Raises:
+        ValueError, FileNotFoundError: before anything runs: a row that cannot be run, or a folder that holds a
+            run of another configuration; both are named.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("adq: ablate runs each row in one process; start it several times to share the rows")
+    ablation = read_ablation(file)
+    chosen = seeds or ablation.seeds
+    check_seeds(chosen)
+    names = {row.name for row in choose(ablation.rows, only)}
+    every_seed = list(dict.fromkeys([*chosen, *found_seeds(output, ablation)]))
+    jobs = plan(ablation, output, changes, every_seed)
+    jobs = [job for job in jobs if job.seed in chosen and job.row.name in names]
+    run_jobs(jobs, ablation, output, display or Display())
+    return sum(not job.finished for job in jobs)
+
+
+def report_only(file: str, output: Path) -> None:
+    """Write the table and the figures of an ablation from what has been run; ValueError if nothing has."""
+    ablation = read_ablation(file)
+    if not found_seeds(output, ablation):
+        raise ValueError(f"adq: {output / 'runs'} holds no run of {file}")
+    report(ablation, output)
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """``"0,1,2"`` as numbers."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise ValueError(f"adq: --seeds takes whole numbers, comma-separated, got {text!r}") from error
+
+
+def choose(rows: Sequence[Row], only: str | None) -> Sequence[Row]:
+    """The rows that ``--only`` means; ValueError if it means none."""
+    if only is None:
+        return rows
+    found = [row for row in rows if only in row.name]
+    if not found:
+        try:
+            found = [row for row in rows if re.search(only, row.name)]
+        except re.error as error:
+            raise ValueError(f"adq: --only {only!r} is in no row's name, and no regular expression: {error}") from error
+    if not found:
+        raise ValueError(f"adq: --only {only!r} fits no row; rows: {', '.join(row.name for row in rows)}")
+    return found
+
+
+# ---- before anything runs ----------------------------------------------------------------------------
+
+
+def plan(ablation: Ablation, output: Path, changes: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> list[Job]:
+    """All jobs, all rows of a seed before the next seed; every one is checked.
+
+    Raises:
+        ValueError: as :func:`ablate`.
+    """
+    jobs = [_job(ablation, row, seed, output, changes) for seed in seeds for row in ablation.rows]
+    for job in jobs:
+        if job.folder.config.exists():
+            _check_saved(job)
+    for job in jobs[: len(ablation.rows)]:
+        with _naming(job.row):
+            _check_runnable(job.config)
+    return jobs
+
+
+def _job(ablation: Ablation, row: Row, seed: int, output: Path, changes: Sequence[Mapping[str, Any]]) -> Job:
+    folder = run_folder(output, row, seed)
+    with _naming(row):
+        config = resolve(ablation.base, [ablation.set, *changes, row.set, {"seed": seed, "output": str(folder.path)}])
+    return Job(row, seed, config, folder, output / "locks" / f"{folder.path.name}.lock")
+
+
+@contextmanager
+def _naming(row: Row) -> Iterator[None]:
+    """Whatever is wrong inside is said to be wrong with this row."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        raise ValueError(f"adq: row {row.name!r}: {str(error).removeprefix('adq: ')}") from error
+
+
+def _check_saved(job: Job) -> None:
+    try:
+        changed = differences(read_saved(job.folder), job.config)
+    except ValueError as error:
+        raise ValueError(f"adq: row {job.row.name!r}: {job.folder.config} cannot be read: {error}") from error
+    if changed:
+        raise ValueError(
+            f"adq: row {job.row.name!r}: {job.folder.path} holds a run with another {', '.join(changed)}; "
+            "remove the folder or choose another --output"
+        )
+
+
+def _check_runnable(config: RunConfig) -> None:
+    """Raise for files that do not exist, an unknown network, and overrides that match none of its layers."""
+    for file in (config.model.weights, config.allocation.file):
+        if file is not None and not Path(file).is_file():
+            raise FileNotFoundError(f"adq: no such file: {file}")
+    if config.data.root is not None:
+        _ = config.data.folder
+    network = create_model(config.model.name, 10, **config.model.kwargs)
+    layer_configs(network, config.quantization)
+
+
+# ---- running -----------------------------------------------------------------------------------------
+
+
+def run_jobs(jobs: Sequence[Job], ablation: Ablation, output: Path, display: Display) -> None:
+    """Run what no other process runs or has run; comes back for the rest until nothing is left.
+
+    A job that failed is run again, unless that was another process's doing since this one began.
+    """
+    failed_before = {job.label: job.failed_at for job in jobs}
+    held: dict[str, str] = {}
+    pending = list(jobs)
+    while pending:
+        left = []
+        for job in pending:
+            with lock(job.lock) as owner:
+                if owner is not None:
+                    left.append(job)
+                    if held.get(job.label) != owner:
+                        display.say(f"[{job.label}] is run by {owner}")
+                    held[job.label] = owner
+                    continue
+                if not job.finished and job.failed_at in (None, failed_before[job.label]):
+                    run_job(job)
+                    report(ablation, output)
+                if job.finished:
+                    prune(job.folder)
+        if len(left) == len(pending):
+            time.sleep(POLL_SECONDS)
+        pending = left
+    report(ablation, output)
+
+
+def run_job(job: Job) -> None:
+    """One run, resumed where it stands; what goes wrong is written to the run folder instead of raised."""
+    display = JobDisplay(job.label)
+    job.error.unlink(missing_ok=True)
+    _forget_last_run(job.config.engine.compile)
+    try:
+        Run(job.config, resume=True, display=display).execute()
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).removeprefix('adq: ')}".replace("\n", " ")
+        write_text(job.error, f"{reason}\n\n{traceback.format_exc()}")
+        display.say(f"failed: {reason}")
+
+
+def _forget_last_run(compiled: bool) -> None:
+    """A run finds the process as a first one would: without Accelerate's shared state and compiled graphs."""
+    GradientState._reset_state()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    if compiled:
+        torch.compiler.reset()
+    gc.collect()
+
+
+def prune(folder: RunFolder) -> None:
+    """Remove the weights, checkpoints and figures of a finished run; its numbers stay."""
+    for path in (folder.checkpoints, folder.figures):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in (folder.float_weights, *folder.path.glob("model*.safetensors")):
+        path.unlink(missing_ok=True)
+
+
+def report(ablation: Ablation, output: Path) -> None:
+    """Write the table and the figures, one process at a time."""
+    with lock(output / "locks" / "report.lock", wait=True):
+        write_report(output, ablation)
+
+
+@contextmanager
+def lock(path: Path, wait: bool = False) -> Iterator[str | None]:
+    """Hold a lock file; yields None, or, unless ``wait``, who else holds it. A process that dies lets go."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            file.seek(0)
+            yield file.read().strip() or "another process"
+            return
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        try:
+            yield None
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)  # closing is not enough: loader workers inherit the open file
