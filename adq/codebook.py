@@ -18,7 +18,7 @@ from adq.kmeans import SORTED_BELOW, Spectrum, blocks, lloyd, optimal_levels, sp
 from adq.reference import decision_thresholds, snap_codebook
 
 SCALE_ROUNDS = 3
-STEP_ROUNDS = 20
+STEP_CANDIDATES = 60
 
 _ops = torch.ops.adq
 
@@ -113,11 +113,8 @@ def _bounds(w: Tensor, axis: int | None) -> Bounds:
     return w.amin(others, keepdim=True).float(), w.amax(others, keepdim=True).float()
 
 
-def fit_scale(w: Tensor, codebook: Tensor, scale: Tensor) -> Tensor:
-    """Per channel the factor s that minimises ``||w - s q||^2``, q the levels nearest to ``w / scale``.
-
-    The old scale where that factor is not positive. Shape and dtype of ``scale``.
-    """
+def _products(w: Tensor, codebook: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Per channel ``sum w q`` and ``sum q^2``, q the levels nearest to ``w / scale``; float64, shape of ``scale``."""
     thresholds = decision_thresholds(codebook)
     others = [d + 1 for d in range(w.dim()) if scale.shape[d] == 1]
     sums = torch.zeros(2, *scale.shape, dtype=torch.float64, device=w.device)
@@ -129,7 +126,16 @@ def fit_scale(w: Tensor, codebook: Tensor, scale: Tensor) -> Tensor:
         both = products.sum(others, keepdim=True) if others else products
         wq += both[0]
         qq += both[1]
-    fitted = (sums[0] / sums[1]).float()
+    return sums[0], sums[1]
+
+
+def fit_scale(w: Tensor, codebook: Tensor, scale: Tensor) -> Tensor:
+    """Per channel the factor s that minimises ``||w - s q||^2``, q the levels nearest to ``w / scale``.
+
+    The old scale where that factor is not positive. Shape and dtype of ``scale``.
+    """
+    wq, qq = _products(w, codebook, scale)
+    fitted = (wq / qq).float()
     return torch.where(fitted > 0, fitted, scale)
 
 
@@ -159,9 +165,10 @@ def fit(w: Tensor, config: WeightConfig, axis: int = 0) -> Fit:
     if not all(bool(bound.isfinite().all()) for bound in bounds):
         raise ValueError("adq: the weight holds NaN or infinity")
     peak = torch.maximum(-bounds[0], bounds[1])
-    scale = torch.where(peak > 0, peak, 1.0) if per_channel else torch.ones_like(peak)
+    covering = torch.where(peak > 0, peak, 1.0)
+    scale = covering if per_channel else torch.ones_like(peak)
     if config.update == "step":
-        codebook, scale = _uniform_step(w, scale, config)
+        codebook, scale = _uniform_step(w, covering, config.num_levels)
     elif config.refine:
         codebook, scale = _refined(w, scale, bounds, config.num_levels, SCALE_ROUNDS if per_channel else 0)
     elif config.init == "uniform":
@@ -173,19 +180,20 @@ def fit(w: Tensor, config: WeightConfig, axis: int = 0) -> Fit:
     return Fit(codebook, scale, _statistics(w, scale, codebook)[0].float())
 
 
-def _uniform_step(w: Tensor, peak: Tensor, config: WeightConfig) -> tuple[Tensor, Tensor]:
-    """The grid of signed integers, and the step of least squared error; ``peak`` has the shape of the scale.
+def _uniform_step(w: Tensor, peak: Tensor, num_levels: int) -> tuple[Tensor, Tensor]:
+    """The grid of signed integers, and per channel the step of least squared error.
 
-    The search starts where LSQ does, at ``2 mean|w| / sqrt(c[-1])``.
+    A search over fractions of the step that covers the largest magnitude ``peak``, whose shape is that of the scale.
     """
-    low = -(config.num_levels // 2)
-    grid = torch.arange(low, low + config.num_levels, dtype=torch.float32, device=w.device)
-    others = [d for d in range(w.dim()) if peak.shape[d] == 1]
-    mean = w.float().abs().mean(others, keepdim=True) if others else w.float().abs()
-    scale = torch.where(mean > 0, 2.0 * mean * max(1.0, grid[-1].item()) ** -0.5, peak)
-    for _ in range(STEP_ROUNDS):
-        scale = fit_scale(w, grid, scale)
-    return grid, scale
+    low = -(num_levels // 2)
+    grid = torch.arange(low, low + num_levels, dtype=torch.float32, device=w.device)
+    best, least = peak, torch.full_like(peak, math.inf, dtype=torch.float64)
+    for fraction in np.geomspace(0.05, 1.0, STEP_CANDIDATES).tolist():
+        scale = fraction / max(1, num_levels + low - 1) * peak
+        wq, qq = _products(w, grid, scale)
+        noise = scale.double().square() * qq - 2.0 * scale.double() * wq
+        best, least = torch.where(noise < least, scale, best), torch.minimum(noise, least)
+    return grid, fit_scale(w, grid, best)
 
 
 def _limits(scale: Tensor, bounds: Bounds) -> tuple[float, float]:

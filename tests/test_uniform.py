@@ -1,0 +1,128 @@
+"""The uniform special cases: weights on a grid whose step learns (LSQ), activations with one step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import adq
+from adq import ActivationConfig, ADQConfig, WeightConfig
+from adq.codebook import fit, sqnr
+from adq.functional import learned_step
+
+from .networks import assert_same_state, images, quantized, train
+
+
+def weight(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def lsq(w: Tensor, scale: Tensor, low: int, high: int, samples: int) -> Tensor:
+    """As published, with ``detach``: gradient of the scale times ``1 / sqrt(n high)``."""
+    factor = (samples * high) ** -0.5
+    s = (scale * factor) + (scale - scale * factor).detach()
+    x = (w / s).clamp(low, high)
+    return ((x.round() - x).detach() + x) * s
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize(("low", "high"), [(-2, 1), (-1, 1), (-4, 3), (-128, 127)])
+def test_learned_step_and_its_gradients(low, high, per_channel):
+    w = weight(6, 5, 3)
+    scale = (0.3 + torch.rand(6, 1, 1)) * 2 / high if per_channel else torch.full((1, 1, 1), 1.7 / high)
+    grad = weight(6, 5, 3, seed=1)
+    values = [w.clone().requires_grad_(), scale.clone().requires_grad_()]
+    exact = [value.detach().double().requires_grad_() for value in values]
+    codebook = torch.arange(low, high + 1, dtype=torch.float32)
+    out = learned_step(*values, codebook)
+    expected = lsq(*exact, low, high, w.numel() // scale.numel())
+    torch.testing.assert_close(out.double(), expected)
+    out.backward(grad)
+    expected.backward(grad.double())
+    for value, reference in zip(values, exact, strict=True):
+        torch.testing.assert_close(value.grad.double(), reference.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", ["tensor", "channel"])
+@pytest.mark.parametrize("levels", ["full", "symmetric"])
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_the_fitted_step_has_nearly_the_least_error(bits, levels, scale):
+    w = weight(16, 512)
+    config = WeightConfig(bits=bits, levels=levels, scale=scale, update="step")
+    fitted = fit(w, config)
+    low = -(config.num_levels // 2)
+    assert fitted.codebook.tolist() == list(range(low, low + config.num_levels))
+    assert int(fitted.count.sum()) == w.numel()
+
+    def noise(s: Tensor) -> Tensor:
+        error = ((w / s).round().clamp(low, low + config.num_levels - 1) * s - w).square()
+        return error.sum(1, keepdim=True) if scale == "channel" else error.sum()
+
+    tried = torch.stack([noise(fitted.scale * f) for f in torch.linspace(0.3, 3.0, 200)])
+    assert float(noise(fitted.scale).sum()) <= 1.03 * float(tried.amin(0).sum())
+
+
+def test_one_bit_is_refused():
+    with pytest.raises(ValueError, match='update="step" needs at least 2 bits'):
+        WeightConfig(bits=1, update="step")
+
+
+def test_a_network_of_learned_steps_trains_and_is_saved(tmp_path):
+    model = quantized(weight=WeightConfig(update="step"), activation=ActivationConfig(thresholds="uniform"))
+    layer = model.body[0]
+    assert isinstance(layer.weight_quantizer.scale, nn.Parameter)
+    before = layer.weight_quantizer.scale.detach().clone()
+    table = layer.weight_quantizer.codebook.clone()
+    train(model)
+    assert not torch.equal(layer.weight_quantizer.scale, before)
+    assert torch.equal(layer.weight_quantizer.codebook, table)
+    adq.save(model, tmp_path / "model.safetensors")
+    again = adq.load(tmp_path / "model.safetensors", type(model)())
+    assert_same_state(model, again)
+    adq.save(model, tmp_path / "packed.safetensors", packed=True)
+    packed = adq.load(tmp_path / "packed.safetensors", type(model)())
+    with torch.no_grad():
+        torch.testing.assert_close(packed.eval()(images(9)), model.eval()(images(9)), rtol=0, atol=1e-6)
+
+
+def test_steps_have_the_gradient_of_the_forward_pass_that_a_user_sees():
+    """A smaller weight range needs a smaller step: plain gradient descent finds the least-squares one."""
+    config = WeightConfig(bits=3, update="step", scale="tensor")
+    layer = adq.nn.QLinear(32, 32, bias=False, weight_config=config, activation_config=None)
+    with torch.no_grad():
+        layer.weight.copy_(weight(32, 32))
+    layer.weight_quantizer.refit_(layer.weight)
+    fitted = layer.weight_quantizer.scale.detach().clone()
+    best = sqnr(layer.weight, layer.quantized_weight())
+    with torch.no_grad():
+        layer.weight_quantizer.scale.mul_(1.8)
+    optimizer = torch.optim.SGD([layer.weight_quantizer.scale], lr=0.05)
+    for _ in range(200):
+        optimizer.zero_grad()
+        (layer.quantized_weight() - layer.weight.detach()).square().sum().backward()
+        optimizer.step()
+    assert sqnr(layer.weight, layer.quantized_weight()) > best - 0.1
+    torch.testing.assert_close(layer.weight_quantizer.scale.detach(), fitted, rtol=0.05, atol=0.0)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_uniform_activations_learn_one_step(bits):
+    config = ADQConfig(activation=ActivationConfig(bits=bits, thresholds="uniform"), first_last_bits=bits)
+    model = adq.quantize_(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), config)
+    adq.calibrate_(model, [weight(9, 4)])
+    quantizer = model[2].input_quantizer
+    assert not isinstance(quantizer.interval, nn.Parameter) and quantizer.interval.shape == (1,)
+    x = weight(50, 4).relu()
+    assert len(quantizer(x).unique()) <= 2**bits
+    quantizer(x).sum().backward()
+    assert {name for name, p in quantizer.named_parameters() if p.grad is not None} == {
+        "start",
+        "in_scale",
+        "out_scale",
+    }
+
+
+def test_thresholds_must_be_known():
+    with pytest.raises(ValueError, match="thresholds must be one of 'learned', 'uniform'"):
+        ActivationConfig(thresholds="lsq")
