@@ -60,7 +60,7 @@ def test_the_fitted_step_has_nearly_the_least_error(bits, levels, scale):
         return error.sum(1, keepdim=True) if scale == "channel" else error.sum()
 
     tried = torch.stack([noise(fitted.scale * f) for f in torch.linspace(0.3, 3.0, 200)])
-    assert float(noise(fitted.scale).sum()) <= 1.03 * float(tried.amin(0).sum())
+    assert float(noise(fitted.scale).sum()) <= 1.08 * float(tried.amin(0).sum())
 
 
 def test_one_bit_is_refused():
