@@ -208,41 +208,42 @@ def _check_runnable(config: RunConfig) -> None:
 def run_jobs(jobs: Sequence[Job], ablation: Ablation, output: Path, display: Display) -> None:
     """Run what no other process runs or has run; comes back for the rest until nothing is left.
 
-    A job that failed is run again, unless that was another process's doing since this one began.
+    A job that failed is run again, unless it was another process that saw it fail since this one began.
     """
     failed_before = {job.label: job.failed_at for job in jobs}
-    held: dict[str, str] = {}
+    owners: dict[str, str] = {}
     pending = list(jobs)
     while pending:
-        left = []
+        held = []
         for job in pending:
             with lock(job.lock) as owner:
                 if owner is not None:
-                    left.append(job)
-                    if held.get(job.label) != owner:
+                    held.append(job)
+                    if owners.get(job.label) != owner:
                         display.say(f"[{job.label}] is run by {owner}")
-                    held[job.label] = owner
-                    continue
-                if not job.finished and job.failed_at in (None, failed_before[job.label]):
+                    owners[job.label] = owner
+                elif not job.finished and job.failed_at in (None, failed_before[job.label]):
+                    display.say(f"[{job.label}] begins; {sum(job.finished for job in jobs)} of {len(jobs)} are done")
                     run_job(job)
                     report(ablation, output)
-                if job.finished:
+                elif job.finished:
                     prune(job.folder)
-        if len(left) == len(pending):
+        if len(held) == len(pending):
             time.sleep(POLL_SECONDS)
-        pending = left
+        pending = held
     report(ablation, output)
 
 
 def run_job(job: Job) -> None:
-    """One run, resumed where it stands; what goes wrong is written to the run folder instead of raised."""
+    """One run, resumed where it stands, then pruned; what goes wrong is written to the run folder, not raised."""
     display = JobDisplay(job.label)
     job.error.unlink(missing_ok=True)
     _forget_last_run(job.config.engine.compile)
     try:
         Run(job.config, resume=True, display=display).execute()
+        prune(job.folder)
     except Exception as error:
-        reason = f"{type(error).__name__}: {str(error).removeprefix('adq: ')}".replace("\n", " ")
+        reason = " ".join(f"{type(error).__name__}: {str(error).removeprefix('adq: ')}".split())
         write_text(job.error, f"{reason}\n\n{traceback.format_exc()}")
         display.say(f"failed: {reason}")
 

@@ -10,6 +10,7 @@ import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import yaml
@@ -58,10 +59,17 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differences(first: RunConfig, second: RunConfig) -> list[str]:
-    """Fields that shape the result in which two runs differ, dotted; the output and the engine do not count."""
+    """Fields that shape the result in which two runs differ, dotted.
+
+    The output, the engine, and the folders that images and weights lie in do not count: rows may have been run on
+    several machines.
+    """
     a, b = (flatten(yaml.safe_load(dump_yaml(config))) for config in (first, second))
+    for values in (a, b):
+        if values.get("model.weights") is not None:
+            values["model.weights"] = Path(values["model.weights"]).name
     changed = sorted(key for key in {*a, *b} if a.get(key) != b.get(key) or (key in a) != (key in b))
-    return [key for key in changed if key != "output" and not key.startswith("engine.")]
+    return [key for key in changed if key not in ("output", "data.root") and not key.startswith("engine.")]
 
 
 def read_saved(folder: RunFolder) -> RunConfig:
@@ -187,7 +195,7 @@ def table(report: Mapping[str, Any]) -> str:
 
 
 def _line(row: Mapping[str, Any], reference: str | None) -> str:
-    failed = "; ".join(f"seed {seed} failed: {reason}" for seed, reason in row["failed"].items())
+    failed = "; ".join(f"seed {seed} failed: {shorten(reason, 160)}" for seed, reason in row["failed"].items())
     if not row["seeds"]:
         cells = [row["name"], failed or "not finished", *[""] * 5]
     else:
@@ -237,7 +245,8 @@ def draw_rows(path: Path, rows: Sequence[Mapping[str, Any]], reference: str | No
     axis.tick_params(axis="y", length=0)
     axis.set_ylim(len(lines) - 0.4, -0.6)
     if low is not None:
-        axis.set_xlim(left=low)
+        high = max(result["quantized_top1"] for row in rows for result in row["seeds"].values())
+        axis.set_xlim(low, high + 0.1 * (high - low))
     axis.grid(axis="x", alpha=0.3)
     axis.set_xlabel("top-1 %: mean and standard deviation; small dots are seeds")
     write_png(figure, path)
@@ -256,11 +265,11 @@ def _draw_row(axis: Any, y: int, row: Mapping[str, Any], color: str, low: float 
     seeds = [result["quantized_top1"] for result in row["seeds"].values()]
     mean, std = row["quantized_top1"], row["quantized_top1_std"]
     axis.errorbar(mean, y, xerr=std, fmt="o", color=color, markersize=7, capsize=4, zorder=2)
-    axis.plot(seeds, [y] * len(seeds), "o", color="white", markeredgecolor=GREY, markersize=3.5, zorder=3)
+    axis.plot(seeds, [y + 0.25] * len(seeds), "o", color=GREY, markersize=2.5, zorder=3)
+    across = axis.get_yaxis_transform()
     if low is not None and mean < low:
-        axis.plot(low, y, "<", color=color, markersize=8, clip_on=False, zorder=3)
-    text = f"{mean:.2f}{_spread(std)}"
-    axis.text(1.01, y, text, transform=axis.get_yaxis_transform(), va="center", fontsize=9)
+        axis.plot(0.01, y, "<", color=color, markersize=8, transform=across)
+    axis.text(1.01, y, f"{mean:.2f}{_spread(std)}", transform=across, va="center", fontsize=9)
 
 
 def _left_limit(means: Sequence[float]) -> float | None:
