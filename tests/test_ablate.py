@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from adq.train import ablate as ablation
 from adq.train.ablate import ablate, lock, read_ablation
 from adq.train.ablation_config import Row
-from adq.train.ablation_report import collect, run_folder, table, write_report
+from adq.train.ablation_report import collect, differences, run_folder, table, write_report
 from adq.train.cli import app
 from adq.train.config import merge, resolve
 from adq.train.run import Run
@@ -59,7 +59,8 @@ def command(*arguments):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment.pop("TRITON_INTERPRET", None)
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", "adq", *map(str, arguments)],
+        [sys.executable, "-m", "adq", *map(str, arguments)],
+        cwd="/",  # not the checkout, which would hide the installed package
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -143,6 +144,14 @@ def test_runs_of_another_configuration_are_not_mixed_in(finished, weights):
     changed = write(finished, weights, rows=[ROWS[0], {**ROWS[1], "set": {"qat": {"lr": 0.5}}}])
     with pytest.raises(ValueError, match=r"row 'Frozen codebook': .*frozen-codebook-seed0 was run with another qat.lr"):
         write_report(finished, read_ablation(changed))
+
+
+def test_rows_may_come_from_another_machine():
+    one = {"model": {"weights": "here/float.safetensors"}, "data": {"name": "imagefolder", "root": "here"}}
+    other = {"model": {"weights": "/there/float.safetensors"}, "data": {"name": "imagefolder", "root": "/there"}}
+    assert differences(resolve("digits", [one]), resolve("digits", [other])) == []
+    third = merge(other, {"model": {"weights": "/there/other.safetensors"}})
+    assert differences(resolve("digits", [one]), resolve("digits", [third])) == ["model.weights"]
 
 
 @pytest.mark.parametrize(
