@@ -336,7 +336,7 @@ def markdown(result: Mapping[str, Any]) -> str:
         "## Rank correlation (Spearman) with what quantizing a layer alone does to the held-out images",
         _correlation_table(result),
         "`halves` is the rise of the loss on one half of the held-out images against the other half: how far the truth "
-        "agrees with itself. The held-out KL is the least noisy target, and of the same kind as the estimator `kl`.",
+        "agrees with itself. The divergence of the outputs (KL) on held-out images is the least noisy target, and of the same kind as the estimator `kl`.",
         "## All (layer, width) pairs: other measures, cost, stability",
         _cost_table(result),
         "## Whole allocations of the same budget: all layers quantized at once, without training",
