@@ -67,7 +67,7 @@ def draw_scatter(path: Path, result: Mapping[str, Any]) -> None:
         row[0].set_ylabel(truth.removeprefix("truth: "))
     for axis in axes[-1]:
         axis.set_xlabel("score")
-    axes[0][0].legend(title="bits", loc="lower right", fontsize=8, title_fontsize=8)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), title="bits", loc="outside right upper")
     _write(figure, path)
 
 
@@ -82,7 +82,9 @@ def _scatter(axis: Any, values: np.ndarray, measured: np.ndarray, widths: list[i
     axis.axline((1e-3, 1e-3), (1e-2, 1e-2), color=GREY, linewidth=0.8, linestyle="--", zorder=0)
     if shown.any():
         for limits, data in ((axis.set_xlim, values[shown]), (axis.set_ylim, measured[shown])):
-            limits(data.min() / 2, data.max() * 2)
+            limits(data.min() / 3, data.max() * 3)  # never less than most of a decade
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_minor_formatter("")
     hidden = int((~shown).sum())
     if hidden:
         axis.text(0.03, 0.97, f"{hidden} not positive", transform=axis.transAxes, va="top", fontsize=8, color=GREY)
@@ -102,7 +104,7 @@ def draw_allocations(path: Path, result: Mapping[str, Any]) -> None:
         bits = [points[name]["bits"][layer] for layer in layers]
         axis.bar_label(axis.bar(layers, bits, color=ORANGE if name == "truth" else BLUE), fontsize=8)
         rise = points[name]["rise"]
-        axis.set_title(f"{name}: loss +{rise['loss']:.3f}, top-1 -{rise['accuracy']:.2f}", fontsize=10, loc="left")
+        axis.set_title(f"{name}: loss {rise['loss']:+.3f}, top-1 {-rise['accuracy']:+.2f}", fontsize=10, loc="left")
         axis.margins(y=0.25)
         axis.set_yticks(result["widths"])
     figure.supylabel("weight bits", fontsize=10)
