@@ -19,6 +19,7 @@ from adq.config import dump_yaml
 from adq.sensitivity import LayerCost, reordered
 
 BITS = (2, 3, 5)
+ESTIMATORS = ("loss", "fisher", "hessian", "true_fisher", "kl")
 
 
 def float_net() -> nn.Sequential:
@@ -135,7 +136,83 @@ def test_hessian_trace_of_a_network(monkeypatch):
     assert by_name(table)["0"][3] == pytest.approx(expected, rel=0.1)
 
 
-@pytest.mark.parametrize("estimator", ["fisher", "hessian"])
+def test_true_fisher_tends_to_the_exact_gauss_newton_diagonal():
+    """Its labels are drawn; over many draws, and batches of seven, it is the mean over samples and all classes."""
+    table = adq.sensitivity(scored(), batches() * 300, F.cross_entropy, (2,), "true_fisher", pinned=[])
+    net = float_net()
+    samples = torch.cat([x for x, _ in batches()]).double()
+    for name, scores in by_name(table).items():
+        weight = net.get_submodule(name).weight
+        diagonal = 0.0
+        for x in samples:
+            log_p = net(x[None]).log_softmax(1)[0]
+            for c in range(3):
+                (gradient,) = torch.autograd.grad(log_p[c], weight, retain_graph=True)
+                diagonal = diagonal + log_p[c].exp().item() * gradient.numpy() ** 2 / len(samples)
+        assert scores[2] == pytest.approx(0.5 * (diagonal * changes(weight, 2) ** 2).sum(), rel=0.1)
+
+
+def test_kl_is_the_softened_divergence_with_one_layer_quantized():
+    uneven = [(x[: 7 - 2 * i], y[: 7 - 2 * i]) for i, (x, y) in enumerate(batches())]
+    table = adq.sensitivity(scored(), uneven, F.cross_entropy, BITS, "kl", pinned=[])
+    x = torch.cat([x for x, _ in uneven]).double()
+    p = (float_net()(x) / 2).softmax(1)
+    for name, scores in by_name(table).items():
+        for bits, score in scores.items():
+            net = float_net()
+            layer = net.get_submodule(name)
+            layer.weight.data += torch.from_numpy(changes(layer.weight, bits))
+            expected = 4 * (p * (p.log() - (net(x) / 2).log_softmax(1))).sum(1).mean().item()
+            assert score == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    assert max(scores[2] for scores in by_name(table).values()) > 1e-3
+
+
+@pytest.mark.parametrize("estimator", ["true_fisher", "kl"])
+def test_estimators_on_logits_use_neither_targets_nor_the_loss(estimator):
+    def other(outputs: Tensor, targets: Tensor) -> Tensor:
+        raise AssertionError
+
+    one = adq.sensitivity(scored(), batches(), F.cross_entropy, (2,), estimator)
+    shifted = [(x, 2 - y) for x, y in batches()]
+    assert one == adq.sensitivity(scored(), shifted, other, (2,), estimator)
+
+
+@pytest.mark.parametrize("estimator", ["true_fisher", "kl"])
+@pytest.mark.parametrize(
+    ("output", "found"),
+    [
+        (lambda y: y[:, :, None], r"torch.float32 \[7, 3, 1\]"),
+        (lambda y: y[:, 0], r"torch.float32 \[7\]"),
+        (lambda y: y.argmax(1, keepdim=True), r"torch.int64 \[7, 1\]"),
+        (lambda y: (y,), "tuple"),
+    ],
+)
+def test_estimators_on_logits_refuse_other_outputs(estimator, output, found):
+    class Head(nn.Module):
+        def forward(self, y: Tensor) -> object:
+            return output(y)
+
+    model = nn.Sequential(scored(), Head())
+    with pytest.raises(ValueError, match=rf"'kl' and 'true_fisher' need logits, .* \[N, C\].*; got {found}"):
+        adq.sensitivity(model, batches(), F.cross_entropy, (2,), estimator, pinned=[])
+
+
+@pytest.mark.parametrize("estimator", ["true_fisher", "kl"])
+def test_logits_that_are_not_finite_are_refused_and_the_weights_come_back(estimator):
+    model = scored()
+    before, calls = copy.deepcopy(model.state_dict()), []
+
+    def spoil(module: nn.Module, args: object, output: Tensor) -> Tensor:
+        calls.append(output)
+        return output / 0.0 if len(calls) > 5 or (estimator == "true_fisher" and len(calls) > 2) else output
+
+    model.register_forward_hook(spoil)
+    with pytest.raises(ValueError, match="the logits are not finite on a calibration batch"):
+        adq.sensitivity(model, batches(), F.cross_entropy, BITS, estimator, pinned=[])
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("estimator", ["fisher", "hessian", "true_fisher", "kl"])
 def test_a_layer_that_the_loss_does_not_reach_costs_nothing(estimator):
     class Part(nn.Module):
         def __init__(self) -> None:
@@ -160,8 +237,10 @@ def test_a_loss_without_curvature_has_hessian_scores_of_zero():
 # ---- what stays --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("estimator", ["loss", "fisher", "hessian"])
-@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize(
+    ("estimator", "fails"),
+    [*((e, False) for e in ESTIMATORS), *((e, True) for e in ("loss", "fisher", "hessian"))],
+)
 def test_the_model_is_as_it_was(estimator, fails):
     model = adq.calibrate_(scored(), [x for x, _ in batches()])
     model.train()
@@ -189,7 +268,7 @@ def test_the_model_is_as_it_was(estimator, fails):
     assert all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize("estimator", ["loss", "fisher", "hessian"])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_scoring_is_deterministic_and_needs_no_calibration_or_grad_mode(estimator):
     with torch.no_grad():
         one = adq.sensitivity(scored(), batches(), F.cross_entropy, BITS, estimator)
@@ -266,7 +345,7 @@ def test_multiply_accumulates_by_hand(layer, shape, macs):
     [
         ({"model": float_net().float()}, r"no layer has quantized weights; call adq\.quantize_"),
         ({"batches": []}, "no batches to score with"),
-        ({"estimator": "guess"}, "estimator must be one of loss, fisher, hessian, got 'guess'"),
+        ({"estimator": "guess"}, "estimator must be one of loss, fisher, hessian, true_fisher, kl, got 'guess'"),
         ({"bits": ()}, "no bit-widths to score"),
         ({"bits": (2, 9)}, "bits of the table must be a whole number from 1 to 8, got 9"),
         ({"pinned": ["2", "3"]}, "no quantized layer '3' to pin"),

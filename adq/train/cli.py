@@ -187,9 +187,12 @@ def sensitivity_(
     model: Annotated[str | None, typer.Option(help="Architecture.")] = None,
     weights: Annotated[str | None, typer.Option(help="Float weights.")] = None,
     weight_bits: Annotated[float | None, typer.Option(help="Also allocate for this average.")] = None,
-    estimator: Annotated[str | None, typer.Option(help="fisher, loss or hessian.")] = None,
+    estimator: Annotated[str | None, typer.Option(help="fisher, true_fisher, hessian, loss or kl.")] = None,
     output: Annotated[Path | None, typer.Option(help="Write the table (YAML) here; default: standard output.")] = None,
     allocation: Annotated[Path | None, typer.Option(help="Write the allocation (YAML) here.")] = None,
+    study: Annotated[
+        Path | None, typer.Option(help="Instead measure how far each estimator can be trusted; folder to write to.")
+    ] = None,
     set_: Set = None,
 ) -> None:
     """Score a float network's layers at each bit-width, and allocate bits."""
@@ -205,7 +208,15 @@ def sensitivity_(
             allocation__estimator=estimator,
         )
         resolved = resolve(config, [options, *(parse_assignment(text) for text in set_ or [])])
-        typer.echo(score(resolved, output, allocation), nl=False)
+        if study is None:
+            typer.echo(score(resolved, output, allocation), nl=False)
+            return
+        if estimator or output or allocation:
+            raise ValueError("--study measures every estimator; it takes no --estimator, --output or --allocation")
+        from adq.train.study import markdown
+        from adq.train.study import study as measure
+
+        typer.echo(f"{markdown(measure(resolved, study))}\nwrote {study}")
 
 
 @app.command()

@@ -13,6 +13,7 @@ import yaml
 
 from adq.config import ADQConfig, from_dict, load_yaml
 from adq.config import _check_choices as check_choices
+from adq.sensitivity import Estimator
 from adq.train.data import DataConfig
 
 RECIPES = "adq.train.recipes"
@@ -91,7 +92,7 @@ class AllocationConfig:
         weight_bits: budget, average bits over the quantized layers' weights; None keeps every layer at
             ``quantization.weight.bits``.
         bits: widths to choose from.
-        estimator: of sensitivity: ``fisher``, ``loss`` or ``hessian``.
+        estimator: of :func:`adq.sensitivity`: one of its names.
         batches: calibration batches that the scores are taken over.
         order: ``ranked``: by the scores as they are; ``random`` or ``reversed``: a control for ablations, with the
             scores dealt to other layers (:func:`adq.sensitivity.reordered`).
@@ -100,13 +101,35 @@ class AllocationConfig:
 
     weight_bits: float | None = 3.0
     bits: tuple[int, ...] = (2, 3, 4)
-    estimator: Literal["fisher", "loss", "hessian"] = "fisher"
+    estimator: Estimator = "fisher"
     batches: int = 8
     order: Literal["ranked", "random", "reversed"] = "ranked"
     file: str | None = None
 
     def __post_init__(self) -> None:
         check_choices(self)
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """How much ``adq sensitivity --study`` measures.
+
+    Attributes:
+        images: held-out images, a seeded subset of the test set.
+        repeats: disjoint draws of ``allocation.batches`` calibration batches.
+        random: random allocations that are measured as a whole.
+        steps: training steps that are timed.
+    """
+
+    images: int = 2000
+    repeats: int = 4
+    random: int = 8
+    steps: int = 12
+
+    def __post_init__(self) -> None:
+        for name, low in (("images", 1), ("repeats", 2), ("random", 0), ("steps", 1)):
+            if getattr(self, name) < low:
+                raise ValueError(f"adq: study.{name} must be at least {low}, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -170,6 +193,7 @@ class RunConfig:
     float: PhaseConfig = field(default_factory=PhaseConfig)
     quantization: ADQConfig = field(default_factory=ADQConfig)
     allocation: AllocationConfig = field(default_factory=AllocationConfig)
+    study: StudyConfig = field(default_factory=StudyConfig)
     qat: PhaseConfig = field(default_factory=PhaseConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)

@@ -1,0 +1,200 @@
+"""``adq sensitivity --study`` on the digits: its summary numbers recomputed from its raw ones, and what it refuses."""
+
+import itertools
+import json
+import math
+from statistics import fmean, median
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.nn import functional as F
+
+import adq
+from adq.sensitivity import SensitivityTable
+
+pytest.importorskip("accelerate", reason="adq train needs the extra 'train'")
+pytest.importorskip("sklearn", reason="the digits need scikit-learn")
+
+from scipy.stats import kendalltau, pearsonr, spearmanr
+from typer.testing import CliRunner
+
+from adq.train.cli import app
+from adq.train.config import resolve
+from adq.train.data import build_data
+from adq.train.study import Subject, correlations, renormed
+
+ESTIMATORS = ["loss", "fisher", "hessian", "true_fisher", "kl"]
+SMALL = ["allocation.batches=1", "study.images=150", "study.repeats=3", "study.random=3", "study.steps=2"]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A digits network after two epochs."""
+    torch.manual_seed(0)
+    model = adq.create_model("digits_cnn", 10)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(2):
+        for images, target in build_data(resolve("digits", []).data).train:
+            optimizer.zero_grad()
+            F.cross_entropy(model(images), target).backward()
+            optimizer.step()
+    path = tmp_path_factory.mktemp("weights") / "digits.safetensors"
+    save_file(model.state_dict(), path)
+    return path
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["sensitivity", *map(str, arguments)])
+
+
+def sets(assignments):
+    return [word for assignment in assignments for word in ("--set", assignment)]
+
+
+@pytest.fixture(scope="module")
+def studied(weights, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    outcome = run("--weights", weights, "--study", folder, *sets(SMALL))
+    assert outcome.exit_code == 0, outcome.output
+    return folder, json.loads((folder / "study.json").read_text()), outcome.output
+
+
+def test_the_folder_is_complete(studied):
+    folder, result, text = studied
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "allocations.png", "heatmaps.png", "scatter.png", "study.json", "study.md",
+    ]  # fmt: skip
+    assert all((folder / f"{n}.png").read_bytes()[:4] == b"\x89PNG" for n in ("allocations", "heatmaps", "scatter"))
+    assert (folder / "study.md").read_text() in text
+    assert all(f"| `{name}` |" in text for name in ESTIMATORS)
+    assert list(result["estimators"]) == ESTIMATORS
+    assert (result["images"], result["draws"]) == (150, {"repeats": 3, "images": 64})
+    assert result["float"]["top1"] > 80
+
+
+def test_the_correlations_are_those_of_the_raw_numbers(studied):
+    _, result, _ = studied
+    pairs = [(name, bits) for name in result["layers"] for bits in map(str, result["widths"])]
+    for estimator in result["estimators"].values():
+        for scores, found in zip(estimator["scores"], estimator["correlations"], strict=True):
+            for target in ("loss", "accuracy", "kl"):
+                for group in ("all", "2", "3", "4"):
+                    chosen = [(name, bits) for name, bits in pairs if group in ("all", bits)]
+                    a = [scores[name][bits] for name, bits in chosen]
+                    b = [result["truth"][name][bits][target] for name, bits in chosen]
+                    got = found[target][group]
+                    if len(set(b)) > 1:
+                        assert got["spearman"] == pytest.approx(spearmanr(a, b)[0])
+                        assert got["kendall"] == pytest.approx(kendalltau(a, b)[0])
+                    logs = [(math.log(x), math.log(y)) for x, y in zip(a, b, strict=True) if x > 0 and y > 0]
+                    if len(logs) > 2 and len({y for _, y in logs}) > 1:
+                        assert got["log_pearson"] == pytest.approx(pearsonr(*zip(*logs, strict=True))[0])
+
+
+def test_stability_and_cost_are_those_of_the_raw_numbers(studied):
+    _, result, _ = studied
+    for estimator in result["estimators"].values():
+        flat = [[score for row in scores.values() for score in row.values()] for scores in estimator["scores"]]
+        pairs = list(itertools.combinations(range(3), 2))
+        assert estimator["stability"]["spearman"] == pytest.approx(
+            fmean(spearmanr(flat[i], flat[j])[0] for i, j in pairs)
+        )
+        bits = [list(allocation.values()) for allocation in estimator["allocations"]]
+        changed = [sum(x != y for x, y in zip(bits[i], bits[j], strict=True)) for i, j in pairs]
+        assert estimator["stability"]["changed_layers"] == pytest.approx(fmean(changed))
+        share = 100 * median(estimator["seconds"]) / result["epoch"]["seconds"]
+        assert estimator["percent_of_epoch"] == pytest.approx(share)
+    assert result["epoch"]["seconds"] == pytest.approx(result["epoch"]["step_seconds"] * result["epoch"]["steps"])
+    assert result["epoch"]["steps"] == 1437 // 64
+
+
+def test_whole_allocations_meet_the_budget_and_sum_their_layers_scores(studied):
+    _, result, _ = studied
+    points = {point["name"]: point for point in result["additivity"]["points"]}
+    names = ["truth", *ESTIMATORS]
+    assert sorted(points) == sorted(
+        [*names, *(f"{name}, reversed" for name in names), *(f"random {i}" for i in (1, 2, 3))]
+    )
+    for point in points.values():
+        free = {name: bits for name, bits in point["bits"].items() if name in result["layers"]}
+        for name, total in point["sums"].items():
+            scores = (
+                {n: {b: rise["loss"] for b, rise in row.items()} for n, row in result["truth"].items()}
+                if name == "truth"
+                else result["estimators"][name]["scores"][0]
+            )
+            assert total == pytest.approx(sum(scores[n][str(b)] for n, b in free.items()))
+    for name in names:
+        sums = [point["sums"][name] for point in points.values()]
+        for kind, found in result["additivity"]["spearman"].items():
+            actual = [point[kind]["loss"] for point in points.values()]
+            assert found[name] == pytest.approx(spearmanr(sums, actual)[0])
+        assert name == "truth" or points[name]["bits"] == result["estimators"][name]["allocations"][0]
+
+
+def test_the_truth_is_the_rise_on_held_out_images(weights, studied):
+    """Another way to it: the estimator ``loss`` on the same images, as one batch."""
+    _, result, _ = studied
+    config = resolve("digits", [{"model": {"weights": str(weights)}, "study": {"images": 150, "repeats": 2}}])
+    subject = Subject.build(config)
+    images = torch.cat([x for x, _ in subject.held_out]), torch.cat([y for _, y in subject.held_out])
+    assert len(images[1]) == 150
+    test = torch.cat([x for x, _ in subject.data.test])
+    assert all(bool((image == test).flatten(1).all(1).any()) for image in images[0])
+    table: SensitivityTable = adq.sensitivity(subject.model, [images], F.cross_entropy, (2, 3, 4), "loss")
+    for layer in table.layers:
+        for bits, score in layer.scores.items() if not layer.pinned else ():
+            rise = result["truth"][layer.name][str(bits)]
+            assert rise["loss"] == pytest.approx(score, abs=1e-5)
+            assert (rise["even"] + rise["odd"]) / 2 == pytest.approx(rise["loss"])
+
+
+def test_the_draws_are_disjoint(weights):
+    config = resolve("digits", [{"model": {"weights": str(weights)}, "allocation": {"batches": 2}}])
+    drawn = torch.cat([images for batches in Subject.build(config).draws for images, _ in batches])
+    assert len(drawn) == 4 * 2 * 64
+    assert len(np.unique(drawn.flatten(1).numpy(), axis=0)) > len(drawn) - 3  # the digits hold a few twins
+
+
+def test_renormed_takes_statistics_anew_and_gives_the_old_ones_back():
+    torch.manual_seed(0)
+    norm = torch.nn.BatchNorm1d(3)
+    norm.running_mean += 5.0
+    model = torch.nn.Sequential(norm).eval()
+    batches = [(torch.randn(50, 3) * 2.0 + i, torch.zeros(50)) for i in range(2)]
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with renormed(model, batches):
+        assert not norm.training
+        assert torch.allclose(norm.running_mean, torch.stack([x.mean(0) for x, _ in batches]).mean(0), atol=1e-6)
+        assert torch.allclose(norm.running_var, torch.stack([x.var(0) for x, _ in batches]).mean(0), atol=1e-5)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert (norm.momentum, norm.training) == (0.1, False)
+
+
+def test_correlations_of_ties_and_few_pairs_are_none():
+    scores = {name: {2: float(i), 3: 1.0} for i, name in enumerate("abc")}
+    found = correlations(scores, {name: {2: -1.0 - i, 3: 2.0} for i, name in enumerate("abc")})
+    assert found["2"] == {"spearman": -1.0, "kendall": -1.0, "log_pearson": None}
+    assert found["3"] == {"spearman": None, "kendall": None, "log_pearson": None}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--estimator", "kl"], "it takes no --estimator, --output or --allocation"),
+        (["--output", "table.yaml"], "it takes no --estimator, --output or --allocation"),
+        (sets(["study.repeats=1"]), "study.repeats must be at least 2, got 1"),
+        (sets(["study.images=0"]), "study.images must be at least 1, got 0"),
+        (sets(["study.image=5"]), "unknown key 'image' in study; did you mean 'images'"),
+        (sets(["allocation.weight_bits=null"]), "give it a budget, allocation.weight_bits"),
+        (sets(["allocation.batches=9"]), "4 disjoint draws of 9 batches need 2304 training images, there are 1437"),
+        (sets(["model.weights=null"]), "needs trained float weights: --weights FILE"),
+    ],
+)
+def test_bad_options_are_refused(weights, tmp_path, arguments, message):
+    outcome = run("--weights", weights, "--study", tmp_path / "out", *arguments)
+    assert outcome.exit_code == 1
+    assert message in " ".join(outcome.output.split())
+    assert not (tmp_path / "out").exists()
