@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from adq.train.cli import app
 from adq.train.config import resolve
 from adq.train.data import build_data
-from adq.train.study import Subject, correlations, renormed
+from adq.train.study import Subject, correlations
 
 ESTIMATORS = ["loss", "fisher", "hessian", "true_fisher", "kl"]
 SMALL = ["allocation.batches=1", "study.images=150", "study.repeats=3", "study.random=3", "study.steps=2"]
@@ -156,21 +156,6 @@ def test_the_draws_are_disjoint(weights):
     drawn = torch.cat([images for batches in Subject.build(config).draws for images, _ in batches])
     assert len(drawn) == 4 * 2 * 64
     assert len(np.unique(drawn.flatten(1).numpy(), axis=0)) > len(drawn) - 3  # the digits hold a few twins
-
-
-def test_renormed_takes_statistics_anew_and_gives_the_old_ones_back():
-    torch.manual_seed(0)
-    norm = torch.nn.BatchNorm1d(3)
-    norm.running_mean += 5.0
-    model = torch.nn.Sequential(norm).eval()
-    batches = [(torch.randn(50, 3) * 2.0 + i, torch.zeros(50)) for i in range(2)]
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    with renormed(model, batches):
-        assert not norm.training
-        assert torch.allclose(norm.running_mean, torch.stack([x.mean(0) for x, _ in batches]).mean(0), atol=1e-6)
-        assert torch.allclose(norm.running_var, torch.stack([x.var(0) for x, _ in batches]).mean(0), atol=1e-5)
-    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
-    assert (norm.momentum, norm.training) == (0.1, False)
 
 
 def test_correlations_of_ties_and_few_pairs_are_none():

@@ -19,11 +19,12 @@ import torch
 from accelerate import Accelerator
 from scipy.stats import kendalltau, pearsonr, spearmanr
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from adq import models
 from adq.allocate import Allocation, Budget, allocate, apply_allocation_
-from adq.convert import calibrate_, evaluating, quantize_, quantizers_enabled, weight_quantizers
+from adq.batch_norm import correct_batch_norm_, float_statistics
+from adq.calibrate import calibrate_
+from adq.convert import evaluating, quantize_, quantizers_enabled, weight_quantizers
 from adq.distill import DistillationLoss
 from adq.sensitivity import Estimator, SensitivityTable, reordered, sensitivity
 from adq.store import write_text
@@ -146,7 +147,7 @@ class Subject:
         teacher = copy.deepcopy(model).requires_grad_(False)
         quantize_(model, config.quantization)
         draws = _draws(data, config, accelerator.device)
-        calibrate_(model, draws[0])
+        calibrate_(model, draws[0], batch_norm=False)
         table = sensitivity(model, draws[0][:1], nn.functional.cross_entropy, config.allocation.bits, "fisher")
         held_out = _held_out(data, config, accelerator.device)
         return cls(config, data, accelerator, teacher, model, held_out, draws, table)
@@ -219,11 +220,12 @@ class Subject:
         points: list[dict[str, Any]] = []
         for label, allocation in chosen.items():
             with self.quantized(allocation.bits):
-                rise = self.measure().rise(base)
-                with renormed(self.model, [batch for batches in self.draws for batch in batches]):
-                    corrected = self.measure().rise(base)
+                correct_batch_norm_(self.model, itertools.chain(*self.draws))
+                corrected = self.measure().rise(base)
+                with float_statistics(self.model):
+                    rise = self.measure().rise(base)
             sums = {name: sum(values[n][allocation.bits[n]] for n in values) for name, values in scores.items()}
-            points.append({"name": label, "bits": allocation.bits, "rise": rise, "renormed": corrected, "sums": sums})
+            points.append({"name": label, "bits": allocation.bits, "rise": rise, "corrected": corrected, "sums": sums})
         return {
             "points": points,
             "spearman": {
@@ -233,32 +235,9 @@ class Subject:
                     )
                     for name in scores
                 }
-                for kind in ("rise", "renormed")
+                for kind in ("rise", "corrected")
             },
         }
-
-
-@contextmanager
-def renormed(model: nn.Module, batches: Batches) -> Iterator[None]:
-    """BatchNorm statistics taken anew over the batches, for a while; training would follow the shift likewise."""
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
-    before = [(norm.momentum, copy.deepcopy(norm.state_dict())) for norm in norms]
-    try:
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # a plain average over the batches
-            norm.train()
-        with torch.no_grad():
-            for images, _ in batches if norms else []:
-                model(images)
-        for norm in norms:
-            norm.eval()
-        yield
-    finally:
-        for norm, (momentum, state) in zip(norms, before, strict=True):
-            norm.momentum = momentum
-            norm.load_state_dict(state)
-            norm.eval()
 
 
 def _draws(data: Data, config: RunConfig, device: torch.device) -> list[Batches]:
@@ -377,8 +356,8 @@ def markdown(result: Mapping[str, Any]) -> str:
         _cost_table(result),
         "## Whole allocations of the same budget: all layers quantized at once, without training",
         _allocation_table(result),
-        "`renormed`: with the BatchNorm statistics taken anew over the training images of all draws. Quantizing shifts "
-        "the statistics of the layers' outputs, which fixed ones turn into loss; training follows the shift at once.",
+        "`corrected`: with the batch-norm statistics corrected for quantization over the training images of all draws; "
+        "training, too, follows at once what quantization does to them.",
         _additivity_table(result),
     ]
     return "\n\n".join(parts) + "\n"
@@ -431,7 +410,7 @@ def _cost_table(result: Mapping[str, Any]) -> str:
 def _allocation_table(result: Mapping[str, Any]) -> str:
     points = sorted(result["additivity"]["points"], key=lambda point: point["rise"]["loss"])
     names = list(result["additivity"]["spearman"]["rise"])
-    header = ["allocation by", "rise of the loss", "+-", "fall of top-1", "rise, renormed", "fall, renormed"]
+    header = ["allocation by", "rise of the loss", "+-", "fall of top-1", "rise, corrected", "fall, corrected"]
     header += [f"sum of `{name}`" for name in names]
     rows = [
         [
@@ -439,8 +418,8 @@ def _allocation_table(result: Mapping[str, Any]) -> str:
             _text(point["rise"]["loss"], 3),
             _text(point["rise"]["error"], 3),
             _text(point["rise"]["accuracy"]),
-            _text(point["renormed"]["loss"], 3),
-            _text(point["renormed"]["accuracy"]),
+            _text(point["corrected"]["loss"], 3),
+            _text(point["corrected"]["accuracy"]),
             *(f"{point['sums'][name]:.3g}" for name in names),
         ]
         for point in points
@@ -451,5 +430,5 @@ def _allocation_table(result: Mapping[str, Any]) -> str:
 def _additivity_table(result: Mapping[str, Any]) -> str:
     ranks = result["additivity"]["spearman"]
     header = ["rank correlation of the sum of", *(f"`{name}`" for name in ranks["rise"])]
-    titles = {"rise": "with the rise of the loss", "renormed": "the same, renormed"}
+    titles = {"rise": "with the rise of the loss", "corrected": "the same, corrected"}
     return _table(header, [[title, *(_text(rank) for rank in ranks[kind].values())] for kind, title in titles.items()])
