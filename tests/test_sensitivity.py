@@ -336,7 +336,8 @@ class Twins(nn.Module):
 )
 def test_multiply_accumulates_by_hand(layer, shape, macs):
     model = adq.quantize_(nn.Sequential(layer), ADQConfig(activation=None))
-    table = adq.sensitivity(model, [(torch.randn(shape), torch.zeros(2))], lambda out, _: out.square().mean(), (2,))
+    batch = (torch.randn(shape), torch.zeros(2))
+    table = adq.sensitivity(model, [batch], lambda out, _: out.square().mean(), (2,))
     assert [layer.macs for layer in table.layers] == [macs]
 
 
