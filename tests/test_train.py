@@ -109,6 +109,33 @@ def test_a_diverging_run_stops_with_the_last_good_checkpoint(finished):
     assert "Traceback" not in text
 
 
+def phases(run):
+    return [json.loads(line)["phase"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_given_weights_a_teacher_of_its_own_reversed_bits_and_reestimated_batch_norms(finished):
+    folder, _ = finished
+    weights = str(folder / "whole" / "float.safetensors")
+    common = ["train", "--weights", weights, "--float-epochs", "1", "--epochs", "1", "--seed", "3"]
+    teacher = f"distillation.teacher={{name: digits_cnn, weights: {weights}}}"
+    runs = {
+        "plain": [],
+        "changed": ["--set", teacher, "--set", "allocation.order=reversed", "--set", "qat.reestimate_batches=5"],
+        "finetuned": ["--set", "model.finetune=true"],
+    }
+    for name, options in runs.items():
+        code, text = adq(folder, *common, "--output", name, *options)
+        assert code == 0, text
+    assert phases(folder / "plain") == phases(folder / "changed") == ["sensitivity", "calibrated", "qat", "result"]
+    assert phases(folder / "finetuned")[0] == "float"
+    given, trained = load_file(weights), load_file(folder / "finetuned" / "float.safetensors")
+    assert any(not torch.equal(given[key], trained[key]) for key in given)
+    bits = [yaml.safe_load((folder / name / "allocation.yaml").read_text())["weight_bits"] for name in runs]
+    assert bits[0] != bits[1]
+    saved = [load_file(folder / name / "model.safetensors") for name in ("plain", "changed")]
+    assert not torch.equal(saved[0]["bn1.running_mean"], saved[1]["bn1.running_mean"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -119,6 +146,9 @@ def test_a_diverging_run_stops_with_the_last_good_checkpoint(finished):
             ["--data", "imagefolder", "--root", "nowhere", "--model", "resnet20"],
             "the data folder nowhere does not exist",
         ),
+        (["--set", "model.finetune=true"], "model.finetune trains given weights on"),
+        (["--set", "distillation.teacher={name: digits_cnn}"], "distillation.teacher needs weights"),
+        (["--set", "qat.reestimate_batches=-1"], "reestimate_batches must not be negative"),
         (["--config", "missing.yaml"], "no such file: missing.yaml"),
         (["--config", "cifar"], "no recipe 'cifar'"),
         (["--output", "whole"], "whole holds a run already; pass --resume"),

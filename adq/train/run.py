@@ -25,7 +25,7 @@ from adq.calibrate import calibrate_
 from adq.config import dump_yaml, from_dict, load_yaml
 from adq.convert import quantize_, weight_quantizers
 from adq.distill import DistillationLoss
-from adq.sensitivity import SensitivityTable, reordered, sensitivity
+from adq.sensitivity import Estimator, SensitivityTable, reordered, sensitivity
 from adq.store import replacing, write_text
 from adq.summary import summary
 from adq.train import figures
@@ -258,13 +258,13 @@ class Run:
             unknown = sorted(set(given.bits) - set(present))
             if unknown:
                 raise ValueError(f"adq: {chosen} names an unknown layer {unknown[0]!r}")
-            table = self._score(model, data, batches=1)
+            table = self._score(model, data, 1, "fisher")
             return describe_allocation(table, {**present, **given.bits})
         if config.weight_bits is None:
-            table = self._score(model, data, batches=1)
+            table = self._score(model, data, 1, "fisher")
             return describe_allocation(table, {n: q.bits for n, (_, q) in weight_quantizers(model).items()})
         began = time.perf_counter()
-        table = self._score(model, data, config.batches)
+        table = self._score(model, data, config.batches, config.estimator)
         seconds = time.perf_counter() - began
         self.metrics.write({"phase": "sensitivity", "estimator": config.estimator, "seconds": seconds})
         if self.accelerator.is_main_process:
@@ -273,14 +273,13 @@ class Run:
             table = reordered(table, config.order, self.config.seed)
         return allocate(table, Budget(weight_bits=config.weight_bits))
 
-    def _score(self, model: nn.Module, data: Data, batches: int) -> SensitivityTable:
-        config = self.config.allocation
+    def _score(self, model: nn.Module, data: Data, batches: int, estimator: Estimator) -> SensitivityTable:
         return sensitivity(
             model,
             islice(self._calibration(data), batches),
             nn.functional.cross_entropy,
-            bits=config.bits,
-            estimator=config.estimator,
+            bits=self.config.allocation.bits,
+            estimator=estimator,
         )
 
     def _qat_phase(self, model: nn.Module, teacher: nn.Module, data: Data, train: Any, test: Any) -> nn.Module:
