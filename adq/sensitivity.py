@@ -115,8 +115,8 @@ def sensitivity(
     ``"kl"``: mean ``T^2`` KL(float || that layer alone quantized) of softmax(outputs / T), T = 2; ``layers x widths``
     passes, but of so little variance that 128 images do.
     The last two take the outputs as logits [N, C] of a classifier and use neither targets nor ``loss_fn``.
-    ``"fisher"`` is the default: it takes any loss, costs the least, and in ``adq sensitivity --study`` on a ResNet-20 it
-    ranks whole allocations best once batch norms have followed (``benchmarks/results``).
+    ``"fisher"`` is the default: it takes any loss, costs the least, and in ``adq sensitivity --study`` on a ResNet-20
+    its sums rank whole allocations best once batch norms have followed (``benchmarks/results``).
     dw is the weight's change under a codebook of that width fitted as training would. Weights are not changed.
 
     Args:
