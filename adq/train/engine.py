@@ -180,7 +180,8 @@ class Trainer:
             begin = progress if epoch == progress.epoch else Progress(self.phase, epoch, 0)
             self._epoch(forward, optimizer, schedule, begin)
         accelerator.wait_for_everyone()
-        trained: nn.Module = accelerator.unwrap_model(model)
+        # without its autocast: what is evaluated last is what is saved
+        trained: nn.Module = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         accelerator.free_memory()
         return trained
 
@@ -201,7 +202,8 @@ class Trainer:
             for index, (images, target) in self._batches(epoch, start):
                 with accelerator.accumulate(model):
                     logits = model(images)
-                    loss = self.loss(logits, images, target)
+                    with accelerator.autocast():  # a teacher's forward pass belongs to the loss
+                        loss = self.loss(logits, images, target)
                     accelerator.backward(loss)
                     if accelerator.sync_gradients and self.config.clip_grad_norm is not None:
                         accelerator.clip_grad_norm_(model.parameters(), self.config.clip_grad_norm)
