@@ -71,7 +71,7 @@ def report(
         for i, (row, layer) in enumerate(zip(found.layers, quantized_layers(model).values(), strict=True), 1)
     ]
     name = _model_name(model, result)
-    title = f"{name} on {result['data']}" if "data" in result else name
+    title = f"{name} on {result['data']}" if result.get("data") else name
     body = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="quiet">A quantized network, by adq {escape(installed_version())}</p>',
@@ -156,7 +156,8 @@ def _name(layer: str) -> str:
 
 def _cards(found: Summary, result: Mapping[str, Any]) -> str:
     named = (("float", "float_top1"), ("after calibration", "calibrated_top1"), ("quantized", "quantized_top1"))
-    accuracy = [(f"top-1, {name}", f"{value:.2f} %", "") for name, key in named if (value := _figure(result, key))]
+    known = [(name, value) for name, key in named if (value := _figure(result, key)) is not None]
+    accuracy = [(f"top-1, {name}", f"{value:.2f} %", "") for name, value in known]
     ratio = found.bytes_float / max(1, found.bytes_packed)
     cards = [
         *accuracy,
@@ -228,8 +229,8 @@ def _pictures(
 
 
 def _curve(metrics: Sequence[Mapping[str, Any]], key: str, title: str, line: float | None) -> str:
-    rows = [row for row in metrics if row.get("phase") == "qat"]
-    points = [(epoch, y) for row in rows if (y := _figure(row, key)) is not None and (epoch := _figure(row, "epoch"))]
+    found = [(_figure(row, "epoch"), _figure(row, key)) for row in metrics if row.get("phase") == "qat"]
+    points = [(epoch, value) for epoch, value in found if epoch is not None and value is not None]
     if not points:
         return ""
     return f"<figure>{curve_picture(title, [y for _, y in points], [x for x, _ in points], line)}</figure>"

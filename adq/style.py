@@ -44,7 +44,7 @@ tfoot { display: table-row-group; font-weight: 600; }
 details { margin: .4rem 0; padding: .4rem .8rem; background: var(--card); border-radius: .5rem; }
 summary { cursor: pointer; overflow-wrap: anywhere; }
 .pair { display: flex; flex-wrap: wrap; gap: 1rem 2rem; scroll-margin-top: 3rem; }
-.pair > * { flex: 0 1 460px; }
+.pair > * { flex: 0 1 460px; min-width: 0; }
 figure { margin: .5rem 0; max-width: 100%; }
 
 svg { display: block; max-width: 100%; height: auto; }
@@ -67,7 +67,9 @@ path { fill: none; stroke-linejoin: round; }
 @media print {
   :root { font-size: 11px; }
   body { padding: 0; max-width: none; }
-  figure, tr, .cards { break-inside: avoid; }
+  figure, tr, .cards, details { break-inside: avoid; }
+  h2 { break-after: avoid; }
+  .pair { flex-wrap: nowrap; }
   .scroll svg { max-width: 100%; }
   details { background: none; }
   details::details-content { content-visibility: visible; display: block; }

@@ -16,11 +16,11 @@ import adq
 from adq import ActivationConfig, ADQConfig, WeightConfig
 from adq.pictures import bits_picture, curve_picture
 from adq.report import report_saved, staircase
-from adq.svg import ticks
+from adq.svg import drawing, label, rectangle, ticks
 
 VOID = {"meta", "br"}
 HOSTILE = '<script>alert(\'"&")</script>'
-RESULT = {"model": "net", "data": "noise", "float_top1": 91.5, "calibrated_top1": 12.25, "quantized_top1": 90.75}
+RESULT = {"model": "net", "data": "noise", "float_top1": 91.5, "calibrated_top1": 0.0, "quantized_top1": 90.75}
 METRICS = [
     {"phase": "qat", "epoch": 1, "test_top1": 80.5, "train_loss": 0.5},
     {"phase": "qat", "epoch": 2, "test_top1": 90.75, "train_loss": math.nan},
@@ -154,7 +154,7 @@ def test_every_layer_has_the_numbers_of_the_summary(model, tmp_path):
 
 def test_the_head_tells_accuracy_and_configuration(model, tmp_path):
     seen, _ = page(model, tmp_path, result=RESULT, metrics=METRICS)
-    for words in ("top-1, float91.50 %", "top-1, after calibration12.25 %", "top-1, quantized90.75 %"):
+    for words in ("top-1, float91.50 %", "top-1, after calibration0.00 %", "top-1, quantized90.75 %"):
         assert words in "".join(seen.words)
     assert [
         "Weights",
@@ -173,6 +173,21 @@ def test_hostile_names_stay_text(model, tmp_path):
     assert seen.tags.count("b") == 0
     assert f"{HOSTILE} on </title><b>" in seen.text
     assert any(HOSTILE in unescape(title.text) for svg in pictures(text) for title in svg.iter("title"))
+
+
+def test_every_text_of_a_picture_is_escaped():
+    picture = drawing(9, 9, HOSTILE, label(1, 1, HOSTILE), rectangle(1, 1, 1, 1, "bar", HOSTILE))
+    assert [node.text for node in ElementTree.fromstring(picture).iter() if node.text] == [HOSTILE] * 3
+
+
+@pytest.mark.parametrize(("levels", "shown"), [(3, "3/4"), (2, "2/4"), (1, "⚠ 1/4")])
+def test_fewer_than_half_of_the_levels_in_use_are_marked(levels, shown, tmp_path):
+    model = adq.quantize_(nn.Sequential(nn.Linear(8, 8)), ADQConfig(WeightConfig(bits=2), None, first_last_bits=2))
+    beyond = [10.0, 20.0, 30.0, 40.0]  # where no weight lies
+    model[0].weight_quantizer.codebook.copy_(torch.tensor([-0.3, 0.0, 0.3][:levels] + beyond[: 4 - levels]))
+    seen, text = page(model, tmp_path)
+    assert {row[0]: row for row in seen.rows}["0"][5] == shown
+    assert "levels no weight takes" in text
 
 
 def test_thresholds_not_calibrated_are_said_to_be_unknown(tmp_path):
