@@ -19,6 +19,7 @@ from adq.config import ActivationConfig, ADQConfig, LayerConfig, WeightConfig
 from adq.convert import quantize_
 from adq.distill import DistillationLoss
 from adq.models import create_model, load_float_weights, register_architecture
+from adq.report import report
 from adq.sensitivity import LayerCost, SensitivityTable, sensitivity
 from adq.summary import Summary, summary
 from adq.update import step
@@ -46,6 +47,7 @@ __all__ = [
     "quantize_",
     "reestimate_batch_norm_",
     "register_architecture",
+    "report",
     "save",
     "sensitivity",
     "step",

@@ -34,7 +34,7 @@ QUICK = {
 }
 FROZEN = {"quantization": {"weight": {"update": "frozen"}}}
 ROWS = [{"name": "k-means, EMA"}, {"name": "Frozen codebook", "group": "codebook", "set": FROZEN}]
-KEPT = {"config.yaml", "metrics.jsonl", "result.json", "allocation.yaml", "summary.txt"}
+KEPT = {"config.yaml", "metrics.jsonl", "result.json", "allocation.yaml", "summary.txt", "report.html"}
 
 
 @pytest.fixture(scope="module")

@@ -59,6 +59,7 @@ def test_the_run_folder_is_complete(finished):
     assert [row["phase"] for row in rows] == ["float"] * 2 + ["sensitivity", "calibrated"] + ["qat"] * 2 + ["result"]
     for name in ("bits-per-layer", "codebook", "training"):
         assert (run / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert f"{result['quantized_top1']:.2f} %" in (run / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "model-packed.safetensors"])

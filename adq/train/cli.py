@@ -1,4 +1,4 @@
-"""The command line: ``adq train | ablate | eval | sensitivity | export | bench | info``."""
+"""The command line: ``adq train | ablate | eval | report | sensitivity | export | bench | info``."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def parse_assignment_value(path: list[str], value: Any) -> dict[str, Any]:
 def _default(context: typer.Context) -> None:
     if context.invoked_subcommand is None:
         typer.echo(describe_backends())
-        typer.echo("commands: train, ablate, eval, sensitivity, export, bench, info; adq COMMAND --help")
+        typer.echo("commands: train, ablate, eval, report, sensitivity, export, bench, info; adq COMMAND --help")
 
 
 @app.command()
@@ -177,6 +177,20 @@ def evaluate_(
             f"{file}: top-1 {top1:.2f}, loss {loss:.4f}, {report.average_bits_quantized:.3f} bits over the quantized "
             f"layers, {report.average_bits_network:.3f} over the whole network"
         )
+
+
+@app.command("report")
+def report_(
+    model: Annotated[Path, typer.Argument(help="A model file of adq, or a run folder.")],
+    output: Annotated[
+        Path | None, typer.Argument(help="File to write. Default: report.html in the folder, or MODEL.html.")
+    ] = None,
+) -> None:
+    """Write one HTML file that shows a saved quantized model, layer by layer."""
+    with _plain_errors():
+        from adq.report import report_saved
+
+        typer.echo(report_saved(model, output))
 
 
 @app.command("sensitivity")

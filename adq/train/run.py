@@ -25,6 +25,7 @@ from adq.calibrate import calibrate_
 from adq.config import dump_yaml, from_dict, load_yaml
 from adq.convert import quantize_, weight_quantizers
 from adq.distill import DistillationLoss
+from adq.report import report
 from adq.sensitivity import Estimator, SensitivityTable, reordered, sensitivity
 from adq.store import replacing, write_text
 from adq.summary import summary
@@ -338,3 +339,4 @@ class Run:
             figures.draw_history(folder.figures / "training.png", rows, result["float_top1"])
         self.metrics.write({"phase": "result", **result})
         write_text(folder.result, json.dumps(result, indent=2) + "\n")
+        report(model, folder.path / "report.html", result=result, metrics=self.metrics.rows())
