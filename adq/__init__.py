@@ -19,6 +19,7 @@ from adq.config import ActivationConfig, ADQConfig, LayerConfig, WeightConfig
 from adq.convert import quantize_
 from adq.distill import DistillationLoss
 from adq.models import create_model, load_float_weights, register_architecture
+from adq.onnx import OnnxExport, export_onnx
 from adq.report import report
 from adq.sensitivity import LayerCost, SensitivityTable, sensitivity
 from adq.summary import Summary, summary
@@ -32,6 +33,7 @@ __all__ = [
     "DistillationLoss",
     "LayerConfig",
     "LayerCost",
+    "OnnxExport",
     "SensitivityTable",
     "Summary",
     "WeightConfig",
@@ -41,6 +43,7 @@ __all__ = [
     "calibrate_",
     "correct_batch_norm_",
     "create_model",
+    "export_onnx",
     "functional",
     "load",
     "load_float_weights",

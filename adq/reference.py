@@ -138,11 +138,16 @@ def snap_codebook(codebook: Tensor) -> Tensor:
     A power of two makes every product with a scale round as the integer's own product would, so
     ``scale * c`` equals the int8 weight ``m`` times the scale ``2^e * scale`` exactly.
     """
+    step = grid_step(codebook)
+    return (codebook / step).round().clamp(-INT8_MAX, INT8_MAX) * step
+
+
+def grid_step(codebook: Tensor) -> Tensor:
+    """Step ``2^e`` of the grid of :func:`snap_codebook`, ``[]``; 1 for a codebook of zeros."""
     peak = codebook.abs().amax()
     mantissa, exponent = torch.frexp((peak / INT8_MAX).clamp_min(torch.finfo(torch.float32).tiny))
     step = torch.ldexp(torch.ones_like(peak), exponent - (mantissa == 0.5).int())
-    step = torch.where(peak > 0, step, 1.0)
-    return (codebook / step).round().clamp(-INT8_MAX, INT8_MAX) * step
+    return torch.where(peak > 0, step, 1.0)
 
 
 def ema_update(
@@ -198,7 +203,7 @@ def _revive(codebook: Tensor, count: Tensor, total: Tensor) -> tuple[Tensor, Ten
     return tuple(torch.where(revive, new[source], old) for new, old in zip(revived, before, strict=True))  # type: ignore[return-value]
 
 
-def _edges(start: Tensor, interval: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+def level_edges(start: Tensor, interval: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """Segment starts ``T_0..T_n`` and level edges ``T_i + interval[i] / 2``, by float32 additions in order."""
     segment, edge = [start], []
     for width in interval:
@@ -210,7 +215,7 @@ def _edges(start: Tensor, interval: Tensor) -> tuple[list[Tensor], list[Tensor]]
 def _levels(u: Tensor, start: Tensor, interval: Tensor, steps: int) -> Tensor:
     """Output level ``q = #{i : u > T_i + interval[i] / 2}`` as float32; NaN stays NaN."""
     if interval.numel() == steps:
-        _, edges = _edges(start, interval)
+        _, edges = level_edges(start, interval)
         q = torch.zeros_like(u)
         for edge in edges:
             q += u > edge
@@ -266,7 +271,7 @@ def threshold_quantize_backward(
     u, dy, x32 = in_scale * x.float(), grad.double(), x.double()
     q = _levels(u, start, width, steps).nan_to_num(0.0)
     # one segment that spans the whole range, or one segment a step
-    segments = [(start, start + steps * width[0])] if shared else list(pairwise(_edges(start, width)[0]))
+    segments = [(start, start + steps * width[0])] if shared else list(pairwise(level_edges(start, width)[0]))
     rise = ops.ACTIVATION_RANGE if shared else ops.ACTIVATION_RANGE / steps
     spans = width.double() * (steps if shared else 1)
 
