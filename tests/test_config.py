@@ -31,7 +31,7 @@ WEIGHT = WeightConfig(
     ema_follows_lr=False,
     snap="int8",
 )
-ACTIVATION = ActivationConfig(bits=5, signed=True)
+ACTIVATION = ActivationConfig(bits=5, signed=True, thresholds="uniform")
 CONFIG = ADQConfig(
     weight=WEIGHT,
     activation=ACTIVATION,
@@ -96,7 +96,7 @@ def test_a_whole_number_serves_as_float():
         (WeightConfig, {"bist": 3}, r"unknown key 'bist' in WeightConfig; did you mean 'bits'\?"),
         (ADQConfig, {"weight": {"ema_dcay": 0.9}}, r"unknown key 'ema_dcay' in weight; did you mean 'ema_decay'\?"),
         (ADQConfig, {"activations": {}}, r"did you mean 'activation'\?"),
-        (ActivationConfig, {"zzz": 1}, "unknown key 'zzz' in ActivationConfig; known: bits, signed"),
+        (ActivationConfig, {"zzz": 1}, "unknown key 'zzz' in ActivationConfig; known: bits, signed, thresholds"),
         (WeightConfig, {"bits": "3"}, "bits must be int, got '3'"),
         (WeightConfig, {"bits": 2.5}, "bits must be int, got 2.5"),
         (WeightConfig, {"bits": True}, "bits must be int, got True"),
