@@ -72,6 +72,13 @@ def float_statistics(model: nn.Module) -> Iterator[None]:
             _assign(norm, statistics)
 
 
+@contextmanager
+def float_network(model: nn.Module) -> Iterator[None]:
+    """A quantized model as the float network it was made from, in evaluation mode, for a while."""
+    with evaluating(model), float_statistics(model), quantizers_enabled(model, weights=False, activations=False):
+        yield
+
+
 def _moments(x: Tensor) -> Statistics:
     """Mean and variance of each channel of ``[N, C, ...]``."""
     var, mean = torch.var_mean(x.float(), [d for d in range(x.dim()) if d != 1], correction=0)
@@ -196,10 +203,8 @@ def reestimate_batch_norm_(model: nn.Module, batches: Iterable[Any]) -> nn.Modul
     if not norms:
         return model
     momenta = [norm.momentum for norm in norms]
-    sums = [_copy(_running(norm)) for norm in norms]
+    sums = [[torch.zeros_like(part) for part in _running(norm)] for norm in norms]
     samples, device = 0, model_device(model)
-    for total in sums:
-        torch._foreach_zero_(list(total))
     with evaluating(model), _restored_on_error(model):
         try:
             for norm in norms:
@@ -208,7 +213,7 @@ def reestimate_batch_norm_(model: nn.Module, batches: Iterable[Any]) -> nn.Modul
                 size = _batch_size(batch)
                 forward_batch(model, to_device(batch, device))
                 for norm, total in zip(norms, sums, strict=True):
-                    torch._foreach_add_(list(total), list(_running(norm)), alpha=size)
+                    torch._foreach_add_(total, list(_running(norm)), alpha=size)
                 samples += size
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):

@@ -9,14 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adq.batch_norm import correct_batch_norm_, float_statistics
+from adq.batch_norm import correct_batch_norm_, float_network
 from adq.convert import (
     activation_quantizers,
-    evaluating,
     forward_batch,
     model_device,
     quantized_layers,
-    quantizers_enabled,
     to_device,
     weight_quantizers,
 )
@@ -93,7 +91,7 @@ def calibrate_(model: nn.Module, batches: Iterable[Any], *, batch_norm: bool = T
 @torch.no_grad()
 def _run(model: nn.Module, batches: Iterable[Any]) -> None:
     device, count = model_device(model), 0
-    with evaluating(model), float_statistics(model), quantizers_enabled(model, weights=False, activations=False):
+    with float_network(model):
         for batch in batches:
             forward_batch(model, to_device(batch, device))
             count += 1

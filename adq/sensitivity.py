@@ -12,14 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adq.batch_norm import float_statistics
+from adq.batch_norm import float_network
 from adq.config import check_bits
 from adq.convert import (
-    evaluating,
     forward_batch,
     model_device,
     quantized_layers,
-    quantizers_enabled,
     to_device,
     weight_quantizers,
 )
@@ -114,8 +112,8 @@ def sensitivity(
     ``"kl"``: mean ``T^2`` KL(float || that layer alone quantized) of softmax(outputs / T), T = 2; ``layers x widths``
     passes, but of so little variance that 128 images do.
     The last two take the outputs as logits [N, C] of a classifier and use neither targets nor ``loss_fn``.
-    ``"fisher"`` is the default: it takes any loss, costs one pass, and in ``adq sensitivity --study`` on a ResNet-20 its
-    sums are among the best two at ranking whole allocations once batch norms have followed (``benchmarks/results``).
+    ``"fisher"`` is the default: it takes any loss, costs one pass, and in ``adq sensitivity --study`` on a ResNet-20
+    its sums are among the best two at ranking whole allocations once batch norms have followed (benchmarks/results).
     dw is the weight's change under a codebook of that width fitted as training would. Weights are not changed.
 
     Args:
@@ -149,7 +147,7 @@ def sensitivity(
     if fixed - set(layers):
         raise ValueError(f"adq: no quantized layer {sorted(fixed - set(layers))[0]!r} to pin")
     free = {name: layers[name] for name in layers if name not in fixed}
-    with evaluating(model), float_statistics(model), quantizers_enabled(model, weights=False, activations=False):
+    with float_network(model):
         macs = _macs(model, kept[0])
         scores = _ESTIMATORS[estimator](model, kept, loss_fn, widths, free) if free else {}
     costs = tuple(
