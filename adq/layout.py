@@ -1,10 +1,11 @@
 """How the weights of an integer convolution lie in memory: in the order in which its kernels read them.
 
-Dense, also in groups: ``[groups, ceil(O / groups / 16), R, bytes]``. A block of 64 weights holds 16 output channels times
-four consecutive input channels, output channels outermost; R counts such blocks over kernel row, kernel column and
-input channel / 4, the last one innermost. Channels are filled up with zeros. A block is 64 int8 weights, or, where the
-layer has at most 16 different ones, their codes: a plane of 64 bits (little-endian, bit i of weight i) for each bit of
-the code, the lowest first; ``table[code]`` is the weight.
+Dense, also in groups: ``[groups, ceil(O / groups / 16), R, bytes]``. A block of 64 weights holds 16 output channels
+times four consecutive input channels, output channels outermost; R counts such blocks over kernel row, kernel column
+and input channel / 4, the last one innermost. Blocks are filled up with zero weights or codes: a kernel takes zeros for
+the inputs that do not exist, and drops the outputs. A block is 64 int8 weights, or, where the layer has at most 16
+different ones, their codes: a plane of 64 bits (little-endian, bit i of weight i) for each bit of the code, the lowest
+first; ``table[code]`` is the weight.
 
 Depthwise: int8 ``[kernel rows * columns, O]``.
 """
@@ -29,7 +30,7 @@ def arrange(weight: Tensor, groups: int = 1) -> tuple[Tensor, Tensor]:
     Returns:
         The blocks, uint8, and the table, int8 of 2, 4, 8 or 16 levels, or empty where weights are stored as they are.
     """
-    outputs, inputs, *kernel = weight.shape
+    outputs, inputs = weight.shape[:2]
     nothing = weight.new_empty(0)
     if ops.is_depthwise(outputs, inputs, groups):
         return weight.reshape(outputs, -1).t().contiguous().view(torch.uint8), nothing
@@ -45,8 +46,8 @@ def arrange(weight: Tensor, groups: int = 1) -> tuple[Tensor, Tensor]:
 
 
 def _blocks(weight: Tensor, groups: int) -> Tensor:
-    """``[groups, O / 16, R, 64]``; channels that fill up a block are zero."""
-    outputs, inputs, *kernel = weight.shape
+    """``[groups, O / 16, R, 64]``, filled up with zeros."""
+    outputs, inputs = weight.shape[:2]
     rows, columns = BLOCK
     per_group = weight.view(groups, outputs // groups, inputs, -1).transpose(2, 3)  # group, output, tap, input
     padding = (0, -inputs % columns, 0, 0, 0, -(outputs // groups) % rows)

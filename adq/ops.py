@@ -35,7 +35,6 @@ MIN_INTERVAL = 1e-3
 """Smallest interval between activation thresholds; smaller ones are clamped, with gradient zero."""
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_SCALARS = ("start", "in_scale", "out_scale", "offset")
 
 LIBRARY = torch.library.Library("adq", "DEF")
 
@@ -59,6 +58,12 @@ SCHEMAS = {
     "foreach_codebook_step_": (
         "(Tensor[] weights, Tensor(a!)[] scales, Tensor(b!)[] codebooks, Tensor(c!)[] counts, Tensor(d!)[] totals,"
         " Tensor rates, float pace, bool[] snap, Tensor(e!)[] quantized) -> ()"
+    ),
+    "threshold_levels": "(Tensor x, Tensor start, Tensor interval, Tensor in_scale, int steps) -> Tensor",
+    "integer_conv2d": (
+        "(Tensor x, Tensor weight, Tensor table, Tensor initial, Tensor multiplier, Tensor bias, Tensor? residual,"
+        " float low, float high, Tensor[] quantizers, int[] steps, bool keep, int[] kernel, int[] stride,"
+        " int[] padding, int[] dilation, int groups, int zero) -> (Tensor y, Tensor[] levels)"
     ),
     "pack_bits": "(Tensor codes, int bits) -> Tensor",
     "unpack_bits": "(Tensor packed, int bits, int numel) -> Tensor",
@@ -167,14 +172,9 @@ def check_foreach_step(
             raise ValueError(f"adq: quantized[{i}] must be like weights[{i}], as torch.empty_like makes it")
 
 
-def check_threshold(
-    x: Tensor, start: Tensor, interval: Tensor, in_scale: Tensor, out_scale: Tensor, offset: Tensor, steps: int
-) -> None:
-    """Check the arguments of the activation quantizer; raises TypeError or ValueError."""
-    _check_float("x", x)
-    device = x.device
+def _check_edges(device: torch.device, interval: Tensor, steps: int, **scalars: Tensor) -> None:
     _check_table("interval", interval, device)
-    for name, tensor in zip(_SCALARS, (start, in_scale, out_scale, offset), strict=True):
+    for name, tensor in scalars.items():
         _check_table(name, tensor, device)
         if tensor.numel() != 1:
             raise ValueError(f"adq: {name} must hold one element, got {tensor.numel()}")
@@ -182,6 +182,21 @@ def check_threshold(
         raise ValueError(f"adq: steps must be in 1..{MAX_LEVELS - 1}, got {steps}")
     if interval.numel() not in (1, steps):
         raise ValueError(f"adq: {steps} steps need {steps} intervals or one, got {interval.numel()}")
+
+
+def check_threshold(
+    x: Tensor, start: Tensor, interval: Tensor, in_scale: Tensor, out_scale: Tensor, offset: Tensor, steps: int
+) -> None:
+    """Check the arguments of the activation quantizer; raises TypeError or ValueError."""
+    _check_float("x", x)
+    scalars = {"start": start, "in_scale": in_scale, "out_scale": out_scale, "offset": offset}
+    _check_edges(x.device, interval, steps, **scalars)
+
+
+def check_levels(x: Tensor, start: Tensor, interval: Tensor, in_scale: Tensor, steps: int) -> None:
+    """Check the arguments of :func:`threshold_levels`; raises TypeError or ValueError."""
+    _check_float("x", x)
+    _check_edges(x.device, interval, steps, start=start, in_scale=in_scale)
 
 
 def check_grad(grad: Tensor, x: Tensor) -> None:
@@ -192,6 +207,93 @@ def check_grad(grad: Tensor, x: Tensor) -> None:
         raise ValueError(
             f"adq: grad {tuple(grad.shape)} on {grad.device} does not match x {tuple(x.shape)} on {x.device}"
         )
+
+
+def conv_output(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    """Length of an axis after a convolution."""
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def _check_geometry(**pairs: list[int]) -> None:
+    for name, pair in pairs.items():
+        least = 0 if name == "padding" else 1
+        if len(pair) != 2 or min(pair) < least:
+            raise ValueError(f"adq: {name} must be two numbers from {least} up, got {pair}")
+
+
+def check_integer_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    table: Tensor,
+    initial: Tensor,
+    multiplier: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    quantizers: list[Tensor],
+    steps: list[int],
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    zero: int,
+) -> tuple[int, int, int, int]:
+    """Check the arguments of :func:`integer_conv2d`; raises TypeError or ValueError. Returns the result's shape."""
+    _check_geometry(kernel=kernel, stride=stride, padding=padding, dilation=dilation)
+    if x.dtype != torch.uint8 or weight.dtype != torch.uint8 or table.dtype != torch.int8 or x.dim() != 4:
+        raise TypeError(
+            "adq: x must be uint8 of four dimensions, weight uint8 and table int8, got "
+            f"{x.dtype} {tuple(x.shape)}, {weight.dtype} and {table.dtype}"
+        )
+    outputs, inputs = initial.numel(), x.shape[1]
+    for name, tensor, kind in (
+        ("initial", initial, torch.int32),
+        ("multiplier", multiplier, torch.float32),
+        ("bias", bias, torch.float32),
+    ):
+        if tensor.dtype != kind or tensor.shape != (outputs,) or not tensor.is_contiguous():
+            raise ValueError(
+                f"adq: {name} must be contiguous {kind} [{outputs}], got {tensor.dtype} {tuple(tensor.shape)}"
+            )
+    if groups < 1 or inputs % groups or outputs % groups:
+        raise ValueError(f"adq: {inputs} inputs and {outputs} outputs do not divide into {groups} groups")
+    taps = kernel[0] * kernel[1]
+    layout = integer_layout(outputs, inputs // groups, taps, groups, table.numel())
+    if tuple(weight.shape) != layout or not weight.is_contiguous():
+        raise ValueError(f"adq: the weight must be contiguous {layout}, got {tuple(weight.shape)}; see adq.layout")
+    if taps * (inputs // groups) * 255 * 128 >= 2**31:
+        raise ValueError(f"adq: a sum of {taps * (inputs // groups)} products may exceed 32 bits")
+    if not 0 <= zero <= 255:
+        raise ValueError(f"adq: zero must be a level in 0..255, got {zero}")
+    height, width = (conv_output(x.shape[2 + i], kernel[i], stride[i], padding[i], dilation[i]) for i in range(2))
+    if height < 1 or width < 1:
+        raise ValueError(f"adq: a kernel {tuple(kernel)} does not fit an input of {x.shape[2]} x {x.shape[3]}")
+    shape = (x.shape[0], outputs, height, width)
+    if residual is not None and (residual.dtype != torch.float32 or tuple(residual.shape) != shape):
+        raise ValueError(f"adq: residual must be float32 {shape}, got {residual.dtype} {tuple(residual.shape)}")
+    if len(quantizers) != 3 * len(steps):
+        raise ValueError(f"adq: {len(steps)} quantizers need start, interval and in_scale each, got {len(quantizers)}")
+    for i, count in enumerate(steps):
+        start, interval, in_scale = quantizers[3 * i : 3 * i + 3]
+        _check_edges(x.device, interval, count, start=start, in_scale=in_scale)
+    tensors = [weight, table, initial, multiplier, bias, *([] if residual is None else [residual])]
+    if any(tensor.device != x.device for tensor in tensors):
+        raise ValueError(f"adq: x is on {x.device}, other arguments are not")
+    return shape
+
+
+def integer_layout(outputs: int, inputs: int, taps: int, groups: int, levels: int) -> tuple[int, ...]:
+    """Shape of a weight for :func:`integer_conv2d`; ``inputs`` are those of a group. What lies where: adq.layout."""
+    if levels not in (0, 2, 4, 8, 16):
+        raise ValueError(f"adq: a table has 2, 4, 8 or 16 levels, or none, got {levels}")
+    if is_depthwise(outputs, inputs, groups):
+        return taps, outputs
+    return groups, -(outputs // groups // -16), taps * -(inputs // -4), 8 * (levels.bit_length() - 1 if levels else 8)
+
+
+def is_depthwise(outputs: int, inputs: int, groups: int) -> bool:
+    """Whether each channel is convolved by itself; ``inputs`` are those of a group."""
+    return groups > 1 and outputs == groups and inputs == 1
 
 
 def packed_size(numel: int, bits: int) -> int:
@@ -297,6 +399,53 @@ def _fake_threshold_quantize_backward(
     check_threshold(x, start, interval, in_scale, out_scale, offset, steps)
     check_grad(grad, x)
     return tuple(torch.empty_like(tensor) for tensor in (x, start, interval, in_scale, out_scale))
+
+
+@_register_fake
+def _fake_threshold_levels(x: Tensor, start: Tensor, interval: Tensor, in_scale: Tensor, steps: int) -> Tensor:
+    check_levels(x, start, interval, in_scale, steps)
+    return torch.empty_like(x, dtype=torch.uint8)
+
+
+@_register_fake
+def _fake_integer_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    table: Tensor,
+    initial: Tensor,
+    multiplier: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    low: float,
+    high: float,
+    quantizers: list[Tensor],
+    steps: list[int],
+    keep: bool,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    zero: int,
+) -> tuple[Tensor, list[Tensor]]:
+    shape = check_integer_conv2d(
+        x, weight, table, initial, multiplier, bias, residual, quantizers, steps,
+        kernel, stride, padding, dilation, groups, zero,
+    )  # fmt: skip
+    return integer_results(x, shape, keep, len(steps))
+
+
+def integer_results(
+    x: Tensor, shape: tuple[int, int, int, int], keep: bool, levels: int
+) -> tuple[Tensor, list[Tensor]]:
+    """Uninitialised results of :func:`integer_conv2d`, channels_last; y is empty if it is not kept."""
+
+    def empty(dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
+
+    return empty(torch.float32) if keep else x.new_empty(0, dtype=torch.float32), [
+        empty(torch.uint8) for _ in range(levels)
+    ]
 
 
 @_register_fake

@@ -11,8 +11,10 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from adq import ops
+from adq.layout import restore
 
 INT8_MAX = 127
 SMOOTHING = 1e-5
@@ -239,6 +241,13 @@ def threshold_quantize(
     return torch.empty_like(x).copy_(out_scale * (step * q - offset))
 
 
+def threshold_levels(x: Tensor, start: Tensor, interval: Tensor, in_scale: Tensor, steps: int) -> Tensor:
+    """The levels q of :func:`threshold_quantize` as uint8, in x's strides; NaN has level 0."""
+    ops.check_levels(x, start, interval, in_scale, steps)
+    q = _levels(in_scale[0] * x.float(), start[0], interval.clamp_min(ops.MIN_INTERVAL), steps)
+    return torch.empty_like(x, dtype=torch.uint8).copy_(q.nan_to_num(0.0))
+
+
 def threshold_quantize_backward(
     grad: Tensor,
     x: Tensor,
@@ -302,6 +311,65 @@ def threshold_quantize_backward(
         d_in_scale.reshape(1).float(),
         d_out_scale.float(),
     )
+
+
+def integer_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    table: Tensor,
+    initial: Tensor,
+    multiplier: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    low: float,
+    high: float,
+    quantizers: list[Tensor],
+    steps: list[int],
+    keep: bool,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    zero: int,
+) -> tuple[Tensor, list[Tensor]]:
+    """Convolution of levels with int8 weights, exact in int32, and all that follows up to the next layers' levels.
+
+    With ``a = initial[o] + sum of x w``, and every line one float32 operation an element::
+
+        v = float(a) * multiplier[o]
+        v = v + bias[o]
+        v = v + residual                        where there is one
+        y = clamp(v, low, high)
+        levels[i] = threshold_levels(y, quantizers[3 i], quantizers[3 i + 1], quantizers[3 i + 2], steps[i])
+
+    Args:
+        x: levels, uint8 ``[N, C, H, W]``; outside the image they are ``zero``.
+        weight, table: int8 weights ``[O, C / groups, *kernel]`` as :func:`adq.layout.arrange` gives them.
+        initial: int32 ``[O]``, ``-zero * sum w`` where level ``zero`` means 0.
+        multiplier, bias: float32 ``[O]``.
+        residual: float32 ``[N, O, H', W']``, optional.
+        quantizers: start, interval and in_scale of each quantizer that reads y; steps: theirs.
+        keep: whether y is wanted itself.
+        kernel, stride, padding, dilation: two numbers each, height first.
+
+    Returns:
+        y, float32 ``[N, O, H', W']`` (empty if not kept), and the levels, uint8; channels_last.
+    """
+    shape = ops.check_integer_conv2d(
+        x, weight, table, initial, multiplier, bias, residual, quantizers, steps,
+        kernel, stride, padding, dilation, groups, zero,
+    )  # fmt: skip
+    integers = restore(weight, table, (shape[1], x.shape[1] // groups, *kernel), groups)
+    padded = F.pad(x, (padding[1], padding[1], padding[0], padding[0]), value=zero)
+    total = F.conv2d(padded.double(), integers.double(), None, stride, 0, dilation, groups)  # exact: below 2^53
+    total += initial.view(-1, 1, 1)
+    v = total.float() * multiplier.view(-1, 1, 1) + bias.view(-1, 1, 1)
+    v = (v if residual is None else v + residual).clamp(low, high)
+    y, levels = ops.integer_results(x, shape, keep, len(steps))
+    for i, level in enumerate(levels):
+        level.copy_(threshold_levels(v, *quantizers[3 * i : 3 * i + 3], steps[i]))
+    return y.copy_(v) if keep else y, levels
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:

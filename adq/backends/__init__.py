@@ -37,7 +37,7 @@ def _load(module: str) -> tuple[ModuleType | None, str]:
 
 
 def _register(backend: ModuleType, key: str) -> None:
-    for name in ops.SCHEMAS:
+    for name in filter(lambda name: hasattr(backend, name), ops.SCHEMAS):
         ops.LIBRARY.impl(name, getattr(backend, name), key)
 
 
