@@ -18,6 +18,7 @@ from adq.calibrate import calibrate_
 from adq.config import ActivationConfig, ADQConfig, LayerConfig, WeightConfig
 from adq.convert import quantize_
 from adq.distill import DistillationLoss
+from adq.integer import IntegerReport, to_integer
 from adq.models import create_model, load_float_weights, register_architecture
 from adq.onnx import OnnxExport, export_onnx
 from adq.report import report
@@ -31,6 +32,7 @@ __all__ = [
     "Allocation",
     "Budget",
     "DistillationLoss",
+    "IntegerReport",
     "LayerConfig",
     "LayerCost",
     "OnnxExport",
@@ -55,4 +57,5 @@ __all__ = [
     "sensitivity",
     "step",
     "summary",
+    "to_integer",
 ]

@@ -49,11 +49,11 @@ def _blocks(weight: Tensor, groups: int) -> Tensor:
     """``[groups, O / 16, R, 64]``, filled up with zeros."""
     outputs, inputs = weight.shape[:2]
     rows, columns = BLOCK
-    per_group = weight.view(groups, outputs // groups, inputs, -1).transpose(2, 3)  # group, output, tap, input
+    per_group = weight.reshape(groups, outputs // groups, inputs, -1).transpose(2, 3)  # group, output, tap, input
     padding = (0, -inputs % columns, 0, 0, 0, -(outputs // groups) % rows)
     filled = torch.nn.functional.pad(per_group, padding)
     taps = filled.shape[2]
-    split = filled.view(groups, -1, rows, taps * (filled.shape[3] // columns), columns)
+    split = filled.reshape(groups, -1, rows, taps * (filled.shape[3] // columns), columns)
     return split.transpose(2, 3).reshape(groups, split.shape[1], split.shape[3], rows * columns)
 
 

@@ -15,17 +15,17 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from adq.artifact import packed_bytes
 from adq.convert import activation_quantizers, evaluating, model_device, quantized_layers, to_device, weight_quantizers
+from adq.deploy import check_layers, integer_levels
 from adq.nn.activation import ActivationQuantizer
 from adq.nn.layers import QuantizedLayer
 from adq.nn.weight import WeightQuantizer
 from adq.ops import ACTIVATION_RANGE, MIN_INTERVAL
-from adq.reference import grid_step, level_edges, snap_codebook
+from adq.reference import level_edges
 from adq.store import replacing
 from adq.summary import float_bytes
 
@@ -134,13 +134,11 @@ class _Activation(nn.Module):
 def _weight(layer: QuantizedLayer, quantizer: WeightQuantizer) -> nn.Module:
     codes = quantizer.encode(layer.weight)
     codebook = quantizer.codebook.detach().sort().values
-    if not torch.equal(snap_codebook(codebook), codebook):
+    grid = integer_levels(codebook)
+    if grid is None:
         return _CodebookWeight(quantizer, codes, codebook)
-    step = grid_step(codebook)
-    levels = (codebook / step).int()
-    common = int(np.gcd.reduce(levels.numpy()))
-    coarser = max(1, common & -common)  # the power of two in all of them: without it four bits may do
-    return _GridWeight(quantizer, (levels // coarser)[codes.int()], step * coarser)
+    levels, step = grid
+    return _GridWeight(quantizer, levels[codes.int()], step)
 
 
 def _inference_copy(model: nn.Module) -> nn.Module:
@@ -167,43 +165,6 @@ def _packages() -> None:
         raise ImportError(f"adq: ONNX export needs {error.name}: pip install 'adq[onnx]'") from error
     if not hasattr(torch.onnx, "ops"):
         raise ImportError(f"adq: ONNX export needs torch 2.8 or newer, this is {torch.__version__}")
-
-
-def _activation_problem(quantizer: ActivationQuantizer) -> str | None:
-    if not quantizer.is_calibrated:
-        return "its activations are not calibrated"
-    if not quantizer.enabled:
-        return "its activation quantizer is disabled"
-    if not all(bool(tensor.isfinite().all()) for tensor in quantizer.state_dict().values()):
-        return "its activation quantizer holds NaN or infinity"
-    zero = quantizer.offset.double() * quantizer.config.steps / ACTIVATION_RANGE
-    whole = bool((zero - zero.round()).abs() < 1e-3) and bool((zero >= -0.5) & (zero < 255.5))
-    return None if whole else f"zero is no level of its activations (level {zero.item():g})"
-
-
-def _weight_problem(layer: QuantizedLayer, quantizer: WeightQuantizer) -> str | None:
-    if layer.weight.dtype != torch.float32:
-        return f"its weight is {layer.weight.dtype}, not float32"
-    if not quantizer.enabled:
-        return "its weight quantizer is disabled"
-    finite = all(bool(tensor.isfinite().all()) for tensor in (layer.weight, quantizer.codebook, quantizer.scale))
-    return None if finite else "its weight or codebook holds NaN or infinity"
-
-
-def _check_layers(model: nn.Module) -> None:
-    """Raise ValueError that names the layers which cannot be exported, with the reason."""
-    layers = quantized_layers(model)
-    if not layers:
-        raise ValueError("adq: the model is not quantized; export float models with torch.onnx.export")
-    problems = []
-    for name, layer in layers.items():
-        weight, activation = layer.weight_quantizer, layer.input_quantizer
-        found = [_weight_problem(layer, weight)] if isinstance(weight, WeightQuantizer) else []
-        found += [_activation_problem(activation)] if isinstance(activation, ActivationQuantizer) else []
-        problems += [f"layer {name!r}: {problem}" for problem in found if problem]
-    if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(f"adq: not exported to ONNX: {'; '.join(problems[:5])}{more}")
 
 
 # ---- the graph ---------------------------------------------------------------------------------------
@@ -396,7 +357,7 @@ def export_onnx(
     _packages()
     import onnx
 
-    _check_layers(model)
+    check_layers(model, "not exported to ONNX")
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     graph = _graph(model, inputs)
     onnx.checker.check_model(graph, full_check=True)

@@ -368,7 +368,8 @@ def integer_conv2d(
     v = (v if residual is None else v + residual).clamp(low, high)
     y, levels = ops.integer_results(x, shape, keep, len(steps))
     for i, level in enumerate(levels):
-        level.copy_(threshold_levels(v, *quantizers[3 * i : 3 * i + 3], steps[i]))
+        start, interval, in_scale = quantizers[3 * i : 3 * i + 3]
+        level.copy_(threshold_levels(v, start, interval, in_scale, steps[i]))
     return y.copy_(v) if keep else y, levels
 
 

@@ -75,6 +75,26 @@ class ActivationQuantizer(nn.Module):
             x, self.start, self.interval, self.in_scale, self.out_scale, self.offset, self.config.steps
         )
 
+    @property
+    def level_size(self) -> float:
+        """What a level is worth: ``out_scale * D``; q means ``level_size * (q - zero_level)``. Reads the device."""
+        return self.out_scale.item() * ACTIVATION_RANGE / self.config.steps
+
+    @property
+    def zero_position(self) -> float:
+        """The level that stands for zero, not rounded. Reads the device."""
+        return self.offset.item() * self.config.steps / ACTIVATION_RANGE
+
+    @property
+    def zero_level(self) -> int:
+        """The level that stands for zero. Reads the device."""
+        return round(self.zero_position)
+
+    @torch.no_grad()
+    def levels(self, x: Tensor) -> Tensor:
+        """The levels of x, uint8 of the same shape and strides; NaN has level 0."""
+        return torch.ops.adq.threshold_levels(x, self.start, self.interval, self.in_scale, self.config.steps)
+
     @torch.no_grad()
     def calibrate_(self, values: Tensor) -> None:
         """Set the thresholds from a sample of inputs, float32 ``[n]``; ValueError names the layer."""

@@ -1,0 +1,77 @@
+"""What every deployment target asks of a quantized layer: weights as integers on a grid, and the reasons to refuse."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from adq.convert import quantized_layers
+from adq.nn.activation import ActivationQuantizer
+from adq.nn.layers import QuantizedLayer
+from adq.nn.weight import WeightQuantizer
+from adq.reference import grid_step
+
+
+def integer_levels(codebook: Tensor) -> tuple[Tensor, Tensor] | None:
+    """An ascending codebook as ``step * integers``, None if it does not lie on an int8 grid.
+
+    Returns:
+        The integers, int32 ``[K]``, and the step, float32 ``[]``, as large as it can be.
+    """
+    for step in (grid_step(codebook), grid_step(codebook) / 2):  # the half: -128 is an int8 without a counterpart
+        levels = codebook / step
+        if torch.equal(levels.round(), levels) and bool((levels >= -128).all() and (levels <= 127).all()):
+            common = int(np.gcd.reduce(levels.int().numpy(force=True)))
+            coarser = max(1, common & -common)  # the power of two in all of them: without it fewer bits may do
+            return levels.int() // coarser, step * coarser
+    return None
+
+
+def activation_problem(quantizer: ActivationQuantizer) -> str | None:
+    """Why a deployed model cannot quantize as this quantizer does, None if it can."""
+    if not quantizer.is_calibrated:
+        return "its activations are not calibrated"
+    if not quantizer.enabled:
+        return "its activation quantizer is disabled"
+    if not all(bool(tensor.isfinite().all()) for tensor in quantizer.state_dict().values()):
+        return "its activation quantizer holds NaN or infinity"
+    zero = quantizer.zero_position
+    whole = abs(zero - round(zero)) < 1e-3 and 0 <= round(zero) <= 255
+    return None if whole else f"zero is no level of its activations (level {zero:g})"
+
+
+def weight_problem(layer: QuantizedLayer, quantizer: WeightQuantizer) -> str | None:
+    """Why the layer's quantized weight cannot be deployed as it is, None if it can."""
+    if layer.weight.dtype != torch.float32:
+        return f"its weight is {layer.weight.dtype}, not float32"
+    if not quantizer.enabled:
+        return "its weight quantizer is disabled"
+    finite = all(bool(tensor.isfinite().all()) for tensor in (layer.weight, quantizer.codebook, quantizer.scale))
+    return None if finite else "its weight or codebook holds NaN or infinity"
+
+
+def layer_problem(layer: QuantizedLayer) -> str | None:
+    """Why a layer cannot be deployed, None if it can."""
+    weight, activation = layer.weight_quantizer, layer.input_quantizer
+    problem = weight_problem(layer, weight) if isinstance(weight, WeightQuantizer) else None
+    if problem is None and isinstance(activation, ActivationQuantizer):
+        problem = activation_problem(activation)
+    return problem
+
+
+def listed(problems: list[str], most: int = 5) -> str:
+    """Problems as one line, cut after ``most``."""
+    more = f" and {len(problems) - most} more" if len(problems) > most else ""
+    return "; ".join(problems[:most]) + more
+
+
+def check_layers(model: nn.Module, target: str) -> None:
+    """Raise ValueError that names the layers which cannot be deployed, with the reason."""
+    layers = quantized_layers(model)
+    if not layers:
+        raise ValueError(f"adq: the model is not quantized; {target} takes quantized models")
+    found = {name: layer_problem(layer) for name, layer in layers.items()}
+    problems = [f"layer {name!r}: {problem}" for name, problem in found.items() if problem]
+    if problems:
+        raise ValueError(f"adq: {target}: {listed(problems)}")

@@ -1,0 +1,376 @@
+"""From a quantized model to one that computes with integers, fused from levels to levels.
+
+Layers whose levels lie on an int8 grid (``snap="int8"``, ``update="step"``) become :class:`adq.nn.IntegerConv2d` and
+its like. In the graph of the model (torch.fx) the batch norm, the residual sum and the bounded activation function
+(ReLU, ReLU6, Hardtanh) that follow such a layer move into its epilogue, and the layers that read the result get its
+levels from there.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+
+from adq.convert import quantized_layers, to_device
+from adq.deploy import integer_levels, layer_problem, listed
+from adq.nn.activation import ActivationQuantizer
+from adq.nn.integer import (
+    Affine,
+    Epilogue,
+    Geometry,
+    IntegerConv1d,
+    IntegerConv2d,
+    IntegerLayer,
+    IntegerLinear,
+    IntegerWeight,
+)
+from adq.nn.layers import QConv1d, QConv2d, QLinear, QuantizedLayer
+from adq.nn.weight import WeightQuantizer
+
+KINDS: dict[type[QuantizedLayer], type[IntegerLayer]] = {
+    QConv1d: IntegerConv1d,
+    QConv2d: IntegerConv2d,
+    QLinear: IntegerLinear,
+}
+LARGEST_SUM = 2**31
+_NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+_ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")
+_IN_PLACE = {"iadd", "isub", "imul", "itruediv", "setitem"}
+_BOUNDS: dict[Any, tuple[float, float]] = {
+    nn.ReLU: (0.0, torch.inf),
+    nn.ReLU6: (0.0, 6.0),
+    F.relu: (0.0, torch.inf),
+    F.relu6: (0.0, 6.0),
+    torch.relu: (0.0, torch.inf),
+    "relu": (0.0, torch.inf),
+    "relu_": (0.0, torch.inf),
+}
+
+
+# ---- single layers -----------------------------------------------------------------------------------
+
+
+def _padding(layer: QConv1d | QConv2d) -> tuple[int, ...] | None:
+    """Symmetric padding of each axis, None where it is not that."""
+    if layer.padding == "valid":
+        return (0,) * len(layer.kernel_size)
+    if layer.padding == "same":
+        spans = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+        return None if any(span % 2 for span in spans) else tuple(span // 2 for span in spans)
+    return cast(tuple[int, ...], layer.padding)
+
+
+def integer_problem(layer: QuantizedLayer) -> str | None:
+    """Why a layer cannot compute with integers, None if it can."""
+    weight, activation = layer.weight_quantizer, layer.input_quantizer
+    if type(layer) not in KINDS:
+        return f"there is no integer kernel for {type(layer).__name__}"
+    if not isinstance(weight, WeightQuantizer) or not isinstance(activation, ActivationQuantizer):
+        return "its weight or its input is in float"
+    if problem := layer_problem(layer):
+        return problem
+    if integer_levels(weight.codebook.detach().sort().values) is None:
+        return 'its levels lie on no int8 grid (train with snap="int8")'
+    if isinstance(layer, (QConv1d, QConv2d)) and (layer.padding_mode != "zeros" or _padding(layer) is None):
+        return f"its padding is {layer.padding!r}, {layer.padding_mode}"
+    if layer.weight[0].numel() * 255 * 128 >= LARGEST_SUM:
+        return f"a sum of {layer.weight[0].numel():,} products may exceed 32 bits"
+    return None
+
+
+def _pair(values: tuple[int, ...], before: int) -> tuple[int, int]:
+    """Values of one axis or two as those of two."""
+    return (before, values[0]) if len(values) == 1 else (values[0], values[1])
+
+
+def _geometry(layer: QuantizedLayer) -> Geometry:
+    if isinstance(layer, QLinear):
+        return Geometry()
+    conv = cast(QConv2d, layer)
+    padding = cast(tuple[int, ...], _padding(conv))
+    kernel, stride, dilation = (_pair(of, 1) for of in (conv.kernel_size, conv.stride, conv.dilation))
+    return Geometry(kernel, stride, _pair(padding, 0), dilation, conv.groups)
+
+
+def _weight(layer: QuantizedLayer) -> IntegerWeight:
+    quantizer = cast(WeightQuantizer, layer.weight_quantizer)
+    grid = integer_levels(quantizer.codebook.detach().sort().values)
+    assert grid is not None
+    levels, step = grid
+    integer = levels.to(torch.int8)[quantizer.encode(layer.weight).int()]
+    scale = quantizer.scale.detach().double().flatten() * step.double()
+    return IntegerWeight(integer, scale.expand(integer.shape[0]))
+
+
+def _bias(layer: QuantizedLayer) -> Affine:
+    shift = torch.zeros(layer.weight.shape[0], dtype=torch.float64)
+    if layer.bias is not None:
+        shift = cast(Tensor, layer.bias).detach().double()
+    return Affine(torch.ones_like(shift), shift)
+
+
+def _batch_norm(norm: BatchNorm) -> tuple[Tensor, Tensor]:
+    """Factor and shift of a batch norm in evaluation, float64 ``[C]``."""
+    mean, var = cast(Tensor, norm.running_mean).double(), cast(Tensor, norm.running_var).double()
+    factor = (var + norm.eps).rsqrt()
+    if norm.affine:
+        factor = factor * norm.weight.detach().double()
+    shift = -mean * factor
+    return factor, shift + norm.bias.detach().double() if norm.affine else shift
+
+
+# ---- the graph ---------------------------------------------------------------------------------------
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return isinstance(module, QuantizedLayer) or super().is_leaf_module(module, name)
+
+
+@dataclass
+class _Fusion:
+    """An integer layer and the nodes after it that its epilogue computes."""
+
+    layer: QuantizedLayer
+    nodes: list[fx.Node]
+    affine: Affine
+    sum: fx.Node | None = None
+    bounds: tuple[float, float] = (-torch.inf, torch.inf)
+
+    @property
+    def residual(self) -> list[fx.Node]:
+        """What is added to the layer's result, if anything is."""
+        return [] if self.sum is None else [arg for arg in self.sum.all_input_nodes if arg not in self.nodes]
+
+    @property
+    def first(self) -> fx.Node:
+        """The layer's own node."""
+        return self.nodes[0]
+
+    @property
+    def last(self) -> fx.Node:
+        """The node whose value the epilogue gives."""
+        return self.nodes[-1]
+
+
+def _input(node: fx.Node) -> fx.Node:
+    """What a layer is called with."""
+    return cast(fx.Node, node.args[0] if node.args else node.kwargs["input"])
+
+
+def _shape(node: fx.Node) -> tuple[int, ...] | None:
+    meta = node.meta.get("tensor_meta")
+    return tuple(meta.shape) if isinstance(meta, TensorMetadata) else None
+
+
+class _Fuser:
+    """Finds what follows each integer layer of a traced model, and rewrites the graph."""
+
+    def __init__(self, traced: fx.GraphModule, names: set[str]) -> None:
+        self.graph, self.traced, self.names = traced.graph, traced, names
+        self.modules = dict(traced.named_modules())
+        self.used: set[str] = set()
+
+    def _module(self, node: fx.Node) -> nn.Module | None:
+        return self.modules[cast(str, node.target)] if node.op == "call_module" else None
+
+    def _is_integer(self, node: fx.Node) -> bool:
+        return node.op == "call_module" and node.target in self.names
+
+    # what follows a layer
+
+    def fusions(self) -> list[_Fusion]:
+        """In the order of the graph; a sum belongs to the first layer that leads to it."""
+        found, taken = [], set()
+        for node in [node for node in self.graph.nodes if self._is_integer(node)]:
+            fusion = self._follow(node, with_sum=True)
+            if fusion.residual and (fusion.last in taken or self._is_disturbed(fusion)):
+                fusion = self._follow(node, with_sum=False)
+            taken.add(fusion.last)
+            found.append(fusion)
+        return found
+
+    def _follow(self, node: fx.Node, with_sum: bool) -> _Fusion:
+        layer = cast(QuantizedLayer, self._module(node))
+        fusion = _Fusion(layer, [node], _bias(layer))
+        for step in (self._norm, self._sum, self._bound) if with_sum else (self._norm, self._bound):
+            self._skip(fusion)
+            step(fusion)
+        self._skip(fusion)
+        return fusion
+
+    def _next(self, fusion: _Fusion) -> fx.Node | None:
+        """The only node that reads the last one."""
+        users = list(fusion.last.users)
+        return users[0] if len(users) == 1 and users[0].op != "output" else None
+
+    def _skip(self, fusion: _Fusion) -> None:
+        while (user := self._next(fusion)) is not None and isinstance(self._module(user), _NOTHING):
+            fusion.nodes.append(user)
+
+    def _norm(self, fusion: _Fusion) -> None:
+        user = self._next(fusion)
+        module = None if user is None else self._module(user)
+        if user is None or not isinstance(module, BatchNorm) or module.running_mean is None:
+            return
+        if isinstance(fusion.layer, QLinear) and len(_shape(fusion.last) or ()) != 2:
+            return  # its channels are another axis
+        fusion.affine = fusion.affine.then(*_batch_norm(module))
+        fusion.nodes.append(user)
+
+    def _sum(self, fusion: _Fusion) -> None:
+        user = self._next(fusion)
+        if user is None or user.target not in _ADDS or user.kwargs or len(user.args) != 2:
+            return
+        others = [arg for arg in user.args if arg is not fusion.last]
+        if len(others) == 1 and isinstance(others[0], fx.Node) and _shape(others[0]) == _shape(fusion.last) is not None:
+            fusion.sum = user
+            fusion.nodes.append(user)
+
+    def _bound(self, fusion: _Fusion) -> None:
+        user = self._next(fusion)
+        if user is None:
+            return
+        module = self._module(user)
+        bounds = _BOUNDS.get(user.target if module is None else type(module))
+        if isinstance(module, nn.Hardtanh):
+            bounds = module.min_val, module.max_val
+        if bounds is not None:
+            fusion.bounds = bounds
+            fusion.nodes.append(user)
+
+    def _is_disturbed(self, fusion: _Fusion) -> bool:
+        """Whether something is changed in place between the layer and the sum, where it will be computed."""
+        node = fusion.first
+        while node is not fusion.last:
+            node = node.next
+            if node not in fusion.nodes and self._is_in_place(node):
+                return True
+        return False
+
+    def _is_in_place(self, node: fx.Node) -> bool:
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        changes = node.op in ("call_method", "call_function") and (name.endswith("_") or name in _IN_PLACE)
+        return changes or bool(node.kwargs.get("inplace")) or bool(getattr(self._module(node), "inplace", False))
+
+    # the new graph
+
+    def rewrite(self) -> int:
+        """Put integer layers in place of the fusions; returns how many of them take levels from another."""
+        return sum(self._replace(fusion) for fusion in self.fusions())
+
+    def _replace(self, fusion: _Fusion) -> int:
+        readers = [user for user in fusion.last.users if self._is_integer(user) and _input(user) is fusion.last]
+        quantizers = [cast(ActivationQuantizer, cast(QuantizedLayer, self._module(r)).input_quantizer) for r in readers]
+        keep = len(readers) < len(fusion.last.users)
+        layer = _integer_layer(fusion.layer, fusion.affine, Epilogue(*fusion.bounds, quantizers, keep))
+        name = self._name(cast(str, fusion.first.target))
+        self.traced.set_submodule(name, layer)
+        arguments = (_input(fusion.first), *fusion.residual)
+        with self.graph.inserting_before(fusion.last.next):
+            node = self.graph.call_module(name, arguments)
+            y = self.graph.call_function(operator.getitem, (node, 0)) if readers else node
+            levels = self.graph.call_function(operator.getitem, (node, 1)) if readers else node
+            for i, reader in enumerate(readers):
+                reader.replace_input_with(fusion.last, self.graph.call_function(operator.getitem, (levels, i)))
+        fusion.last.replace_all_uses_with(y)
+        for old in reversed(fusion.nodes):
+            self.graph.erase_node(old)
+        return len(readers)
+
+    def _name(self, target: str) -> str:
+        """A module of its own for each call of a layer."""
+        name = target
+        while name in self.used:
+            name += "_again"
+        self.used.add(name)
+        return name
+
+
+# ---- the model ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class IntegerReport:
+    """What :func:`to_integer` did.
+
+    Attributes:
+        integer: layers that compute with integers, by name.
+        from_levels: how many of them get their input as levels from another one.
+        left: layers that stay as they were, by name, with the reason.
+        unfused: why nothing was fused, None where the model could be traced.
+    """
+
+    integer: list[str]
+    from_levels: int
+    left: dict[str, str]
+    unfused: str | None
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.integer)} integer layers, {self.from_levels} take levels from another one"]
+        lines += [f"layer {name!r} is not one of them: {reason}" for name, reason in self.left.items()]
+        return "\n".join(lines + ([f"not fused: {self.unfused}"] if self.unfused else []))
+
+
+def _integer_layer(layer: QuantizedLayer, affine: Affine, epilogue: Epilogue) -> IntegerLayer:
+    quantizer = cast(ActivationQuantizer, layer.input_quantizer)
+    return KINDS[type(layer)](_weight(layer), affine, quantizer, _geometry(layer), epilogue)
+
+
+@torch.no_grad()
+def to_integer(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...], *, strict: bool = True) -> nn.Module:
+    """A copy of a quantized model that computes convolutions and linear layers with integers, for inference.
+
+    Sums of levels times int8 weights are exact, so the result depends on no order of summation; batch norm, residual
+    sum and quantization follow in float32 in the same pass. The predictions are those of the quantized model, up to
+    the float rounding of that model.
+
+    Args:
+        model: quantized and calibrated, float32, levels on an int8 grid (``snap="int8"``); stays as it is.
+        example_inputs: what the model takes; the values do not matter, the shapes tell which sums are residual ones.
+        strict: refuse models with a quantized layer that cannot compute with integers; False leaves it as it is.
+
+    Returns:
+        The copy, in evaluation mode; its attribute ``adq_integer`` is an :class:`IntegerReport`.
+
+    Raises:
+        ValueError: not quantized, no layer can compute with integers, or with ``strict`` some cannot (named).
+    """
+    model = copy.deepcopy(model).eval().requires_grad_(False)
+    problems = {name: integer_problem(layer) for name, layer in quantized_layers(model).items()}
+    left = {name: problem for name, problem in problems.items() if problem}
+    names = [name for name in problems if name not in left]
+    if not problems:
+        raise ValueError("adq: the model is not quantized; to_integer takes quantized models")
+    if left and (strict or not names):
+        reasons = listed([f"layer {name!r}: {problem}" for name, problem in left.items()])
+        raise ValueError(f"adq: cannot compute with integers: {reasons}")
+    if isinstance(model, QuantizedLayer):
+        return _reported(_integer_layer(model, _bias(model), Epilogue()), IntegerReport(names, 0, left, None))
+    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    try:
+        graph = _Tracer().trace(model)
+    except Exception as error:  # whatever the model's code raises when it meets a proxy
+        for name in names:
+            layer = cast(QuantizedLayer, model.get_submodule(name))
+            model.set_submodule(name, _integer_layer(layer, _bias(layer), Epilogue()))
+        return _reported(model, IntegerReport(names, 0, left, f"torch.fx cannot trace the model: {error}"))
+    traced = fx.GraphModule(model, graph, type(model).__name__)
+    ShapeProp(traced).propagate(*to_device(inputs, next(iter(model.parameters())).device))
+    from_levels = _Fuser(traced, set(names)).rewrite()
+    traced.delete_all_unused_submodules()
+    traced.recompile()
+    return _reported(traced.eval(), IntegerReport(names, from_levels, left, None))
+
+
+def _reported(model: nn.Module, report: IntegerReport) -> nn.Module:
+    model.adq_integer = report  # type: ignore[assignment]
+    return model

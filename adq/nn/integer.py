@@ -1,0 +1,184 @@
+"""Layers that compute with integers: uint8 levels in, int8 weights, int32 sums, and the next layers' levels out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from adq.layout import arrange
+from adq.nn.activation import ActivationQuantizer
+from adq.nn.dtype import keeping_dtype
+
+
+@dataclass(frozen=True)
+class IntegerWeight:
+    """A weight on an integer grid: ``scale * integer``.
+
+    Attributes:
+        integer: int8 ``[O, I / groups, *kernel]``.
+        scale: float64 ``[O]``.
+    """
+
+    integer: Tensor
+    scale: Tensor
+
+
+@dataclass(frozen=True)
+class Affine:
+    """``factor * v + shift`` of each channel, float64 ``[O]``: what follows a convolution, batch norm for one."""
+
+    factor: Tensor
+    shift: Tensor
+
+    def then(self, factor: Tensor, shift: Tensor) -> Affine:
+        """This, and then another."""
+        return Affine(self.factor * factor, self.shift * factor + shift)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Kernel, stride, padding and dilation of a two-dimensional convolution, height first."""
+
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+
+@dataclass
+class Epilogue:
+    """What a layer does with its sums.
+
+    Attributes:
+        low, high: bounds of the activation function (ReLU: 0 and infinity).
+        readers: quantizers of the layers that take their levels from here.
+        keep: whether anything reads the float result.
+    """
+
+    low: float = -torch.inf
+    high: float = torch.inf
+    readers: list[ActivationQuantizer] = field(default_factory=list)
+    keep: bool = True
+
+
+class IntegerLayer(nn.Module):
+    """``y = clamp(factor * (convolution of levels with integers) + shift [+ residual])``, exact up to the last line.
+
+    A float input is quantized first; levels (uint8) are taken as they are. Inference only. The operator is
+    :func:`adq.reference.integer_conv2d`; its arithmetic after the integer sum is float32.
+
+    Args:
+        weight: on its grid.
+        affine: what follows, the bias of the layer included; in units of the layer's output.
+        quantizer: of the layer's input, calibrated; level ``zero`` of it means 0.
+        geometry: of the convolution.
+        epilogue: what else is computed.
+    """
+
+    spatial: ClassVar[int]
+    blocks: Tensor
+    table: Tensor
+    initial: Tensor
+    multiplier: Tensor
+    bias: Tensor
+
+    def __init__(
+        self,
+        weight: IntegerWeight,
+        affine: Affine,
+        quantizer: ActivationQuantizer,
+        geometry: Geometry,
+        epilogue: Epilogue,
+    ) -> None:
+        super().__init__()
+        integer = weight.integer.reshape(*weight.integer.shape[:2], *geometry.kernel)
+        self.geometry, self.epilogue = geometry, epilogue
+        self.input_quantizer = quantizer
+        self.zero = quantizer.zero_level
+        blocks, table = arrange(integer, geometry.groups)
+        self.register_buffer("blocks", blocks)
+        self.register_buffer("table", table)
+        self.register_buffer("initial", -self.zero * integer.sum((1, 2, 3), dtype=torch.int32))
+        self.register_buffer("multiplier", (affine.factor * weight.scale * quantizer.level_size).float())
+        self.register_buffer("bias", affine.shift.float())
+        self.readers = nn.ModuleList(epilogue.readers)
+        self.steps = [reader.config.steps for reader in epilogue.readers]
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, list[Tensor]]:
+        """Float or levels ``[N, C, ...]``; y, and where others read levels from here ``(y, levels of each)``."""
+        if x.dtype != torch.uint8:
+            x = self.input_quantizer.levels(x)
+        geometry, epilogue = self.geometry, self.epilogue
+        parameters = [p for q in self.readers for p in (q.start, q.interval, q.in_scale)]
+        lead = x.shape
+        y, levels = torch.ops.adq.integer_conv2d(
+            self._image(x),
+            self.blocks,
+            self.table,
+            self.initial,
+            self.multiplier,
+            self.bias,
+            None if residual is None else self._image(residual),
+            epilogue.low,
+            epilogue.high,
+            parameters,
+            self.steps,
+            epilogue.keep,
+            geometry.kernel,
+            geometry.stride,
+            geometry.padding,
+            geometry.dilation,
+            geometry.groups,
+            self.zero,
+        )
+        y = self._restore(y, lead) if epilogue.keep else y
+        return (y, [self._restore(level, lead) for level in levels]) if self.readers else y
+
+    def _image(self, x: Tensor) -> Tensor:
+        """As ``[N, C, H, W]``."""
+        raise NotImplementedError
+
+    def _restore(self, y: Tensor, lead: torch.Size) -> Tensor:
+        """The inverse of :meth:`_image`; ``lead`` is the shape of the layer's input."""
+        raise NotImplementedError
+
+    def _apply(self, fn, recurse: bool = True) -> nn.Module:  # type: ignore[no-untyped-def]
+        return super()._apply(keeping_dtype(fn), recurse)
+
+    def extra_repr(self) -> str:
+        levels = self.table.numel() or 256
+        return f"outputs={self.initial.numel()}, weight levels={levels}, {self.geometry}, keep={self.epilogue.keep}"
+
+
+class IntegerConv2d(IntegerLayer):
+    """A convolution of images ``[N, C, H, W]``."""
+
+    def _image(self, x: Tensor) -> Tensor:
+        return x
+
+    def _restore(self, y: Tensor, lead: torch.Size) -> Tensor:
+        return y
+
+
+class IntegerConv1d(IntegerLayer):
+    """A convolution of sequences ``[N, C, L]``."""
+
+    def _image(self, x: Tensor) -> Tensor:
+        return x.unsqueeze(2)
+
+    def _restore(self, y: Tensor, lead: torch.Size) -> Tensor:
+        return y.squeeze(2)
+
+
+class IntegerLinear(IntegerLayer):
+    """A linear layer over the last axis, ``[..., C]``: a 1 x 1 convolution of as many images."""
+
+    def _image(self, x: Tensor) -> Tensor:
+        return x.reshape(-1, x.shape[-1], 1, 1)
+
+    def _restore(self, y: Tensor, lead: torch.Size) -> Tensor:
+        return y.reshape(*lead[:-1], y.shape[1])

@@ -1,0 +1,287 @@
+"""Models that compute with integers: the same function as the quantized model, fused where the graph allows it."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import adq
+from adq import ActivationConfig, ADQConfig, WeightConfig
+from adq.nn import IntegerConv2d, IntegerLayer
+
+WEIGHT = WeightConfig(bits=3, snap="int8", scale="channel")
+SIGNED = {"activation": {"signed": True}}
+
+
+def quantized(model: nn.Module, x: torch.Tensor, **overrides) -> nn.Module:
+    """Calibrated, with batch-norm statistics and affine parameters of both signs, in evaluation mode."""
+    generator = torch.Generator().manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.running_mean.normal_(0, 0.2, generator=generator)
+            module.running_var.uniform_(0.5, 2, generator=generator)
+            if module.affine:
+                module.weight.data.normal_(0, 1, generator=generator)
+                module.bias.data.normal_(0, 0.3, generator=generator)
+    config = ADQConfig(WEIGHT, ActivationConfig(bits=3), overrides={"re:.*": SIGNED, **overrides})
+    adq.quantize_(model, config)
+    adq.calibrate_(model, [x], batch_norm=False)
+    return model.eval()
+
+
+def images(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+def integer(model: nn.Module, x: torch.Tensor, from_levels: int, **options) -> nn.Module:
+    """The integer model, checked against the quantized one."""
+    converted = adq.to_integer(model, x, **options)
+    assert converted.adq_integer.from_levels == from_levels
+    with torch.no_grad():
+        torch.testing.assert_close(converted(x), model(x), rtol=1e-5, atol=2e-5)
+    return converted
+
+
+def kinds(model: nn.Module, kind: type[nn.Module]) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, kind)]
+
+
+class Block(nn.Module):
+    """A residual block, with a convolution on the shortcut or without."""
+
+    def __init__(self, inputs: int, outputs: int, inplace: bool = True):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
+        self.bn2 = nn.BatchNorm2d(outputs, affine=inplace)
+        self.relu = nn.ReLU(inplace=inplace)
+        self.downsample = None if inputs == outputs else nn.Conv2d(inputs, outputs, 1)
+
+    def forward(self, x):
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        out += x if self.downsample is None else self.downsample(x)
+        return self.relu(out)
+
+
+def test_a_chain_runs_from_levels_to_levels():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 10, 3, padding=1), nn.BatchNorm2d(10), nn.ReLU(inplace=True),
+        nn.Conv2d(10, 9, 3, stride=2, padding=1), nn.BatchNorm2d(9), nn.ReLU6(), nn.Dropout(),
+        nn.Conv2d(9, 8, 1), nn.Hardtanh(-0.5, 0.25),
+        nn.Conv2d(8, 8, 3, groups=8), nn.Identity(),
+        nn.Conv2d(8, 6, 3, padding=2, dilation=2, groups=2),
+    )  # fmt: skip
+    x = images(2, 3, 8, 8)
+    converted = integer(quantized(model, x), x, from_levels=4)
+    layers = kinds(converted, IntegerLayer)
+    assert [layer.epilogue.keep for layer in layers] == [False] * 4 + [True]
+    assert [(layer.epilogue.low, layer.epilogue.high) for layer in layers[:3]] == [(0, torch.inf), (0, 6), (-0.5, 0.25)]
+    assert len(list(converted.modules())) < 30  # nothing else is left but containers
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_residual_blocks(inplace):
+    torch.manual_seed(0)
+    x = images(2, 4, 6, 6)
+    model = quantized(nn.Sequential(Block(4, 8, inplace), Block(8, 8, inplace), nn.Conv2d(8, 5, 1)), x)
+    converted = integer(model, x, from_levels=4)
+    called = [node for node in converted.graph.nodes if node.op == "call_module"]
+    assert len(called) == 6  # two convolutions a block, one on a shortcut, the last: nothing besides
+    assert sum(len(node.args) == 2 for node in called) == 2  # each block's sum is in an epilogue
+
+
+def test_linear_layers_of_any_rank():
+    torch.manual_seed(0)
+    x = images(2, 5, 12)
+    model = quantized(
+        nn.Sequential(nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 7), nn.Dropout(0.5), nn.Linear(7, 3)), x
+    )
+    integer(model, x, from_levels=2)
+
+
+def test_batch_norm_over_another_axis_than_the_outputs():
+    torch.manual_seed(0)
+    x = images(2, 5, 12)
+    integer(quantized(nn.Sequential(nn.Linear(12, 6), nn.BatchNorm1d(5), nn.Linear(6, 3)), x), x, from_levels=0)
+    x = images(9, 12)
+    integer(quantized(nn.Sequential(nn.Linear(12, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)), x), x, from_levels=1)
+
+
+@pytest.mark.parametrize("padding", [1, "same", "valid"])
+def test_sequences(padding):
+    torch.manual_seed(0)
+    x = images(2, 6, 11)
+    convs = [nn.Conv1d(6, 8, 3, padding=padding), nn.BatchNorm1d(8), nn.ReLU(), nn.Conv1d(8, 5, 3, stride=2)]
+    integer(quantized(nn.Sequential(*convs), x), x, from_levels=1)
+
+
+class Sums(nn.Module):
+    """Sums that are no residual ones."""
+
+    def __init__(self, kind: str):
+        super().__init__()
+        self.kind = kind
+        self.a = nn.Conv2d(4, 4, 3, padding=1)
+        self.b = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x):
+        y = self.a(x)
+        if self.kind == "broadcast":
+            return self.b(F.relu(y + x.mean((2, 3), keepdim=True)))
+        if self.kind == "number":
+            return self.b(F.relu(y + 1))
+        if self.kind == "twice":
+            return self.b(F.relu(y + y))
+        if self.kind == "alpha":
+            return self.b(F.relu(torch.add(y, x, alpha=2)))
+        if self.kind == "used again":
+            return self.b(F.relu(y + x)) + y
+        if self.kind == "in place":  # the shortcut changes what the layer has read
+            x = x.clone()
+            y = self.a(x)
+            return self.b(F.relu(y + x.mul_(2)))
+        raise AssertionError
+
+
+@pytest.mark.parametrize("kind", ["broadcast", "number", "twice", "alpha", "used again", "in place"])
+def test_other_sums_stay_as_they_are(kind):
+    torch.manual_seed(0)
+    x = images(2, 4, 5, 5)
+    converted = integer(quantized(Sums(kind), x), x, from_levels=0)
+    last = [n for n in converted.graph.nodes if n.op == "call_module"][-1]
+    assert (len(last.args) == 2) == (kind == "used again")  # there it is b's sum
+
+
+class Twice(nn.Module):
+    """A layer that runs twice, into different functions."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x):
+        return self.a(F.relu(self.a(input=x)))
+
+
+def test_a_layer_that_runs_twice():
+    torch.manual_seed(0)
+    x = images(2, 4, 5, 5)
+    assert len(kinds(integer(quantized(Twice(), x), x, from_levels=1), IntegerConv2d)) == 2
+
+
+class Loops(nn.Module):
+    """torch.fx cannot trace this."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x):
+        return self.a(x) if x.sum() > 1e9 else self.a(x).relu()
+
+
+def test_a_model_that_cannot_be_traced_is_converted_layer_by_layer():
+    torch.manual_seed(0)
+    x = images(2, 4, 5, 5)
+    converted = integer(quantized(Loops(), x), x, from_levels=0)
+    assert "cannot trace" in converted.adq_integer.unfused
+    assert "not fused" in str(converted.adq_integer)
+
+
+def test_float_outputs_are_kept_where_they_are_read():
+    torch.manual_seed(0)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(3))
+
+        def forward(self, x):
+            y = F.relu(self.a(x))
+            return self.b(y), self.c(y), y
+
+    x = images(1, 4, 5, 5)
+    model = quantized(Model(), x)
+    converted = adq.to_integer(model, x)
+    assert converted.adq_integer.from_levels == 2
+    for actual, expected in zip(converted(x), model(x), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=2e-5)
+
+
+def test_the_model_stays_and_the_copy_can_be_copied():
+    torch.manual_seed(0)
+    x = images(2, 4, 6, 6)
+    model = quantized(Block(4, 4), x)
+    before = copy.deepcopy(model.state_dict())
+    converted = adq.to_integer(model, x)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in converted.parameters())
+    for twin in (copy.deepcopy(converted), pickle.loads(pickle.dumps(converted))):
+        assert torch.equal(twin(x), converted(x))
+    torch.testing.assert_close(converted.to(torch.bfloat16)(x), converted(x))  # constants keep their dtype
+
+
+def test_all_widths():
+    torch.manual_seed(0)
+    x = images(2, 4, 5, 5).abs()
+    for bits in (1, 2, 3, 4, 5, 6, 7, 8):
+        layer = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 6, 3, padding=1))
+        override = {"weight": {"bits": bits}, "activation": {"bits": bits, "signed": False}}
+        converted = integer(quantized(layer, x, **{"re:.*": override}), x, from_levels=1)
+        levels = kinds(converted, IntegerConv2d)[0].table.numel()
+        assert levels == (2**bits if bits <= 4 else 0)
+
+
+def test_learned_steps_are_integers():
+    torch.manual_seed(0)
+    x = images(2, 4, 5, 5)
+    integer(quantized(nn.Conv2d(4, 6, 3), x, **{"re:.*": {"weight": {"update": "step", "snap": None}}}), x, 0)
+
+
+# ---- refusals ----------------------------------------------------------------------------------------
+
+
+def test_levels_on_no_grid_are_refused_by_name():
+    x = images(1, 4, 5, 5)
+    model = quantized(nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)), x, **{"1": {"weight": {"snap": None}}})
+    with pytest.raises(ValueError, match=r"layer '1': its levels lie on no int8 grid"):
+        adq.to_integer(model, x)
+    converted = integer(model, x, 0, strict=False)
+    assert list(converted.adq_integer.left) == ["1"]
+    assert "layer '1' is not one of them" in str(converted.adq_integer)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize(
+    ("model", "shape", "message"),
+    [
+        (nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), (1, 4, 5, 5), "padding is .*reflect"),
+        (nn.Conv2d(4, 4, 2, padding="same"), (1, 4, 5, 5), "padding is 'same'"),
+        (nn.ConvTranspose2d(4, 4, 2), (1, 4, 5, 5), "no integer kernel for QConvTranspose2d"),
+        (nn.Linear(70_000, 1), (1, 70_000), "a sum of 70,000 products"),
+    ],
+    ids=["reflect", "asymmetric", "transposed", "long"],
+)
+def test_layers_without_an_integer_form_are_refused(model, shape, message):
+    torch.manual_seed(0)
+    x = images(*shape)
+    with pytest.raises(ValueError, match=message):
+        adq.to_integer(quantized(model, x), x)
+
+
+def test_float_and_uncalibrated_models_are_refused():
+    x = images(1, 4, 5, 5)
+    with pytest.raises(ValueError, match="not quantized"):
+        adq.to_integer(nn.Conv2d(4, 4, 1), x)
+    with pytest.raises(ValueError, match="not calibrated"):
+        adq.to_integer(adq.quantize_(nn.Conv2d(4, 4, 1)), x)
+    with pytest.raises(ValueError, match="in float"):
+        adq.to_integer(quantized(nn.Conv2d(4, 4, 1), x, **{"re:.*": {"activation": None}}), x)
