@@ -285,3 +285,32 @@ def test_float_and_uncalibrated_models_are_refused():
         adq.to_integer(adq.quantize_(nn.Conv2d(4, 4, 1)), x)
     with pytest.raises(ValueError, match="in float"):
         adq.to_integer(quantized(nn.Conv2d(4, 4, 1), x, **{"re:.*": {"activation": None}}), x)
+
+
+# ---- the command line --------------------------------------------------------------------------------
+
+
+def evaluated(path, *arguments: str):
+    testing = pytest.importorskip("typer.testing", reason="the command line needs the extra 'train'")
+    from adq.train.cli import app
+
+    return testing.CliRunner().invoke(app, ["eval", str(path), "--config", "digits", *arguments])
+
+
+@pytest.mark.parametrize("snap", ["int8", None])
+def test_eval_with_integers(tmp_path, snap):
+    pytest.importorskip("sklearn", reason="the digits need scikit-learn")
+    torch.manual_seed(0)
+    model = adq.create_model("digits_cnn", num_classes=10)
+    adq.quantize_(model, ADQConfig(weight=WeightConfig(bits=3, snap=snap), activation=ActivationConfig(bits=3)))
+    adq.calibrate_(model, [torch.rand(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))])
+    path = adq.save(model, tmp_path / "model.safetensors")
+    result = evaluated(path, "--integer")
+    if snap is None:
+        assert result.exit_code == 1
+        assert "no int8 grid" in result.output
+        return
+    assert result.exit_code == 0
+    assert "integer layers" in result.output
+    top1, expected = (float(text.split("top-1 ")[1].split(",")[0]) for text in (result.output, evaluated(path).output))
+    assert abs(top1 - expected) < 0.5  # of 360 images: at most one, where the float sums decide

@@ -154,6 +154,9 @@ def evaluate_(
     data: DataName = None,
     root: Root = None,
     config: Config = None,
+    integer: Annotated[
+        bool, typer.Option("--integer", help="Compute with integers, as adq.to_integer does.")
+    ] = False,
     set_: Set = None,
 ) -> None:
     """Top-1 of a saved quantized model."""
@@ -161,6 +164,7 @@ def evaluate_(
         from accelerate import Accelerator
 
         from adq.artifact import load
+        from adq.integer import to_integer
         from adq.summary import summary
         from adq.train.data import build_data, check_classes
         from adq.train.engine import evaluate
@@ -174,8 +178,11 @@ def evaluate_(
         check_classes(network, bundle)
         accelerator = Accelerator(cpu=resolved.engine.device == "cpu")
         test = accelerator.prepare(bundle.test)
-        loss, top1 = evaluate(accelerator, network.to(accelerator.device), test)
         report = summary(network)
+        if integer:
+            network = to_integer(network, torch.zeros(2, *bundle.input_shape))
+            typer.echo(network.adq_integer)
+        loss, top1 = evaluate(accelerator, network.to(accelerator.device), test)
         typer.echo(
             f"{file}: top-1 {top1:.2f}, loss {loss:.4f}, {report.average_bits_quantized:.3f} bits over the quantized "
             f"layers, {report.average_bits_network:.3f} over the whole network"
