@@ -16,7 +16,7 @@ from adq.artifact import load, save
 from adq.batch_norm import correct_batch_norm_, reestimate_batch_norm_
 from adq.calibrate import calibrate_
 from adq.config import ActivationConfig, ADQConfig, LayerConfig, WeightConfig
-from adq.convert import quantize_
+from adq.convert import pack_, quantize_
 from adq.distill import DistillationLoss
 from adq.integer import IntegerReport, to_integer
 from adq.models import create_model, load_float_weights, register_architecture
@@ -49,6 +49,7 @@ __all__ = [
     "functional",
     "load",
     "load_float_weights",
+    "pack_",
     "quantize_",
     "reestimate_batch_norm_",
     "register_architecture",

@@ -1,8 +1,7 @@
-"""The model file: safetensors with JSON metadata, plain (to train on) or packed (to ship). No pickle."""
+"""The model file: what it holds of a model, plain (to train on) or packed (to ship). No pickle."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -10,24 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from adq import container
 from adq.config import ActivationConfig, LayerConfig, WeightConfig, from_dict, to_dict
-from adq.convert import convert_layers_, quantized_layers, weight_quantizers
-from adq.functional import pack, unpack
+from adq.container import check_shape
+from adq.convert import convert_layers_, pack_, packed_weights, quantized_layers, refuse_packed
+from adq.functional import code_bits, unpack
 from adq.models import rebuild
 from adq.nn.activation import ActivationQuantizer
 from adq.nn.layers import QUANTIZED
+from adq.nn.packed import CODES
 from adq.nn.weight import WeightQuantizer
 from adq.ops import packed_size
 from adq.store import replacing
 
-FORMAT = "adq-model"
-FORMAT_VERSION = 1
-CODES = "codes"
 TRAINING_STATE = ("ema_count", "ema_total", "steps")
+COUNTER = "num_batches_tracked"
+"""Of batch norms: state of training too."""
 
 
 def installed_version() -> str:
@@ -39,7 +38,7 @@ def installed_version() -> str:
 
 @dataclass(frozen=True)
 class Header:
-    """What a model file says of itself.
+    """What a model file says of its model.
 
     Attributes:
         version: of the format.
@@ -57,46 +56,42 @@ class Header:
     shapes: dict[str, list[int]]
     aliases: dict[str, str]
 
-    def to_metadata(self) -> dict[str, str]:
-        """The header as safetensors metadata (strings)."""
+    def parts(self) -> dict[str, Any]:
+        """What :mod:`adq.container` writes, by the names of :data:`adq.container.PARTS`."""
         return {
-            "format": FORMAT,
-            "format_version": str(self.version),
-            "adq_version": installed_version(),
-            "packed": json.dumps(self.packed),
-            "architecture": json.dumps(self.architecture),
-            "layers": json.dumps({name: to_dict(config) for name, config in self.layers.items()}),
-            "shapes": json.dumps(self.shapes),
-            "aliases": json.dumps(self.aliases),
+            "architecture": self.architecture,
+            "layers": {name: to_dict(config) for name, config in self.layers.items()},
+            "shapes": self.shapes,
+            "aliases": self.aliases,
         }
 
     @classmethod
-    def from_metadata(cls, metadata: Mapping[str, str] | None, path: Path) -> Header:
-        """Parse and check; ValueError names the file and what is wrong with it."""
-        if not metadata or metadata.get("format") != FORMAT:
-            raise ValueError(f"adq: {path} is not an adq model (a float checkpoint? use load_float_weights)")
-        number = metadata.get("format_version", "")
-        if not number.isdigit() or int(number) > FORMAT_VERSION:
-            raise ValueError(
-                f"adq: {path} has format version {number!r}, this adq reads up to {FORMAT_VERSION}; update adq"
-            )
+    def parse(cls, contents: container.Contents, path: Path) -> Header:
+        """Check the parts of a file's header; ValueError names the file and what is wrong with it."""
+        values = contents.header
         try:
-            layers = {name: _layer_config(value) for name, value in json.loads(metadata["layers"]).items()}
-            values = {key: json.loads(metadata[key]) for key in ("packed", "architecture", "shapes", "aliases")}
-            _check_header(**values)
+            _check_architecture_record(values["architecture"])
+            layers = {name: _layer_config(value) for name, value in values["layers"].items()}
+            for name, shape in values["shapes"].items():
+                check_shape(name, shape)
+            if not all(isinstance(kept, str) for kept in values["aliases"].values()):
+                raise ValueError(f"aliases are {values['aliases']!r:.200}")
         except (KeyError, AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"adq: {path} has a damaged header: {error}") from error
-        return cls(version=int(number), layers=layers, **values)
+        return cls(
+            contents.version, contents.packed, values["architecture"], layers, values["shapes"], values["aliases"]
+        )
 
 
-def _check_header(packed: Any, architecture: Any, shapes: Any, aliases: Any) -> None:
-    if not isinstance(packed, bool) or not isinstance(architecture, (dict, type(None))):
-        raise ValueError("packed must be true or false, architecture a mapping or null")
-    for name, shape in shapes.items():
-        if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
-            raise ValueError(f"the shape of {name!r} is {shape!r}")
-    if not all(isinstance(kept, str) for kept in aliases.values()):
-        raise ValueError(f"aliases are {aliases!r}")
+def _check_architecture_record(record: Any) -> None:
+    if record is None:
+        return
+    if not isinstance(record, dict):
+        raise ValueError("architecture must be a mapping or null")
+    kinds = {"name": (str,), "num_classes": (int,), "kwargs": (dict,)}
+    for key, value in record.items():
+        if key in kinds and type(value) not in kinds[key]:
+            raise ValueError(f"{key} of the architecture is {value!r:.200}")
 
 
 def _layer_config(values: dict[str, Any]) -> LayerConfig:
@@ -120,34 +115,33 @@ def _present_config(model: nn.Module) -> dict[str, LayerConfig]:
     return configs
 
 
+# ---- saving ------------------------------------------------------------------------------------------
+
+
 def packed_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
     """The tensors of a packed file, and the shapes of the weights stored as codes.
 
     Each quantized ``<layer>.weight`` becomes ``<layer>.codes``, b bits a weight without padding between them;
     codebook and scale stay, the state of training goes. A weight that a layer in float uses too stays as it is.
     """
-    state = dict(model.state_dict())
-    layers = {
-        _prefix(name): layer
-        for name, layer in quantized_layers(model).items()
-        if isinstance(layer.weight_quantizer, WeightQuantizer)
-    }
-    own = {f"{prefix}weight" for prefix in layers}
-    in_float = {tensor.data_ptr() for key, tensor in state.items() if key not in own}  # an embedding's, say
+    state = {key: tensor for key, tensor in model.state_dict().items() if not key.endswith(COUNTER)}
     shapes: dict[str, list[int]] = {}
-    for name, (layer, quantizer) in weight_quantizers(model).items():
-        if layer.weight.data_ptr() not in in_float:
-            shapes[name] = list(layer.weight.shape)
-            state[f"{_prefix(name)}{CODES}"] = pack(quantizer.encode(layer.weight), quantizer.bits)
-    for prefix, layer in layers.items():
-        dropped = [f"weight_quantizer.{key}" for key in TRAINING_STATE]
-        for key in dropped if layer.weight.data_ptr() in in_float else ["weight", *dropped]:
-            del state[f"{prefix}{key}"]
-    return state, shapes
+    weights = packed_weights(model)
+    for name in quantized_layers(model):
+        prefix, weight = _prefix(name), weights.get(name)
+        for key in TRAINING_STATE:
+            state.pop(f"{prefix}weight_quantizer.{key}", None)
+        if weight is not None:
+            shapes[name] = list(weight.shape)
+            state.pop(f"{prefix}weight", None)
+            state[f"{prefix}{CODES}"] = weight.codes
+            state[f"{prefix}weight_quantizer.codebook"] = weight.codebook
+            state[f"{prefix}weight_quantizer.scale"] = weight.scale
+    return dict(sorted(state.items())), shapes
 
 
 def packed_bytes(model: nn.Module) -> int:
-    """Bytes of all tensors of the packed file."""
+    """Bytes of all tensors of the packed file, its header not counted."""
     tensors, _ = _without_aliases(packed_state(model)[0])
     return sum(tensor.nbytes for tensor in tensors.values())
 
@@ -182,33 +176,29 @@ def save(
         The path.
 
     Raises:
-        ValueError: not quantized, or a NaN or infinity in the model (the tensor is named).
+        ValueError: not quantized, a NaN or infinity in the model (the tensor is named), or a plain file of a model that
+            is packed.
     """
     layers = _present_config(model)
     if not layers:
         raise ValueError("adq: the model is not quantized; save float models with safetensors")
+    if not packed:
+        refuse_packed(model, "a file to train on")
     state, shapes = packed_state(model) if packed else (dict(model.state_dict()), {})
     for key, tensor in state.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        if tensor.dtype not in container.DTYPES:
+            raise ValueError(f"adq: not saved: {key} is {tensor.dtype}")
+        if not bool(tensor.isfinite().all()):
             raise ValueError(f"adq: not saved: {key} holds NaN or infinity")
     tensors, aliases = _without_aliases(state)
     architecture = architecture or getattr(model, "adq_architecture", None)
-    header = Header(FORMAT_VERSION, packed, architecture, layers, shapes, aliases)
+    header = Header(container.FORMAT_VERSION, packed, architecture, layers, shapes, aliases)
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata=header.to_metadata())
+        container.write(temporary, tensors, header.parts(), packed, installed_version())
     return Path(path)
 
 
-def read_header(path: str | Path) -> Header:
-    """The header of a model file, without its tensors; errors as :func:`load`."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"adq: no such file: {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return Header.from_metadata(file.metadata(), path)
-    except SafetensorError as error:
-        raise ValueError(f"adq: {path} is truncated or not a safetensors file: {error}") from error
+# ---- loading -----------------------------------------------------------------------------------------
 
 
 def load(path: str | Path, model: nn.Module | None = None, *, device: str | torch.device = "cpu") -> nn.Module:
@@ -222,47 +212,71 @@ def load(path: str | Path, model: nn.Module | None = None, *, device: str | torc
 
     Returns:
         The quantized model, calibrated and in evaluation mode. From a plain file it trains on exactly as the
-        saved one would; from a packed one weights are the decoded ones, and it predicts the same.
+        saved one would; from a packed one it is what :func:`adq.pack_` makes of the saved model, and predicts the same.
 
     Raises:
-        FileNotFoundError, ValueError: no such file; truncated, not safetensors, not an adq model, of a newer
-            format; another architecture (missing, unexpected and misshapen tensors are named). A model
-            that was passed in is unchanged then.
+        FileNotFoundError, ValueError: no such file; truncated, changed since it was written, not safetensors, not an
+            adq model, of a newer format; values that no model has; another architecture (missing, unexpected and
+            misshapen tensors are named). A model that was passed in is unchanged then.
     """
     path = Path(path)
-    header = read_header(path)
-    if model is None:
-        if header.architecture is None:
-            raise ValueError(
-                f"adq: {path} names no registered architecture; pass the float model: adq.load(path, model)"
-            )
-        model = rebuild(header.architecture)
-    elif quantized_layers(model):
+    contents, state = container.read(path)
+    header = Header.parse(contents, path)
+    if model is not None and quantized_layers(model):
         raise ValueError("adq: load takes a float model to convert, this one is quantized already")
-    with safe_open(path, framework="pt") as file:
-        state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    state.update({key: state[kept] for key, kept in header.aliases.items() if kept in state})
+    _check_values(header, state, path)
+    if model is None:
+        model = _build(header, state, path)
     _check_architecture(model, header, state, path)
-    _decode(state, header, path)
     convert_layers_(model, header.layers, fitted=False)
+    if header.packed:
+        pack_(model, {name: state[f"{_prefix(name)}{CODES}"].clone() for name in header.shapes})
     model.load_state_dict(state, strict=not header.packed)
     return model.eval().to(device)
 
 
-def _decode(state: dict[str, Tensor], header: Header, path: Path) -> None:
-    """Put float weights in place of codes: ``scale * codebook[code]``."""
+def _build(header: Header, state: Mapping[str, Tensor], path: Path) -> nn.Module:
+    """The float model that the file names, if it is about as large as the file says: a byte of codes is 8 weights."""
+    if header.architecture is None:
+        raise ValueError(f"adq: {path} names no registered architecture; pass the float model: adq.load(path, model)")
+    sizes = {key: tensor.nbytes * (32 if tensor.dtype == torch.uint8 else 1) for key, tensor in state.items()}
+    try:
+        return rebuild(header.architecture, sum(sizes.values()))
+    except ImportError:
+        raise
+    except Exception as error:  # arguments that an architecture does not take fail in any way
+        raise ValueError(f"adq: {path} names an architecture that cannot be built: {error}") from error
+
+
+def _check_values(header: Header, state: dict[str, Tensor], path: Path) -> None:
+    """Resolve aliases and check values; of the values nothing has been made yet."""
+    for key, kept in header.aliases.items():
+        if key in state or kept not in state or kept in header.aliases:
+            raise ValueError(f"adq: {path} has a damaged header: {key} cannot share the tensor of {kept}")
+    state.update({key: state[kept] for key, kept in header.aliases.items()})
+    for key, tensor in state.items():
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"adq: {path}: {key} holds NaN or infinity")
+        if tensor.dtype == torch.bool and bool((tensor.view(torch.uint8) > 1).any()):
+            raise ValueError(f"adq: {path}: {key} holds bytes that are neither true nor false")
+
+
+def _check_codes(header: Header, state: dict[str, Tensor], path: Path) -> None:
+    """Check codes and codebooks whose shapes are right."""
     for name, shape in header.shapes.items():
-        prefix, config = _prefix(name), header.layers[name].weight
-        assert config is not None
-        codebook = state[f"{prefix}weight_quantizer.codebook"].sort().values
-        code = unpack(state.pop(f"{prefix}{CODES}"), config.bits, tuple(shape))
-        if code.numel() and int(code.max()) >= codebook.numel():
-            raise ValueError(f"adq: {path}: layer {name!r} has codes beyond its {codebook.numel()} levels")
-        state[f"{prefix}weight"] = codebook[code.int()] * state[f"{prefix}weight_quantizer.scale"]
+        key = f"{_prefix(name)}weight_quantizer.codebook"
+        if header.version == 1:
+            state[key] = state[key].sort().values  # codes were those of the sorted one
+        codes, codebook = state[f"{_prefix(name)}{CODES}"], state[key]
+        if bool((codebook.diff() < 0).any()):
+            raise ValueError(f"adq: {path}: the codebook of layer {name!r} is not ascending")
+        levels, bits = codebook.numel(), code_bits(codebook.numel())
+        if levels < 2**bits and codes.numel() and int(unpack(codes, bits, tuple(shape)).max()) >= levels:
+            raise ValueError(f"adq: {path}: layer {name!r} has codes beyond its {levels} levels")
 
 
-def _check_architecture(model: nn.Module, header: Header, state: Mapping[str, Tensor], path: Path) -> None:
-    """Compare layers, names, shapes and kinds with the file before anything is touched."""
+def _check_architecture(model: nn.Module, header: Header, state: dict[str, Tensor], path: Path) -> None:
+    """Compare layers, names, shapes and kinds with the file, and then the codes, before the model is touched."""
     modules = dict(model.named_modules())
     problems = [f"no layer {name!r} to quantize" for name in header.layers if type(modules.get(name)) not in QUANTIZED]
     if not problems:
@@ -278,11 +292,14 @@ def _check_architecture(model: nn.Module, header: Header, state: Mapping[str, Te
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ValueError(f"adq: {path} is of another architecture: {'; '.join(sorted(problems)[:5])}{more}")
+    _check_codes(header, state, path)
 
 
 def _expected(model: nn.Module, header: Header) -> dict[str, Tensor]:
     """What a file of this header holds for this float model: tensors without memory, by name."""
     expected = {key: tensor.to("meta") for key, tensor in model.state_dict().items()}
+    if header.packed and header.version > 1:
+        expected = {key: tensor for key, tensor in expected.items() if not key.endswith(COUNTER)}
     layers: dict[str, Any] = {name: model.get_submodule(name) for name in header.layers}
     coded = {id(layers[name].weight) for name in header.shapes}
     for name, config in header.layers.items():
@@ -309,9 +326,10 @@ def _differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) ->
     problems += [f"unexpected {key}" for key in found.keys() - expected.keys()]
     for key in expected.keys() & found.keys():
         want, have = expected[key], found[key]
+        casts = want.is_floating_point() and have.is_floating_point() and "_quantizer." not in key
         if want.shape != have.shape:
             problems.append(f"{key} is {tuple(have.shape)} in the file, not {tuple(want.shape)}")
-        elif want.dtype != have.dtype and not (want.is_floating_point() and have.is_floating_point()):
+        elif want.dtype != have.dtype and not casts:
             problems.append(f"{key} is {have.dtype} in the file, not {want.dtype}")
     return problems
 

@@ -15,6 +15,7 @@ from adq.convert import (
     forward_batch,
     model_device,
     quantized_layers,
+    refuse_packed,
     to_device,
     weight_quantizers,
 )
@@ -64,6 +65,7 @@ def calibrate_(model: nn.Module, batches: Iterable[Any], *, batch_norm: bool = T
     layers = quantized_layers(model)
     if not layers:
         raise ValueError("adq: the model is not quantized; call adq.quantize_(model) first")
+    refuse_packed(model, "calibration")
     trained = any(int(quantizer.steps) > 0 for _, quantizer in weight_quantizers(model).values())
     if trained and not force:
         raise RuntimeError(

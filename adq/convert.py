@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from adq.config import ADQConfig, LayerConfig, check_bits, merge_override, with_bits
 from adq.nn.activation import ActivationQuantizer
 from adq.nn.layers import QUANTIZED, QuantizedLayer
+from adq.nn.packed import PackedWeight, pack_layer_
 from adq.nn.weight import WeightQuantizer
 from adq.update import prepare_together, unregister
 
@@ -160,9 +161,77 @@ def _disable_fused_paths(model: nn.Module) -> None:
             module.use_nested_tensor = False
 
 
+# ---- to the inference form ---------------------------------------------------------------------------
+
+
+def packed_weights(model: nn.Module, codes: Mapping[str, Tensor] | None = None) -> dict[str, PackedWeight]:
+    """Every quantized weight as codes, by the name of its layer; layers that share a weight share its codes.
+
+    A weight that a layer in float uses too, an embedding's say, is left out: it must stay as it is. Where packed
+    codes are given, by the name of a layer, they are taken, and other weights left out.
+    """
+    layers = {n: layer for n, layer in quantized_layers(model).items() if _has_weight_quantizer(layer)}
+    own = {f"{name}.weight".lstrip(".") for name in layers}
+    in_float = {tensor.data_ptr() for key, tensor in model.state_dict().items() if key not in own}
+    made: dict[int, PackedWeight] = {}
+    for name, layer in layers.items():
+        quantizer: Any = layer.weight_quantizer
+        if id(quantizer) in made:
+            continue
+        if layer.packed:
+            made[id(quantizer)] = quantizer
+        elif name in codes if codes is not None else layer.weight.data_ptr() not in in_float:
+            made[id(quantizer)] = PackedWeight(quantizer, layer.weight, codes[name] if codes is not None else None)
+    keys = {name: id(layer.weight_quantizer) for name, layer in layers.items()}
+    return {name: made[key] for name, key in keys.items() if key in made}
+
+
+def _has_weight_quantizer(layer: QuantizedLayer) -> bool:
+    return isinstance(layer.weight_quantizer, WeightQuantizer)
+
+
+def pack_(model: nn.Module, codes: Mapping[str, Tensor] | None = None) -> nn.Module:
+    """Make a quantized model an inference model, in place: weights become packed codes and are decoded when used.
+
+    Its predictions are the same, bit for bit. Nothing trains any more: no float weights, no state of training, no
+    gradients. It is what :func:`adq.load` makes of a packed file. A weight that a layer in float uses too stays as
+    it is.
+
+    Args:
+        model: from :func:`adq.quantize_`; one that is packed already stays as it is.
+        codes: packed codes by the name of their layer, where they are known.
+
+    Returns:
+        The same model, in evaluation mode.
+
+    Raises:
+        ValueError: the model is not quantized.
+    """
+    layers = quantized_layers(model)
+    if not layers:
+        raise ValueError("adq: the model is not quantized; call adq.quantize_(model) first")
+    for name, packed in packed_weights(model, codes).items():
+        if not layers[name].packed:
+            pack_layer_(layers[name], packed)
+    return model.eval().requires_grad_(False)
+
+
+def is_packed(model: nn.Module) -> bool:
+    """Whether a layer's weight is kept as codes."""
+    return any(layer.packed for layer in quantized_layers(model).values())
+
+
+def refuse_packed(model: nn.Module, what: str) -> None:
+    """Raise ValueError if a layer's weight is kept as codes."""
+    if is_packed(model):
+        raise ValueError(f"adq: {what} needs float weights, and this model is packed; load the plain file instead")
+
+
 @contextmanager
 def quantizers_enabled(model: nn.Module, weights: bool, activations: bool) -> Iterator[None]:
     """Switch all quantizers of a model on or off for a while."""
+    if not weights:
+        refuse_packed(model, "running the float network")
     switches: list[tuple[Any, bool]] = [(quantizer, weights) for _, quantizer in weight_quantizers(model).values()]
     switches += [(quantizer, activations) for quantizer in activation_quantizers(model).values()]
     before = [quantizer.enabled for quantizer, _ in switches]
@@ -219,6 +288,7 @@ def set_weight_bits(model: nn.Module, bits: Mapping[str, int]) -> None:
     Raises:
         ValueError: an unknown layer, bits outside 1..8, or a weight that cannot be fitted. Nothing is changed then.
     """
+    refuse_packed(model, "changing bit-widths")
     known = weight_quantizers(model)
     for name, width in bits.items():
         if name not in known:

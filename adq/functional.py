@@ -255,3 +255,23 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 def unpack(packed: Tensor, bits: int, shape: tuple[int, ...] | torch.Size) -> Tensor:
     """The inverse of :func:`pack`: uint8 codes of ``shape``. Raises ValueError if the length is wrong."""
     return _ops.unpack_bits(packed, bits, torch.Size(shape).numel()).view(shape)
+
+
+def decode(packed: Tensor, codebook: Tensor, scale: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
+    """A weight from its packed codes: ``scale * codebook[code]``, float32 and contiguous; no gradients.
+
+    Args:
+        packed: codes as :func:`pack` writes them, as wide as the codebook needs.
+        codebook: float32 ``[K]``, 1 <= K <= 256. A code of K or more takes the last level.
+        scale: contiguous float32, as many dimensions as ``shape``, all of size 1 but at most one (the channels).
+        shape: of the weight.
+
+    Raises:
+        TypeError, ValueError: wrong dtype, device or number of elements.
+    """
+    return _ops.codebook_decode(packed, codebook, scale, code_bits(codebook.numel()), list(shape))
+
+
+def code_bits(levels: int) -> int:
+    """Width of the codes of that many levels."""
+    return max(1, (levels - 1).bit_length())

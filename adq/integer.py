@@ -58,6 +58,10 @@ _BOUNDS: dict[Any, tuple[float, float]] = {
 # ---- single layers -----------------------------------------------------------------------------------
 
 
+def _kind(layer: QuantizedLayer) -> type[IntegerLayer] | None:
+    return next((kind for quantized, kind in KINDS.items() if isinstance(layer, quantized)), None)
+
+
 def _padding(layer: QConv1d | QConv2d) -> tuple[int, ...] | None:
     """Symmetric padding of each axis, None where it is not that."""
     if layer.padding == "valid":
@@ -71,7 +75,7 @@ def _padding(layer: QConv1d | QConv2d) -> tuple[int, ...] | None:
 def integer_problem(layer: QuantizedLayer) -> str | None:
     """Why a layer cannot compute with integers, None if it can."""
     weight, activation = layer.weight_quantizer, layer.input_quantizer
-    if type(layer) not in KINDS:
+    if _kind(layer) is None:
         return f"there is no integer kernel for {type(layer).__name__}"
     if not isinstance(weight, WeightQuantizer) or not isinstance(activation, ActivationQuantizer):
         return "its weight or its input is in float"
@@ -322,7 +326,8 @@ class IntegerReport:
 
 def _integer_layer(layer: QuantizedLayer, affine: Affine, epilogue: Epilogue) -> IntegerLayer:
     quantizer = cast(ActivationQuantizer, layer.input_quantizer)
-    return KINDS[type(layer)](_weight(layer), affine, quantizer, _geometry(layer), epilogue)
+    kind = cast(type[IntegerLayer], _kind(layer))
+    return kind(_weight(layer), affine, quantizer, _geometry(layer), epilogue)
 
 
 @torch.no_grad()

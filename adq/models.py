@@ -12,18 +12,23 @@ import importlib.util
 import json
 import re
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 Factory = Callable[..., nn.Module]
 
 _REGISTRY: dict[str, tuple[Factory, int]] = {}
 _WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".th", ".ckpt")
+_WEIGHT_SOURCES = ("weights", "pretrained", "weights_backbone", "checkpoint_path", "pretrained_cfg", "cache_dir")
+"""Arguments of torchvision and timm that read other files."""
 _LISTED = 5
+_SLACK = 2**26
 
 
 # ---- registry ----------------------------------------------------------------------------------------
@@ -71,7 +76,7 @@ def create_model(name: str, num_classes: int | None = None, **kwargs: Any) -> nn
     """
     if num_classes is not None and num_classes < 1:
         raise ValueError(f"num_classes must be positive, got {num_classes}")
-    for key in ("weights", "pretrained"):
+    for key in _WEIGHT_SOURCES:
         if kwargs.get(key):
             raise ValueError(f"create_model takes no {key}=; give the weights as a file to load_float_weights")
     resolved, factory, default = _resolve(name)
@@ -82,12 +87,37 @@ def create_model(name: str, num_classes: int | None = None, **kwargs: Any) -> nn
     return model
 
 
-def rebuild(architecture: Mapping[str, Any]) -> nn.Module:
-    """The model that a record ``{"name", "num_classes", "kwargs"}`` describes, freshly initialised."""
+class _Allowance(TorchDispatchMode):
+    """Lets tensors of so many bytes be made, in all; each is tried without memory first."""
+
+    def __init__(self, nbytes: int) -> None:
+        super().__init__()
+        self.left = nbytes
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        names = {argument.name for argument in func._schema.arguments}
+        if "device" in names and not any(isinstance(x, Tensor) for x in args):
+            without = {"device": "meta", "pin_memory": False, "generator": None}
+            changed = {name: value for name, value in without.items() if name in names}
+            self.left -= func(*args, **{**kwargs, **changed}).nbytes
+            if self.left < 0:
+                raise ValueError("it would be far larger than the file's tensors")
+        return func(*args, **kwargs)
+
+
+def rebuild(architecture: Mapping[str, Any], nbytes: int | None = None) -> nn.Module:
+    """The model that a record ``{"name", "num_classes", "kwargs"}`` describes, freshly initialised.
+
+    Args:
+        architecture: the record.
+        nbytes: of the tensors that it should have. Some times as much may be made, no more: ValueError.
+    """
     missing = {"name", "num_classes"} - set(architecture)
     if missing:
         raise ValueError(f"the architecture record lacks {', '.join(sorted(missing))}: {dict(architecture)}")
-    return create_model(architecture["name"], architecture["num_classes"], **architecture.get("kwargs", {}))
+    with nullcontext() if nbytes is None else _Allowance(4 * nbytes + _SLACK):
+        return create_model(architecture["name"], architecture["num_classes"], **architecture.get("kwargs", {}))
 
 
 def _plain(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ Conventions shared by all operators:
 * The parameters of the activation quantizer are float32: ``start``, ``in_scale``, ``out_scale`` and
   ``offset`` hold one element, ``interval`` holds ``steps`` elements, or one that serves every step
   (the uniform quantizer).
+* ``packed`` holds codes of ``bits`` bits as :func:`adq.reference.pack_bits` writes them.
 * The ``foreach`` operators take the weights of many layers, a list entry a layer, and fold in the scales:
   ``scales[l]`` is float32 and contiguous, has as many dimensions as ``weights[l]``, and all of them are 1 but at
   most one, the channels'. All tensors lie on one device.
@@ -21,7 +22,8 @@ Conventions shared by all operators:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -67,6 +69,7 @@ SCHEMAS = {
     ),
     "pack_bits": "(Tensor codes, int bits) -> Tensor",
     "unpack_bits": "(Tensor packed, int bits, int numel) -> Tensor",
+    "codebook_decode": "(Tensor packed, Tensor codebook, Tensor scale, int bits, int[] shape) -> Tensor",
 }
 
 for _name, _schema in SCHEMAS.items():
@@ -108,15 +111,20 @@ def check_codebook(w: Tensor, thresholds: Tensor, codebook: Tensor | None = None
 
 def scale_axis(w: Tensor, scale: Tensor) -> int | None:
     """The axis of w along which ``scale`` has an element for each channel, None if one serves the whole tensor."""
+    return channel_axis(w.shape, scale)
+
+
+def channel_axis(weight_shape: Sequence[int], scale: Tensor) -> int | None:
+    """:func:`scale_axis` for a weight of this shape."""
     shape = scale.shape
-    if scale.dtype is torch.float32 and len(shape) == w.dim() and scale.is_contiguous():
+    if scale.dtype is torch.float32 and len(shape) == len(weight_shape) and scale.is_contiguous():
         if scale.numel() == 1:
             return None
         axes = [axis for axis, size in enumerate(shape) if size != 1]
-        if len(axes) == 1 and shape[axes[0]] == w.shape[axes[0]]:
+        if len(axes) == 1 and shape[axes[0]] == weight_shape[axes[0]]:
             return axes[0]
     raise ValueError(
-        f"adq: the scale of a weight {tuple(w.shape)} must be contiguous float32 and 1 in all dimensions but at "
+        f"adq: the scale of a weight {tuple(weight_shape)} must be contiguous float32 and 1 in all dimensions but at "
         f"most one, got {scale.dtype} {tuple(scale.shape)}"
     )
 
@@ -320,6 +328,19 @@ def check_unpack(packed: Tensor, bits: int, numel: int) -> None:
         )
 
 
+def check_decode(packed: Tensor, codebook: Tensor, scale: Tensor, bits: int, shape: Sequence[int]) -> int | None:
+    """Check the arguments of :func:`codebook_decode`; raises TypeError or ValueError. Returns the scale's axis."""
+    if any(size < 0 for size in shape):
+        raise ValueError(f"adq: the shape must not be negative, got {tuple(shape)}")
+    check_unpack(packed, bits, math.prod(shape))
+    _check_table("codebook", codebook, packed.device)
+    if not 1 <= codebook.numel() <= 2**bits:
+        raise ValueError(f"adq: codes of {bits} bits need 1..{2**bits} levels, got {codebook.numel()}")
+    if scale.device != packed.device:
+        raise ValueError(f"adq: scale is on {scale.device}, but the data is on {packed.device}")
+    return channel_axis(shape, scale)
+
+
 # ---- fakes -------------------------------------------------------------------------------------------
 
 
@@ -458,3 +479,9 @@ def _fake_pack_bits(codes: Tensor, bits: int) -> Tensor:
 def _fake_unpack_bits(packed: Tensor, bits: int, numel: int) -> Tensor:
     check_unpack(packed, bits, numel)
     return packed.new_empty(numel)
+
+
+@_register_fake
+def _fake_codebook_decode(packed: Tensor, codebook: Tensor, scale: Tensor, bits: int, shape: list[int]) -> Tensor:
+    check_decode(packed, codebook, scale, bits, shape)
+    return packed.new_empty(shape, dtype=torch.float32)

@@ -7,6 +7,7 @@ bit; sums and parameter gradients equal them to float32 rounding (here they are 
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import torch
@@ -395,6 +396,23 @@ def unpack_bits(packed: Tensor, bits: int, numel: int) -> Tensor:
     stream = ((packed[:, None] >> byte) & 1).flatten()[: numel * bits].view(numel, bits)
     weights = torch.tensor([1 << i for i in range(bits)], dtype=torch.uint8, device=packed.device)
     return (stream * weights).sum(1, dtype=torch.uint8)
+
+
+def codebook_decode(packed: Tensor, codebook: Tensor, scale: Tensor, bits: int, shape: list[int]) -> Tensor:
+    """A weight from its packed codes: ``w_q = scale * c[code]``, one float32 product, contiguous.
+
+    No code reads beyond the table: one that has no level takes the last.
+
+    Args:
+        packed: uint8, codes of the weight in row-major order, see :func:`pack_bits`.
+        codebook: float32 ``[K]``, ``K <= 2**bits``, in any order.
+        scale: float32, contiguous, 1 in all dimensions of the weight but at most one; any sign.
+        bits: width of a code, 1..8.
+        shape: of the weight.
+    """
+    ops.check_decode(packed, codebook, scale, bits, shape)
+    code = unpack_bits(packed, bits, math.prod(shape)).int().clamp_max(codebook.numel() - 1)
+    return codebook[code].view(shape) * scale
 
 
 for _name in ops.SCHEMAS:

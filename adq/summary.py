@@ -12,6 +12,7 @@ from adq.artifact import packed_bytes
 from adq.codebook import sqnr
 from adq.convert import activation_quantizers, quantized_layers, weight_quantizers
 from adq.nn.layers import QUANTIZED, QuantizedLayer
+from adq.nn.packed import PackedWeight
 from adq.nn.weight import WeightQuantizer
 from adq.ops import packed_size
 from adq.sensitivity import float_parameters
@@ -119,13 +120,16 @@ def _left_in_float(model: nn.Module) -> dict[str, str]:
 
 def float_bytes(model: nn.Module) -> int:
     """Bytes of the float network's parameters and buffers, quantizers left out."""
+    packed = [q for _, q in weight_quantizers(model).values() if isinstance(q, PackedWeight)]
+    codes = {q.codes.data_ptr() for q in packed}
     skipped = ("weight_quantizer.", "input_quantizer.")
     tensors = {
         tensor.data_ptr(): tensor
         for key, tensor in model.state_dict().items()
-        if not any(part in f"{key}" for part in skipped)
+        if not any(part in key for part in skipped) and tensor.data_ptr() not in codes
     }
-    return sum(tensor.nbytes for tensor in tensors.values())
+    in_codes = sum(q.shape.numel() * q.dtype.itemsize for q in packed)
+    return sum(tensor.nbytes for tensor in tensors.values()) + in_codes
 
 
 def summary(model: nn.Module) -> Summary:

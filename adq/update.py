@@ -98,7 +98,7 @@ def _step(
 def _layers_of(model: nn.Module) -> list[QuantizedLayer]:
     from adq.nn.layers import QuantizedLayer
 
-    return [module for module in model.modules() if isinstance(module, QuantizedLayer)]
+    return [module for module in model.modules() if isinstance(module, QuantizedLayer) and not module.packed]
 
 
 @torch.no_grad()
@@ -146,6 +146,8 @@ def _prepare(model: nn.Module, args: Any) -> None:
         _LAYERS_OF[model] = [layer for layer in _layers_of(model) if layer is not model]
     groups: dict[torch.device, dict[int, tuple[Tensor, WeightQuantizer]]] = {}
     for layer in _LAYERS_OF[model]:
+        if layer.packed:  # since the first pass
+            continue
         weight, quantizer = layer.weight, layer.weight_quantizer
         if _can_prepare(quantizer, weight):
             groups.setdefault(weight.device, {})[id(quantizer)] = (weight, quantizer)  # type: ignore[assignment]

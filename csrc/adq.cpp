@@ -219,6 +219,31 @@ void unpack_bits(const std::uint8_t* packed, int bits, std::int64_t n, std::uint
     });
 }
 
+void codebook_decode(const Decode& args, int threads) {
+    constexpr std::int64_t kBlockCodes = 4096;  // unpacked at a time, so that they stay in the nearest cache
+    const Kernels& isa = kernels();
+    LevelTable table;
+    table.bits = args.bits;
+    std::copy(args.codebook, args.codebook + args.levels, table.value);
+    std::fill(table.value + args.levels, table.value + kMaxLevels, args.codebook[args.levels - 1]);
+    const std::int64_t n = args.outer * args.channels * args.inner;
+    table.stream = exceeds_caches(Dtype::kFloat32, n) && args.inner >= kBlockCodes / 4;  // lines as a whole
+    for_chunks(n, kChunk, threads, [&](std::int64_t, std::int64_t first, std::int64_t size) {
+        std::uint8_t codes[kBlockCodes];
+        for (std::int64_t block = first; block < first + size; block += kBlockCodes) {
+            const std::int64_t end = std::min(block + kBlockCodes, first + size);
+            isa.unpack(args.packed + block / 8 * args.bits, args.bits, end - block, codes);
+            for (std::int64_t at = block; at < end;) {
+                const std::int64_t row = at / args.inner;
+                const std::int64_t count = std::min((row + 1) * args.inner, end) - at;
+                isa.levels(table, codes + (at - block), count, args.scale[row % args.channels],
+                           args.w_q + at);
+                at += count;
+            }
+        }
+    });
+}
+
 bool has_openmp() {
 #ifdef _OPENMP
     return true;

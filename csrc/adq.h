@@ -92,6 +92,21 @@ void threshold_quantize_backward(Dtype dtype, const void* grad, const void* x, s
 void pack_bits(const std::uint8_t* codes, std::int64_t n, int bits, std::uint8_t* packed, int threads);
 void unpack_bits(const std::uint8_t* packed, int bits, std::int64_t n, std::uint8_t* codes, int threads);
 
+// A weight from its packed codes: w_q = scale * codebook[code], a code that has no level taking the last one.
+// The weight lies in memory as that of a Layer does.
+struct Decode {
+    const std::uint8_t* packed;  // [ceil(outer * channels * inner * bits / 8)]
+    int bits;                    // 1..8
+    const float* codebook;       // [levels]
+    int levels;                  // 1..2^bits
+    const float* scale;          // [channels]
+    std::int64_t outer;
+    std::int64_t channels;
+    std::int64_t inner;
+    float* w_q;  // [outer * channels * inner]
+};
+void codebook_decode(const Decode& args, int threads);
+
 // Instruction sets: "avx512", "avx2" or "baseline", the best available one until set_isa chooses another.
 std::string isa();
 std::vector<std::string> available_isas();

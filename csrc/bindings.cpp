@@ -114,6 +114,22 @@ void unpack_bits(Address packed, int bits, std::int64_t n, Address codes, int th
     adq::unpack_bits(pointer<std::uint8_t>(packed), bits, n, pointer<std::uint8_t>(codes), threads);
 }
 
+void codebook_decode(Address packed, int bits, Address codebook, int levels, Address scale,
+                     std::int64_t outer, std::int64_t channels, std::int64_t inner, Address w_q,
+                     int threads) {
+    adq::Decode args{};
+    args.packed = pointer<std::uint8_t>(packed);
+    args.bits = bits;
+    args.codebook = pointer<float>(codebook);
+    args.levels = levels;
+    args.scale = pointer<float>(scale);
+    args.outer = outer;
+    args.channels = channels;
+    args.inner = inner;
+    args.w_q = pointer<float>(w_q);
+    adq::codebook_decode(args, threads);
+}
+
 // Bytes of the pool that go back to it with their last reference; torch.frombuffer makes a tensor of them.
 class PoolBuffer {
  public:
@@ -152,6 +168,8 @@ PYBIND11_MODULE(_C, module) {
         "d_interval, d_in_scale, d_out_scale, threads)");
     module.def("pack_bits", &pack_bits, NoGil(), "(codes, n, bits, packed, threads)");
     module.def("unpack_bits", &unpack_bits, NoGil(), "(packed, bits, n, codes, threads)");
+    module.def("codebook_decode", &codebook_decode, NoGil(),
+               "(packed, bits, codebook, levels, scale, outer, channels, inner, w_q, threads)");
     py::class_<PoolBuffer>(module, "PoolBuffer", py::buffer_protocol(),
                            "Bytes of the pool for large results.")
         .def(py::init<std::size_t>())

@@ -25,6 +25,13 @@ struct StepTable {
     float value[kMaxLevels];  // what to store for each cell: the bits of the storage type, kept as they are
 };
 
+// The levels of codes of some bits; those above the real ones are the last real one.
+struct LevelTable {
+    int bits;
+    bool stream;  // y is too large for the caches
+    float value[kMaxLevels];
+};
+
 // q = clamp(ceil((u - start) / width - 0.5), 0, steps) and y = out_scale * (step * q - offset).
 struct UniformTable {
     float scale;
@@ -77,6 +84,8 @@ struct Kernels {
                    void* d_x, SlopeSums* sums);
     void (*pack)(const std::uint8_t* codes, std::int64_t n, int bits, std::uint8_t* packed);
     void (*unpack)(const std::uint8_t* packed, int bits, std::int64_t n, std::uint8_t* codes);
+    // y = scale * value[code], codes below 2^bits.
+    void (*levels)(const LevelTable& table, const std::uint8_t* codes, std::int64_t n, float scale, float* y);
 };
 
 namespace baseline {

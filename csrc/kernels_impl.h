@@ -5,6 +5,7 @@
 
 #include "bits.h"
 #include "kernels.h"
+#include "levels.h"
 #include "scaled.h"
 #include "slopes.h"
 #include "steps.h"
@@ -82,7 +83,7 @@ void any_slopes(Dtype dtype, const SlopeTable& table, const void* grad, const vo
 }  // namespace
 
 extern const Kernels kKernels = {any_encode,  any_steps,  any_divide, any_multiply, any_products,
-                                 any_uniform, any_slopes, pack,       unpack};
+                                 any_uniform, any_slopes, pack,       unpack,       levels};
 
 }  // namespace ADQ_ISA
 }  // namespace adq

@@ -2,12 +2,13 @@
 
 The 8 codes of a group are one 64-bit word, and its bits are moved in three steps, two codes, two pairs
 and two quads together. Memory is touched in units of ``BITS & -BITS`` bytes, the widest that divides a
-group, so widths of 1, 2, 4 and 8 bits read and write whole words.
+group, so widths of 1, 2, 4 and 8 bits read and write whole words. Decoding has four codes to a lane, so that neighbours
+write next to each other; they begin at a byte or in its middle.
 """
 
 import triton
 import triton.language as tl
-from adq.kernels.tiles import tile_offsets
+from adq.kernels.tiles import TABLE, look_up, tile_mask, tile_offsets
 
 
 @triton.jit
@@ -85,3 +86,98 @@ def unpack_kernel(packed, codes, numel, BITS: tl.constexpr, UNIT: tl.constexpr, 
         for i in tl.static_range(8):
             code = ((word >> (i * BITS)) & ((1 << BITS) - 1)).to(tl.uint8)
             tl.store(codes + group * 8 + i, code, mask=group * 8 + i < numel)
+
+
+@triton.jit
+def _four_codes(packed, start, lane, BITS: tl.constexpr, UNIT: tl.constexpr):
+    """Codes ``start + 4 lane ..``, ``[LANES, 4]`` uint32; ``start`` is a multiple of 8."""
+    WIDTH: tl.constexpr = UNIT.primitive_bitwidth
+    half = (lane & 1) * (4 * (BITS % 2))  # bits of the first byte that belong to the lane before
+    first = packed + start * BITS // 8 + lane * BITS // 2
+    word = tl.full(lane.shape, 0, tl.uint32)
+    for j in tl.static_range((4 * BITS + 4 * (BITS % 2) + WIDTH - 1) // WIDTH):
+        part = tl.load(first.to(tl.pointer_type(UNIT)) + j)
+        word = word | (part.to(tl.uint32) << (j * WIDTH))
+    shift = half[:, None] + tl.arange(0, 4)[None, :] * BITS
+    return (word[:, None] >> shift.to(tl.uint32)) & ((1 << BITS) - 1)
+
+
+@triton.jit
+def _any_codes(packed, start, tile, numel, BITS: tl.constexpr):
+    """The codes of a tile of single elements, uint32; those past the end are not codes."""
+    bit = tile * BITS
+    first = packed + start * BITS // 8 + bit // 8
+    inside = tile_mask(tile, start, numel)
+    word = tl.load(first, mask=inside, other=0).to(tl.uint32)
+    straddles = bit % 8 + BITS > 8
+    word = word | (tl.load(first + 1, mask=inside & straddles, other=0).to(tl.uint32) << 8)
+    return (word >> (bit % 8).to(tl.uint32)) & ((1 << BITS) - 1)
+
+
+@triton.jit
+def _levels(code, codebook, table, K: tl.constexpr, BITS: tl.constexpr):
+    """``codebook[code]``; a code that has no level takes the last one."""
+    if 2**BITS <= TABLE:
+        value = look_up(table, code.to(tl.int32))
+    else:
+        value = tl.load(codebook + tl.minimum(code.to(tl.int32), K - 1), eviction_policy="evict_last")
+    return value
+
+
+@triton.jit
+def _scales(scale, start, tile, inner, channels, ROWS: tl.constexpr):
+    """The scale of each element of a tile, or one that serves all (``ROWS`` is None)."""
+    if ROWS is None:
+        factor = tl.load(scale)
+    else:
+        element = (start + tile).to(inner.dtype)
+        factor = tl.load(scale + element // inner % channels, eviction_policy="evict_last")
+    return factor
+
+
+@triton.jit(do_not_specialize=["numel", "inner", "channels"])
+def decode_kernel(
+    packed,
+    codebook,
+    scale,
+    w_q,
+    numel,
+    inner,
+    channels,
+    BITS: tl.constexpr,
+    K: tl.constexpr,
+    UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """A weight from its codes: ``w_q[i] = codebook[code i] scale[i // inner % channels]``, one float32 product.
+
+    A code that has no level takes the last one, so that none reads past the table.
+
+    packed    ``[ceil(numel BITS / 8)]`` uint8, aligned to a unit
+    codebook  ``[K]`` float32, K <= 2 ** BITS
+    scale     ``[channels]`` float32
+    w_q       out, ``[numel]`` float32
+    UNIT      unsigned integer of four codes, or of a byte where these do not fill one of 8, 16 or 32 bits
+    ROWS      None: one scale; 4: the four elements of a lane share theirs; 1: they need not
+    """
+    program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    table = ()
+    if 2**BITS <= TABLE:
+        table = tl.load(codebook + tl.minimum(tl.arange(0, TABLE), K - 1))
+    SIZE: tl.constexpr = LANES * 4
+    whole = numel // SIZE * SIZE
+    lane, tile = tl.arange(0, LANES), tile_offsets(LANES, 4)
+    for start in range(program * SIZE, whole, programs * SIZE):
+        value = _levels(_four_codes(packed, start, lane, BITS, UNIT), codebook, table, K, BITS)
+        if ROWS == 4:
+            factor = _scales(scale, start, lane * 4, inner, channels, ROWS)[:, None]
+        else:
+            factor = _scales(scale, start, tile, inner, channels, ROWS)
+        tl.store(w_q + start + tile, value * factor)
+    tile = tile_offsets(LANES, 1)
+    for start in range(whole + program * LANES, numel, programs * LANES):
+        value = _levels(_any_codes(packed, start, tile, numel, BITS), codebook, table, K, BITS)
+        inside = tile_mask(tile, start, numel)
+        factor = _scales(scale, start, tl.where(inside, tile, 0), inner, channels, ROWS)
+        tl.store(w_q + start + tile, value * factor, mask=inside)

@@ -245,6 +245,13 @@ def cases(target: str):
         codes, packed = torch.zeros(8192, dtype=torch.uint8), torch.zeros(1024 * bits, dtype=torch.uint8)
         yield "pack", "uint8", bits, partial(cuda.pack_bits, codes, bits)
         yield "unpack", "uint8", bits, partial(cuda.unpack_bits, packed, bits, 8192)
+        for kind, scale in (
+            ("", torch.ones(1, 1)),
+            ("rows ", torch.ones(16, 1)),
+            ("columns ", torch.ones(1, 512)),
+        ):
+            arguments = packed, torch.zeros(2**bits), scale, bits, [16, 512]
+            yield f"decode {kind}".strip(), "uint8", bits, partial(cuda.codebook_decode, *arguments)
 
 
 def foreach_cases(dtype: torch.dtype, target: str):
@@ -277,7 +284,8 @@ def record(target: str) -> list[tuple[dict, tuple]]:
         for launch in recorder.launches:
             kernel, args, constants, options = launch
             key = (kernel.__name__, str([getattr(a, "dtype", a is None) for a in args]), str(constants))
-            tile = constants.get("SIZE", constants.get("LANES", warp) * constants.get("VECTOR", 1))
+            vector = 4 if operation.startswith("decode") else constants.get("VECTOR", 1)
+            tile = constants.get("SIZE", constants.get("LANES", warp) * vector)
             elements = 16 if operation.endswith("pack") else max(1, tile // (cuda.BLOCK if options["block"] else warp))
             labels = {"target": target, "operation": operation, "dtype": dtype, "size": size}
             found.setdefault(key, (labels | {"kernel": kernel.__name__, "elements": elements}, launch))

@@ -312,3 +312,9 @@ def pack_bits(codes: list[int], bits: int) -> bytes:
 def unpack_bits(packed: bytes, bits: int, numel: int) -> list[int]:
     stream = int.from_bytes(packed, "little")
     return [stream >> (i * bits) & (2**bits - 1) for i in range(numel)]
+
+
+def codebook_decode(packed: bytes, codebook: np.ndarray, scale: np.ndarray, bits: int, shape) -> np.ndarray:
+    """``scale * codebook[code]``, rounded once; a code without a level has the last one."""
+    codes = np.array(unpack_bits(packed, bits, int(np.prod(shape, dtype=np.int64))), np.int64)
+    return codebook[np.minimum(codes, len(codebook) - 1)].reshape(shape) * scale

@@ -211,7 +211,8 @@ def test_the_operators_pass_the_check(few_checks):
         ("threshold_quantize", lambda result: -result, r"N2UQ, 3 bits.*: y"),
         ("threshold_quantize_backward", lambda result: (*result[:4], result[4] * 1.001), r"N2UQ, 3 bits.*d_out_scale"),
         ("foreach_codebook_quantize", lambda result: [-w for w in result], "every layer in one call: quantized weight"),
-        ("pack_bits", lambda result: result + 1, r"pack and unpack, 2 bits, 1 codes: packed"),
+        ("pack_bits", lambda result: result + 1, "1 codes of 2 bits: packed"),
+        ("codebook_decode", lambda result: result + 1, "1 codes of 2 bits: decoded weight"),
     ],
 )
 def test_a_failed_check_names_the_case(few_checks, monkeypatch, function, wrong, named):

@@ -230,6 +230,39 @@ def test_packing_stays_in_bounds(isa, bits):
         assert torch.equal(back[8:-8], codes)
 
 
+def packed_weight(size: int, bits: int, axis: int | None = 0) -> tuple:
+    """Arguments of the decoder for ``size`` weights in rows of 7, or as many as there are."""
+    shape = [size // 7, 7] if size % 7 == 0 else [size]
+    generator = torch.Generator().manual_seed(size)
+    codes = torch.randint(0, 256, (size,), dtype=torch.uint8, generator=generator)
+    scale = torch.randn([n if d == axis else 1 for d, n in enumerate(shape)], generator=generator)
+    return reference.pack_bits(codes, bits), codebook(max(1, 2**bits - 1))[0], scale, bits, shape
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_decoding_matches_reference(isa, bits):
+    for size in (*SIZES, 7 * 301):
+        for axis in (None, 0):
+            args = packed_weight(size, bits, axis)
+            assert_same_bits(cpu.codebook_decode(*args), reference.codebook_decode(*args))
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_decoding_stays_in_bounds(isa, bits):
+    for rows, length in ((1, 1), (1, 127), (3, 4099), (300, 9), (17, 64)):
+        size = rows * length
+        packed = torch.randint(0, 256, ((size * bits + 7) // 8,), dtype=torch.uint8)
+        levels, scale = torch.randn(2**bits), torch.randn(rows, 1)
+        out = torch.full((size + 16,), 7.0)
+        tables = levels.data_ptr(), levels.numel(), scale.data_ptr()
+        _C.codebook_decode(packed.data_ptr(), bits, *tables, 1, rows, length, out.data_ptr() + 32, 2)
+        assert (out[:8] == 7.0).all()
+        assert (out[-8:] == 7.0).all()
+        assert torch.equal(
+            out[8:-8].view(rows, length), reference.codebook_decode(packed, levels, scale, bits, [rows, length])
+        )
+
+
 # ---- one result everywhere ---------------------------------------------------------------------------
 
 
@@ -248,6 +281,7 @@ def all_results(dtype: torch.dtype, size: int) -> tuple[torch.Tensor, ...]:
         codes = results[1]
         results.append(cpu.pack_bits(codes, bits))
         results.append(cpu.unpack_bits(results[-1], bits, codes.numel()))
+        results.append(cpu.codebook_decode(*packed_weight(size, bits)))
     return tuple(results)
 
 

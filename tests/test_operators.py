@@ -471,6 +471,75 @@ def test_unpack_takes_strided_bytes(call):
     assert call("unpack_bits", packed, 3, 101).tolist() == oracle.unpack_bits(bytes(packed.tolist()), 3, 101)
 
 
+# ---- decoding ----------------------------------------------------------------------------------------
+
+WEIGHTS = {  # shape, axis of the scales
+    "one": ((1,), None),
+    "0-dim": ((), None),
+    "empty": ((3, 0, 5), 0),
+    "primes": ((7, 31, 13), None),
+    "rows": ((5, 16, 3, 3), 0),
+    "odd rows": ((37, 53), 0),
+    "short rows": ((401, 1, 3), 0),
+    "transposed": ((6, 11, 2, 2), 1),
+    "columns": ((29, 17), 1),
+    "large": ((3, 1361), 0),
+}
+
+
+def decode_arguments(shape, axis: int | None, bits: int, levels: int) -> list:
+    """Random codes, those without a level among them, and scales of both signs and zero."""
+    codes = random_codes(math.prod(shape), bits)
+    scale = normal(*[n if d == axis else 1 for d, n in enumerate(shape)], seed=1)
+    if scale.numel() > 2:
+        scale.view(-1)[1] = 0.0
+    return [reference.pack_bits(codes, bits), normal(levels, seed=levels), scale, bits, list(shape)]
+
+
+def decoded(packed, codebook, scale, bits, shape) -> torch.Tensor:
+    found = oracle.codebook_decode(bytes(packed.tolist()), codebook.numpy(), scale.numpy(), bits, shape)
+    return torch.empty(shape).copy_(torch.from_numpy(np.asarray(found, np.float32)))
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_decode(call, assert_identical, bits):
+    for shape, axis in WEIGHTS.values():
+        for levels in {2**bits, 2**bits - 1, 2 ** (bits - 1), 1}:
+            if levels:
+                arguments = decode_arguments(shape, axis, bits, levels)
+                assert_identical(call("codebook_decode", *arguments), decoded(*arguments))
+
+
+def test_decode_by_hand(call):
+    packed, codebook = u8(0b10001101, 0b1), f32(-2.0, 0.5, 3.0)  # codes 1, 3, 0, 2, 1; there is no level 3
+    assert call("codebook_decode", packed, codebook, f32(2.0), 2, [5]).tolist() == [1.0, 6.0, -4.0, 6.0, 1.0]
+    packed = u8(0b100011, 0b1)  # codes 3, 0, 2, 0, 1
+    scale = f32(1.0, -2.0, 0.0, 0.5, 4.0).view(5, 1)
+    assert call("codebook_decode", packed, f32(1.0, 2.0, 3.0, 4.0), scale, 2, [5, 1]).flatten().tolist() == [
+        *(4.0, -2.0, 0.0, 0.5, 8.0),
+    ]
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_decode_reads_no_further_than_the_table(call, bits):
+    """The level after the last one is NaN, and so is the one before the first."""
+    levels = max(1, 2**bits - 2)
+    table = torch.full((levels + 2,), NAN)
+    table[1:-1] = 1.0
+    packed = u8(*[255] * ops.packed_size(1003, bits))
+    assert (call("codebook_decode", packed, table[1:-1], f32(3.0), bits, [1003]) == 3.0).all()
+
+
+def test_decode_takes_strided_and_misaligned_tensors(call, assert_identical):
+    for bits in (3, 4, 8):
+        packed, codebook, scale, _, shape = decode_arguments((25, 40), 0, bits, 2**bits)
+        expected = call("codebook_decode", packed, codebook, scale, bits, shape)
+        for bytes_ in (torch.stack([packed, packed], 1)[:, 0], torch.cat([packed[:1], packed])[1:]):
+            assert_identical(
+                call("codebook_decode", bytes_, torch.stack([codebook] * 2, 1)[:, 0], scale, bits, shape), expected
+            )
+
+
 # ---- properties --------------------------------------------------------------------------------------
 
 finite = st.floats(-(2.0**100), 2.0**100, width=32)
@@ -542,6 +611,17 @@ def test_unpacking_inverts_packing(call, data, bits):
     assert torch.equal(call("unpack_bits", packed, bits, codes.numel()), codes)
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+@PROPERTY
+@given(data=st.data(), bits=st.sampled_from(BITS))
+def test_decoding_takes_the_level_of_each_code(call, data, bits):
+    codes = u8(*data.draw(st.lists(st.integers(0, 2**bits - 1), max_size=80)))
+    codebook = f32(*data.draw(st.lists(finite, min_size=1, max_size=2**bits)))
+    scale = f32(data.draw(finite))
+    w_q = call("codebook_decode", reference.pack_bits(codes, bits), codebook, scale, bits, [codes.numel()])
+    assert torch.equal(w_q, codebook[codes.int().clamp_max(codebook.numel() - 1)] * scale)
+
+
 # ---- the operators in torch: fakes, opcheck, bad arguments -------------------------------------------
 
 CODEBOOK, THRESHOLDS = f32(-1.0, 0.0, 1.0), f32(-0.5, 0.5)
@@ -561,6 +641,13 @@ VALID = {
     "threshold_quantize_backward": {"grad": normal(5), "x": normal(5), **ACTIVATION},
     "pack_bits": {"codes": u8(1, 2, 3), "bits": 2},
     "unpack_bits": {"packed": u8(0b111001), "bits": 2, "numel": 3},
+    "codebook_decode": {
+        "packed": u8(0b100100),
+        "codebook": CODEBOOK,
+        "scale": f32(1.0, 2.0, 3.0).view(3, 1),
+        "bits": 2,
+        "shape": [3, 1],
+    },
 }
 every_operator = pytest.mark.parametrize("operator", VALID)
 
@@ -666,6 +753,17 @@ BAD_PACKED = [
     ({"numel": -1}, ValueError, "numel must not be negative, got -1"),
 ]
 BAD_CODES = [({"codes": torch.zeros(3, dtype=torch.int64)}, TypeError, "codes must be uint8, got torch.int64")]
+BAD_DECODE = [
+    ({"packed": torch.zeros(1)}, TypeError, "codes must be uint8, got torch.float32"),
+    ({"packed": u8(1, 2)}, ValueError, r"3 codes of 2 bits take 1 bytes, got shape \(2,\)"),
+    ({"shape": [-3, -1]}, ValueError, r"the shape must not be negative, got \(-3, -1\)"),
+    ({"shape": [2**31, 2**31, 2**31]}, ValueError, "codes of 2 bits take .* bytes"),
+    ({"codebook": CODEBOOK.half()}, TypeError, "codebook must be a one-dimensional float32 .*float16"),
+    ({"codebook": f32()}, ValueError, r"codes of 2 bits need 1..4 levels, got 0"),
+    ({"codebook": torch.zeros(5)}, ValueError, r"codes of 2 bits need 1..4 levels, got 5"),
+    ({"scale": f32(1.0, 2.0).view(2, 1)}, ValueError, r"the scale of a weight \(3, 1\) must be contiguous float32"),
+    ({"scale": torch.ones(3, 1).double()}, ValueError, "must be contiguous float32 .* got torch.float64"),
+]
 BAD = {
     "codebook_lookup": BAD_CODEBOOK + BAD_LEVELS,
     "codebook_statistics": BAD_CODEBOOK,
@@ -674,6 +772,7 @@ BAD = {
     "threshold_quantize_backward": BAD_ACTIVATION + BAD_GRAD,
     "pack_bits": BAD_BITS + BAD_CODES,
     "unpack_bits": BAD_BITS + BAD_PACKED,
+    "codebook_decode": BAD_BITS + BAD_DECODE,
 }
 every_bad_argument = pytest.mark.parametrize(
     ("operator", "changes", "error", "message"),

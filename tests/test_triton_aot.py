@@ -84,6 +84,16 @@ BUDGET = [
     ("unpack_kernel", "unpack", 6, (34, 5), (28, 5.5)),
     ("unpack_kernel", "unpack", 7, (34, 6.5), (30, 7)),
     ("unpack_kernel", "unpack", 8, (40, 2), (53, 2.5)),
+    ("decode_kernel", "decode", 1, (66, 7), (33, 8)),
+    ("decode_kernel", "decode", 2, (49, 6.5), (25, 7)),
+    ("decode_kernel", "decode", 3, (67, 9.5), (36, 9)),
+    ("decode_kernel", "decode", 4, (55, 6.5), (25, 7)),
+    ("decode_kernel", "decode", 5, (67, 8.5), (37, 10)),
+    ("decode_kernel", "decode", 6, (49, 10.5), (28, 8.5)),
+    ("decode_kernel", "decode", 7, (59, 12.5), (40, 11)),
+    ("decode_kernel", "decode", 8, (53, 8), (29, 6.5)),
+    ("decode_kernel", "decode rows", 8, (67, 23), (46, 20)),
+    ("decode_kernel", "decode columns", 8, (67, 45.5), (67, 49.5)),
     ("foreach_quantize_kernel", None, 4, (75, 31), (63, 38)),
     ("foreach_quantize_kernel", None, 8, (76, 39), (76, 52)),
     ("foreach_quantize_kernel", None, 16, (100, 74), (93, 78)),
@@ -167,7 +177,8 @@ def test_every_dtype_and_width_is_compiled(compiled: list[dict]) -> None:
     wanted |= {(f"uniform {name}", dtype, 255) for name in quantizers for dtype in DTYPES}
     wanted |= {("statistics", dtype, 2**bits - 1) for dtype in DTYPES for bits in WIDTHS[1:]}
     wanted |= {("both", dtype, levels) for dtype in DTYPES for levels in (2, 3, 4, 7, 8, 15, 16)}
-    wanted |= {(name, "uint8", bits) for name in ("pack", "unpack") for bits in WIDTHS}
+    of_codes = ("pack", "unpack", "decode", "decode rows", "decode columns")
+    wanted |= {(name, "uint8", bits) for name in of_codes for bits in WIDTHS}
     assert wanted <= {(row["operation"], row["dtype"], row["size"]) for row in compiled}
 
 
@@ -184,6 +195,7 @@ def test_full_tiles_move_16_bytes_at_once(compiled: list[dict]) -> None:
         "threshold_backward_kernel": lambda row: (2, 1),
         "pack_kernel": lambda row: (1, int(row["size"] == 8)),
         "unpack_kernel": lambda row: (int(row["size"] == 8), 1),
+        "decode_kernel": lambda row: (0, 2),
     }
     failures = [
         f"{name(row)}: {row['wide_loads']} wide loads, {row['wide_stores']} wide stores, expected {expected}"

@@ -68,10 +68,12 @@ def empty_like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty_like(tensor, dtype=dtype) if pooled is None else pooled
 
 
-def _empty(numel: int) -> Tensor:
-    """A flat uint8 tensor, from the pool where it is large."""
-    pooled = _pooled(torch.Size((numel,)), (1,), torch.uint8)
-    return torch.empty(numel, dtype=torch.uint8) if pooled is None else pooled
+def _empty(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """A contiguous tensor, from the pool where it is large."""
+    if shape.numel() < POOL_FROM // 4:
+        return torch.empty(shape, dtype=dtype)
+    pooled = _pooled(shape, torch.empty(shape, device="meta").stride(), dtype)
+    return torch.empty(shape, dtype=dtype) if pooled is None else pooled
 
 
 def _with_strides_of(tensor: Tensor, out: Tensor) -> Tensor:
@@ -260,7 +262,7 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """See :func:`adq.reference.pack_bits`."""
     ops.check_pack(codes, bits)
     codes = codes.contiguous()
-    packed = _empty(ops.packed_size(codes.numel(), bits))
+    packed = _empty(torch.Size((ops.packed_size(codes.numel(), bits),)), torch.uint8)
     _C.pack_bits(codes.data_ptr(), codes.numel(), bits, packed.data_ptr(), get_num_threads())
     return packed
 
@@ -269,6 +271,19 @@ def unpack_bits(packed: Tensor, bits: int, numel: int) -> Tensor:
     """See :func:`adq.reference.unpack_bits`."""
     ops.check_unpack(packed, bits, numel)
     packed = packed.contiguous()
-    codes = _empty(numel)
+    codes = _empty(torch.Size((numel,)), torch.uint8)
     _C.unpack_bits(packed.data_ptr(), bits, numel, codes.data_ptr(), get_num_threads())
     return codes
+
+
+def codebook_decode(packed: Tensor, codebook: Tensor, scale: Tensor, bits: int, shape: list[int]) -> Tensor:
+    """See :func:`adq.reference.codebook_decode`."""
+    axis = ops.check_decode(packed, codebook, scale, bits, shape)
+    packed, codebook = packed.contiguous(), codebook.contiguous()
+    out = _empty(torch.Size(shape), torch.float32)
+    channels, inner = (1, out.numel()) if axis is None else (out.shape[axis], out.stride(axis))
+    outer = out.numel() // max(channels * inner, 1)
+    table = codebook.data_ptr(), codebook.numel(), scale.data_ptr()
+    layout = outer, channels, inner
+    _C.codebook_decode(packed.data_ptr(), bits, *table, *layout, out.data_ptr(), get_num_threads())
+    return out

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from adq import ops
 from adq.backends.layers import LONG, SHORT, Layout, Table, tables
-from adq.kernels.bits import pack_kernel, unpack_kernel
+from adq.kernels.bits import decode_kernel, pack_kernel, unpack_kernel
 from adq.kernels.codebook import (
     codebook_cells_kernel,
     codebook_kernel,
@@ -399,11 +399,15 @@ def _searched_backward(
     return partials
 
 
+def _aligned(source: Tensor, alignment: int) -> Tensor:
+    """A contiguous tensor that begins at a multiple of ``alignment`` bytes: a copy where ``source`` does not."""
+    source = source.contiguous()
+    return source.clone() if source.data_ptr() % alignment else source
+
+
 def _bits(kernel: Any, source: Tensor, alignment: int, out: Tensor, numel: int, bits: int) -> Tensor:
     """Launch one of the bit kernels, from ``source``, whose address must be a multiple of ``alignment``."""
-    source = source.contiguous()
-    if source.data_ptr() % alignment:
-        source = source.clone()
+    source = _aligned(source, alignment)
     unit = {1: tl.uint8, 2: tl.uint16, 4: tl.uint32, 8: tl.uint64}[bits & -bits]
     _launch(kernel, triton.cdiv(numel, 16 * BLOCK), source, out, numel, block=True, BITS=bits, UNIT=unit, LANES=BLOCK)
     return out
@@ -420,3 +424,24 @@ def unpack_bits(packed: Tensor, bits: int, numel: int) -> Tensor:
     """See :func:`adq.reference.unpack_bits`."""
     ops.check_unpack(packed, bits, numel)
     return _bits(unpack_kernel, packed, bits & -bits, packed.new_empty(numel), numel, bits)
+
+
+def codebook_decode(packed: Tensor, codebook: Tensor, scale: Tensor, bits: int, shape: list[int]) -> Tensor:
+    """See :func:`adq.reference.codebook_decode`."""
+    axis = ops.check_decode(packed, codebook, scale, bits, shape)
+    w_q = packed.new_empty(shape, dtype=torch.float32)
+    unit = {4: tl.uint16, 8: tl.uint32}.get(bits, tl.uint8)
+    packed = _aligned(packed, unit.primitive_bitwidth // 8)
+    channels, inner = (1, w_q.numel()) if axis is None else (w_q.shape[axis], w_q.stride(axis))
+    programs, tile = _tiles(w_q, ROWS, PROGRAMS)
+    _launch(
+        decode_kernel,
+        programs,
+        *(packed, codebook.contiguous(), scale, w_q, w_q.numel(), inner, channels),
+        BITS=bits,
+        K=codebook.numel(),
+        UNIT=unit,
+        ROWS=None if axis is None else 4 if inner % 4 == 0 else 1,
+        LANES=tile["LANES"],
+    )
+    return w_q

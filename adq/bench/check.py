@@ -5,6 +5,7 @@ The reference (:mod:`adq.reference`) decides in float32 and adds in float64; it 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -58,7 +59,7 @@ def checks(setting: Setting) -> Iterator[Check]:
     yield Check("memory kept for the backward", partial(_check_kept, setting))
     for bits in (2, 3, 4, 1, 5, 6, 7, 8):
         for count in (0, 1, 7, 8191, 65536):
-            yield Check(f"pack and unpack, {bits} bits, {count} codes", partial(_check_bits, bits, count, device))
+            yield Check(f"{count} codes of {bits} bits", partial(_check_bits, bits, count, device))
     values = _values(2**17)
     finite = values.nan_to_num(0.0, 3.0, -3.0)
     for shape, take in sorted(SHAPES.items(), key=lambda item: item[0] != PLAIN):
@@ -221,6 +222,14 @@ def _check_bits(bits: int, count: int, device: torch.device) -> None:
     assert packed.numel() == packed_size(count, bits), "packed size"
     _same(packed, reference.pack_bits(codes, bits), "packed")
     _same(torch.ops.adq.unpack_bits(packed, bits, count), codes, "unpacked")
+    levels = torch.linspace(-1.0, 1.0, 2**bits - (bits > 1))  # a code has none
+    for shape, axis in (([count], None), ([count // 7, 7], 0), ([count // 7, 7], 1)):
+        scales = [n if d == axis else 1 for d, n in enumerate(shape)]
+        scale = torch.linspace(-1.0, 2.0, math.prod(scales)).view(scales)
+        stream = packed[: packed_size(math.prod(shape), bits)]
+        arguments = stream, levels.to(device), scale.to(device), bits, shape
+        expected = reference.codebook_decode(stream.cpu(), levels, scale, bits, shape)
+        _same(torch.ops.adq.codebook_decode(*arguments), expected, "decoded weight")
 
 
 def _check_kept(setting: Setting) -> None:

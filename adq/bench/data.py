@@ -106,11 +106,14 @@ def activations(setting: Setting, elements: int, dtype: torch.dtype, bits: int) 
 
 @dataclass(frozen=True)
 class Codes:
-    """Codes of some bits, and the same packed."""
+    """Codes of some bits, the same packed, and what they mean as the weight of a layer with a scale a row."""
 
     codes: Rotation
     packed: Rotation
     bits: int
+    codebook: Tensor
+    scale: Tensor
+    shape: list[int]
 
 
 def codes(setting: Setting, elements: int, bits: int) -> Codes:
@@ -118,7 +121,10 @@ def codes(setting: Setting, elements: int, bits: int) -> Codes:
     generator = torch.Generator(setting.device).manual_seed(0)
     values = torch.randint(0, 2**bits, (elements,), dtype=torch.uint8, device=setting.device, generator=generator)
     packed = torch.ops.adq.pack_bits(values, bits)
-    return Codes(Rotation(values, setting), Rotation(packed, setting), bits)
+    shape = [elements // min(4096, elements), min(4096, elements)]
+    codebook = torch.linspace(-1.0, 1.0, 2**bits, device=setting.device)
+    scale = torch.ones(shape[0], 1, device=setting.device)
+    return Codes(Rotation(values, setting), Rotation(packed, setting), bits, codebook, scale, shape)
 
 
 def copy_of(nbytes: int, setting: Setting) -> dict[str, Build]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ BACKWARD: dict[tuple[torch.dtype, int], Bounds] = {
     **{(BF16, 2): (None, 0.85), (BF16, 3): (None, 0.70), (BF16, 4): (None, 0.45)},
 }
 PACK = (0.70, 0.80)
+DECODE = (0.70, 0.80)
 
 
 def run_lookup(d: Weights) -> Any:
@@ -61,6 +63,11 @@ def run_unpack(d: Codes) -> Any:
     return torch.ops.adq.unpack_bits(d.packed(), d.bits, d.codes.first.numel())
 
 
+def run_decode(d: Codes) -> Any:
+    """A bit stream into a weight: reads the codes, writes an element once."""
+    return torch.ops.adq.codebook_decode(d.packed(), d.codebook, d.scale, d.bits, d.shape)
+
+
 def cases(setting: Setting) -> Iterator[Case]:
     """Every case of this part."""
     bounds: Bounds
@@ -75,6 +82,8 @@ def cases(setting: Setting) -> Iterator[Case]:
     for bits in (2, 3, 4):
         yield _bits_case(setting, f"pack, {bits} bits", bits, run_pack)
         yield _bits_case(setting, f"unpack, {bits} bits", bits, run_unpack)
+    for bits in (2, 3, 4, 8):
+        yield _decode_case(setting, bits)
 
 
 def _case(setting: Setting, name: str, data: Any, run: Any, moved: int, bounds: Bounds) -> Case:
@@ -105,3 +114,10 @@ def _bits_case(setting: Setting, name: str, bits: int, run: Any) -> Case:
     elements = setting.elements(torch.uint8)
     moved = elements + packed_size(elements, bits)
     return _case(setting, name, lambda: codes(setting, elements, bits), run, moved, PACK)
+
+
+def _decode_case(setting: Setting, bits: int) -> Case:
+    elements = setting.elements(F32)
+    moved = 4 * elements + packed_size(elements, bits)
+    data = partial(codes, setting, elements, bits)
+    return _case(setting, f"decode, {bits} bits, fp32", data, run_decode, moved, DECODE)

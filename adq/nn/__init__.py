@@ -12,6 +12,17 @@ from adq.nn.layers import (
     QLinear,
     QuantizedLayer,
 )
+from adq.nn.packed import (
+    PackedConv1d,
+    PackedConv2d,
+    PackedConv3d,
+    PackedConvTranspose1d,
+    PackedConvTranspose2d,
+    PackedConvTranspose3d,
+    PackedLayer,
+    PackedLinear,
+    PackedWeight,
+)
 from adq.nn.weight import WeightQuantizer
 
 __all__ = [
@@ -20,6 +31,15 @@ __all__ = [
     "IntegerConv2d",
     "IntegerLayer",
     "IntegerLinear",
+    "PackedConv1d",
+    "PackedConv2d",
+    "PackedConv3d",
+    "PackedConvTranspose1d",
+    "PackedConvTranspose2d",
+    "PackedConvTranspose3d",
+    "PackedLayer",
+    "PackedLinear",
+    "PackedWeight",
     "QConv1d",
     "QConv2d",
     "QConv3d",

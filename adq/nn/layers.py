@@ -21,11 +21,13 @@ class QuantizedLayer(nn.Module):
     """Mixin of every quantized layer: ``y = layer(input_quantizer(x), weight_quantizer(weight))``.
 
     Attributes:
+        packed: whether the weight is kept as codes (:mod:`adq.nn.packed`).
         weight_quantizer: a :class:`WeightQuantizer`, or ``nn.Identity`` for weights in float.
         input_quantizer: an :class:`ActivationQuantizer`, or ``nn.Identity`` for activations in float.
     """
 
     channel_axis: ClassVar[int] = 0
+    packed: ClassVar[bool] = False
     weight: Tensor
     weight_quantizer: WeightQuantizer | nn.Identity
     input_quantizer: ActivationQuantizer | nn.Identity

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from adq.codebook import Fit, fit
 from adq.config import WeightConfig
-from adq.functional import learned_lookup, learned_step, quantize_weight
+from adq.functional import code_bits, learned_lookup, learned_step, quantize_weight
 from adq.nn.dtype import keeping_dtype
 from adq.reference import decision_thresholds
 
@@ -119,7 +119,7 @@ class WeightQuantizer(nn.Module):
     @property
     def bits(self) -> int:
         """Width of a code, from the length of the codebook."""
-        return max(1, (self.codebook.numel() - 1).bit_length())
+        return code_bits(self.codebook.numel())
 
     def forward(self, weight: Tensor) -> Tensor:
         """Quantized weight, same shape and dtype, straight-through gradient."""
@@ -166,7 +166,7 @@ class WeightQuantizer(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _resize(self, levels: int) -> None:
-        bits = max(1, (levels - 1).bit_length())
+        bits = code_bits(levels)
         self.config = replace(self.config, bits=bits, levels="full" if levels == 2**bits else "symmetric")
         table = self.ema_count.new_zeros(levels)
         self._assign(Fit(table, self.scale, table.clone()))

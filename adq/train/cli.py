@@ -154,9 +154,7 @@ def evaluate_(
     data: DataName = None,
     root: Root = None,
     config: Config = None,
-    integer: Annotated[
-        bool, typer.Option("--integer", help="Compute with integers, as adq.to_integer does.")
-    ] = False,
+    integer: Annotated[bool, typer.Option("--integer", help="Compute with integers, as adq.to_integer does.")] = False,
     set_: Set = None,
 ) -> None:
     """Top-1 of a saved quantized model."""

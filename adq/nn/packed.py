@@ -1,0 +1,171 @@
+"""Inference layers: a weight is kept as packed codes and decoded whenever it is read. Nothing in them trains.
+
+A quantized layer becomes one by changing its class in place, as a float layer becomes a quantized one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from adq.functional import decode, pack, unpack
+from adq.nn.layers import (
+    QConv1d,
+    QConv2d,
+    QConv3d,
+    QConvTranspose1d,
+    QConvTranspose2d,
+    QConvTranspose3d,
+    QLinear,
+    QuantizedLayer,
+)
+from adq.nn.weight import WeightQuantizer
+from adq.update import unregister
+
+CODES = "codes"
+
+
+class PackedWeight(WeightQuantizer):
+    """A quantized weight as it ships: ``scale * codebook[code]``; layers that share a weight share this module.
+
+    Buffers: ``codes`` uint8, the stream of :func:`adq.functional.pack`; ``codebook`` float32 ``[K]``, ascending;
+    ``scale`` float32, of any sign, broadcasts against the weight. They keep their dtype when the model is cast, and
+    the weight comes in the dtype that it would have been cast to. In a state dict the codes stand beside their
+    layer's bias, as ``<layer>.codes``.
+
+    Args:
+        quantizer: what the weight was trained with.
+        weight: the layer's weight.
+        codes: its codes, packed, where they are known: the weight then tells shape, dtype and device alone.
+
+    Attributes:
+        shape: of the weight.
+        dtype: of the weight when it is read.
+    """
+
+    codes: Tensor
+
+    def __init__(self, quantizer: WeightQuantizer, weight: Tensor, codes: Tensor | None = None) -> None:
+        nn.Module.__init__(self)
+        self.config, self.axis, self.name = quantizer.config, quantizer.axis, quantizer.name
+        self.pinned, self.enabled = quantizer.pinned, True
+        self.shape, self.dtype = weight.shape, weight.dtype
+        if codes is None:
+            codes = pack(quantizer.encode(weight), quantizer.bits)
+        self.register_buffer(CODES, codes)
+        self.register_buffer("codebook", quantizer.codebook.detach().sort().values)
+        self.register_buffer("scale", quantizer.scale.detach().clone())
+
+    def forward(self, weight: Tensor | None = None) -> Tensor:
+        """The weight; there is no other, so the argument is not looked at."""
+        return decode(self.codes, self.codebook, self.scale, self.shape).to(self.dtype)
+
+    def encode(self, weight: Tensor | None = None) -> Tensor:
+        """Codes of the weight, uint8, in its shape."""
+        return unpack(self.codes, self.bits, self.shape)
+
+    def _fit(self, weight: Tensor, config: Any) -> Any:
+        raise ValueError(f"adq: layer {self.name!r} is packed, its codebook is final; load the plain file to change it")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.codes.device)).dtype
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix.removesuffix("weight_quantizer.") + CODES] = destination.pop(prefix + CODES)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}, levels={self.codebook.numel()}, scale={self.config.scale}, packed"
+
+
+class PackedLayer(QuantizedLayer):
+    """Mixin of every inference layer: ``y = layer(input_quantizer(x), scale * codebook[codes])``.
+
+    ``weight`` reads like a float layer's, and is decoded anew each time.
+    """
+
+    packed: ClassVar[bool] = True
+    weight_quantizer: PackedWeight
+
+    weight: Any = property(lambda self: self.quantized_weight(), doc="The decoded weight.")
+
+    @property
+    def codes(self) -> Tensor:
+        """The packed codes, uint8."""
+        return self.weight_quantizer.codes
+
+    def quantized_weight(self) -> Tensor:
+        """The weight as the forward pass uses it."""
+        return self.weight_quantizer(None)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As the float layer's; RuntimeError in training mode."""
+        if self.training:
+            raise RuntimeError(
+                f"adq: layer {self.weight_quantizer.name!r} is packed and cannot train; call model.eval(), or train on "
+                "from the plain file"
+            )
+        return super().forward(*args, **kwargs)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        nn.Module.__setstate__(self, state)  # no codebook moves here
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if prefix + CODES in state_dict:
+            state_dict[f"{prefix}weight_quantizer.{CODES}"] = state_dict.pop(prefix + CODES)
+        nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
+
+
+class PackedConv1d(PackedLayer, QConv1d):
+    """``nn.Conv1d`` with its weight in codes."""
+
+
+class PackedConv2d(PackedLayer, QConv2d):
+    """``nn.Conv2d`` with its weight in codes."""
+
+
+class PackedConv3d(PackedLayer, QConv3d):
+    """``nn.Conv3d`` with its weight in codes."""
+
+
+class PackedConvTranspose1d(PackedLayer, QConvTranspose1d):
+    """``nn.ConvTranspose1d`` with its weight in codes."""
+
+
+class PackedConvTranspose2d(PackedLayer, QConvTranspose2d):
+    """``nn.ConvTranspose2d`` with its weight in codes."""
+
+
+class PackedConvTranspose3d(PackedLayer, QConvTranspose3d):
+    """``nn.ConvTranspose3d`` with its weight in codes."""
+
+
+class PackedLinear(PackedLayer, QLinear):
+    """``nn.Linear`` with its weight in codes."""
+
+
+PACKED: dict[type[nn.Module], type[PackedLayer]] = {
+    QConv1d: PackedConv1d,
+    QConv2d: PackedConv2d,
+    QConv3d: PackedConv3d,
+    QConvTranspose1d: PackedConvTranspose1d,
+    QConvTranspose2d: PackedConvTranspose2d,
+    QConvTranspose3d: PackedConvTranspose3d,
+    QLinear: PackedLinear,
+}
+"""Which quantized layer becomes which inference layer."""
+
+
+def pack_layer_(layer: QuantizedLayer, packed: PackedWeight) -> None:
+    """Make a quantized layer an inference layer with this weight; its float weight is given up."""
+    layer.__class__ = PACKED[type(layer)]
+    del layer._parameters["weight"]
+    layer.weight_quantizer = packed.train(layer.training)
+    unregister(layer)
