@@ -84,7 +84,8 @@ def forge(
     contents, tensors = container.read(path)
     tensors = {name: tensor for name, tensor in {**tensors, **(changes or {})}.items() if tensor is not None}
     stored, index = container._merge(tensors) if contents.packed else (tensors, None)
-    header = {key: part for key, part in {**contents.header, "tensors": index, **parts}.items() if part is not None}
+    header = {**contents.header, **({"tensors": index} if contents.packed else {}), **parts}
+    header = {key: part for key, part in header.items() if parts.get(key, "") is not None}
     text = json.dumps(header) if text is None else text
     values = {**read(path)[0]["__metadata__"], "checksum": "0" * 64}
     if contents.packed:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import copy
-import json
+import math
+import zlib
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from saved import RECORD, Net, read, trained
+from safetensors.torch import save_file
+from saved import RECORD, Net, forge, parts_of, read, tensors_of, trained
 from torch import nn
 
 import adq
-from adq import artifact
+from adq import artifact, container
 from adq.functional import pack, unpack
 from adq.nn import WeightQuantizer
+
+resource = pytest.importorskip("resource", reason="a system without resource usage")
+NAN, INF = math.nan, math.inf
 
 
 def assert_refused(
@@ -75,46 +79,134 @@ def test_files_of_others(tmp_path):
     assert_refused(path, "is truncated or not a safetensors file")
 
 
-def rewrite(path: Path, data: bytes, tensors=None, **changes) -> None:
-    """The file with some metadata (None: taken out) and tensors (None: taken out) changed."""
-    path.write_bytes(data)
-    header, _ = read(path)
-    metadata = {**header["__metadata__"], **{key: value for key, value in changes.items() if value is not None}}
-    metadata = {key: value for key, value in metadata.items() if changes.get(key, "") is not None}
-    stored = {key: value for key, value in {**load_file(path), **(tensors or {})}.items() if value is not None}
-    save_file(stored, path, metadata=metadata)
+REFUSED = "this adq reads up to 2; update adq"
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("metadata", "message"),
     [
-        ({"format_version": "2"}, "has format version '2', this adq reads up to 1; update adq"),
+        ({"format_version": "3"}, f"has format version '3', {REFUSED}"),
+        ({"format_version": "0"}, "has format version '0'"),
         ({"format_version": "one"}, "has format version 'one'"),
+        ({"format_version": "9" * 5000}, "has format version '999"),
+        ({"format_version": "1"}, "damaged header: 'architecture'"),
         ({"format_version": None}, "has format version ''"),
-        ({"layers": None}, "damaged header: 'layers'"),
-        ({"layers": "{"}, "damaged header"),
-        ({"layers": "[1]"}, "damaged header"),
-        ({"layers": '{"stem": 3}'}, "damaged header"),
-        ({"layers": '{"stem": {"weight": {"bits": 12}, "activation": null, "pinned": false}}'}, "damaged header.*bits"),
-        ({"layers": '{"stem": {"weight": {"bist": 2}, "activation": null, "pinned": false}}'}, "damaged header.*bist"),
+        ({"checksum": None}, "is damaged: its checksum is missing"),
         ({"packed": "3"}, "damaged header: packed must be true or false"),
-        ({"architecture": "[]"}, "damaged header: .*architecture a mapping or null"),
-        ({"aliases": "[]"}, "damaged header"),
-        ({"aliases": '{"a": 3}'}, "damaged header: aliases"),
-        ({"shapes": '{"body": "large"}'}, "damaged header: the shape of 'body'"),
-        ({"shapes": '{"body": [-6, -5, 3, 3]}'}, r"damaged header: the shape of 'body' is \[-6, -5, 3, 3\]"),
-        ({"shapes": '{"body": [1e30]}'}, "damaged header: the shape of 'body'"),
+        ({"packed": None}, "damaged header: 'packed'"),
+        ({"packed": "false"}, "damaged header: 'header'"),
     ],
 )
-def test_damaged_header(tmp_path, files, changes, message):
-    rewrite(tmp_path / "m.safetensors", files[True], **changes)
+def test_damaged_metadata(tmp_path, files, metadata, message):
+    forge(tmp_path / "m.safetensors", files[True], metadata=metadata)
     assert_refused(tmp_path / "m.safetensors", message)
+
+
+LAYER = {"weight": {"bits": 2}, "activation": None, "pinned": False}
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"text": "{"}, "damaged header"),
+        ({"text": "[1]"}, "damaged header: the header must be a mapping of"),
+        ({"text": "[" * 100_000}, "damaged header"),
+        ({"text": '{"a":' * 100_000}, "damaged header"),
+        ({"layers": None}, "damaged header: the header must be a mapping of"),
+        ({"layers": [1]}, "damaged header"),
+        ({"layers": {"stem": 3}}, "damaged header"),
+        ({"layers": {"stem": {**LAYER, "weight": {"bits": 12}}}}, "damaged header.*bits"),
+        ({"layers": {"stem": {**LAYER, "weight": {"bits": 10**30}}}}, "damaged header.*bits"),
+        ({"layers": {"stem": {**LAYER, "weight": {"bist": 2}}}}, "damaged header.*bist"),
+        ({"layers": {"stem": {**LAYER, "weight": {"scale": ["channel"]}}}}, "damaged header.*scale"),
+        ({"architecture": []}, "damaged header: architecture must be a mapping or null"),
+        ({"architecture": {"name": 3, "num_classes": 2}}, "damaged header: name of the architecture is 3"),
+        ({"architecture": {"name": "a", "num_classes": "2"}}, "damaged header: num_classes of the architecture is '2'"),
+        (
+            {"architecture": {"name": "a", "num_classes": 2, "kwargs": [1]}},
+            "damaged header: kwargs of the architecture",
+        ),
+        ({"aliases": []}, "damaged header"),
+        ({"aliases": {"a": 3}}, "damaged header: aliases"),
+        ({"aliases": {"a": "none"}}, "damaged header: a cannot share the tensor of none"),
+        ({"aliases": {"a": "b", "b": "a"}}, "damaged header: a cannot share the tensor of b"),
+        ({"aliases": {"a": "a"}}, "damaged header: a cannot share the tensor of a"),
+        ({"aliases": {"head.bias": "norm.bias"}}, "damaged header: head.bias cannot share the tensor of norm.bias"),
+        ({"aliases": {"a": "b", "b": "norm.bias"}}, "damaged header: a cannot share the tensor of b"),
+        ({"shapes": {"body": "large"}}, "damaged header: the shape of 'body'"),
+        ({"shapes": {"body": [-6, -5, 3, 3]}}, r"damaged header: the shape of 'body' is \[-6, -5, 3, 3\]"),
+        ({"shapes": {"body": [1e30]}}, "damaged header: the shape of 'body'"),
+        ({"shapes": {"body": [True]}}, "damaged header: the shape of 'body'"),
+        ({"shapes": {"body": [1] * 100}}, "damaged header: the shape of 'body'"),
+        ({"shapes": {"nobody": [3]}}, "another architecture: no quantized layer 'nobody' for the codes"),
+        ({"tensors": None}, "damaged header: 'tensors'"),
+        ({"tensors": []}, "damaged header: it lists tensors of , the file has BOOL, F32, U8"),
+    ],
+)
+def test_damaged_header(tmp_path, files, parts, message):
+    forge(tmp_path / "m.safetensors", files[True], **parts)
+    assert_refused(tmp_path / "m.safetensors", message)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_every_flipped_bit_is_noticed(tmp_path, files, packed):
+    data, path = files[packed], tmp_path / "m.safetensors"
+    generator = torch.Generator().manual_seed(0)
+    places = torch.randint(0, len(data), (150,), generator=generator).tolist()
+    for place in [*range(24), *range(len(data) - 8, len(data)), *places]:
+        damaged = bytearray(data)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"adq: .*m\.safetensors"):
+            adq.load(path, Net())
+
+
+def index_of(path: Path, data: bytes) -> dict:
+    path.write_bytes(data)
+    return parts_of(path)["tensors"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "shapes", "message"),
+    [
+        (
+            "F32",
+            {"norm.bias": [10**12]},
+            r"'norm.bias', of shape \[1000000000000\], reaches beyond the end .* F32 data",
+        ),
+        ("F32", {"norm.bias": [2**40, 2**40]}, "'norm.bias'.* reaches beyond the end"),
+        ("F32", {"norm.bias": [-6]}, r"the shape of 'norm.bias' is \[-6\]"),
+        ("F32", {"norm.bias": [6.0]}, r"the shape of 'norm.bias' is \[6.0\]"),
+        ("F32", {"norm.bias": None}, "the shape of 'norm.bias' is None"),
+        ("F32", {"norm.bias": [1]}, "its tensors of F32 take .* elements, the file has"),
+        ("U8", {"norm.bias": [0]}, "'norm.bias' is there twice"),
+        ("U8", {"body.codes": [2**62]}, "'body.codes'.* reaches beyond the end of the file's U8 data"),
+    ],
+)
+def test_the_index_of_a_packed_file_must_fit_its_data(tmp_path, files, kind, shapes, message):
+    path = tmp_path / "m.safetensors"
+    index = index_of(path, files[True])
+    forge(path, files[True], tensors={**index, kind: {**index[kind], **shapes}})
+    assert_refused(path, f"damaged header: {message}")
+
+
+def test_a_header_that_inflates_without_end(tmp_path, files):
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(files[True])
+    entries, _ = read(path)
+    stored = {**container._merge(tensors_of(path))[0]}
+    for bomb in (zlib.compress(b" " * 2**24), zlib.compress(b"{}")[:-1], zlib.compress(b"{}") + b"x", b"junk"):
+        stored["header"] = torch.frombuffer(bytearray(bomb), dtype=torch.uint8)
+        with open(path, "wb") as file:
+            container._write_safetensors(file, stored, {**entries["__metadata__"], "checksum": "0" * 64})
+        container._seal(path)
+        assert_refused(path, "damaged header")
 
 
 @pytest.mark.parametrize("shape", [[2**40, 2**40], [2**31, 2**31, 4], [6, 5, 3, 3000], [270], [10**30]])
 def test_huge_shapes_are_refused_before_any_memory_is_taken(tmp_path, files, shape, monkeypatch):
     shapes = {"stem": [6, 1, 3, 3], "body": shape, "head": [3, 5]}
-    rewrite(tmp_path / "m.safetensors", files[True], shapes=json.dumps(shapes))
+    forge(tmp_path / "m.safetensors", files[True], shapes=shapes)
     monkeypatch.setattr(artifact, "unpack", lambda *args: pytest.fail("codes were unpacked"))
     assert_refused(
         tmp_path / "m.safetensors", r"of another architecture: body\.weight is .* in the file, \(6, 5, 3, 3\)"
@@ -137,6 +229,10 @@ CODES = torch.zeros(102, dtype=torch.uint8)  # 270 codes of 3 bits
             r"body\.weight_quantizer\.codebook is \(0,\) in the file, not \(8,\)",
         ),
         (
+            {"body.weight_quantizer.codebook": torch.arange(8.0).half()},
+            r"body\.weight_quantizer\.codebook is torch\.float16 in the file, not torch\.float32",
+        ),
+        (
             {"body.weight_quantizer.scale": torch.ones(5)},
             r"body\.weight_quantizer\.scale is \(5,\) in the file, not \(1, 5, 1, 1\)",
         ),
@@ -150,17 +246,39 @@ CODES = torch.zeros(102, dtype=torch.uint8)  # 270 codes of 3 bits
     ],
 )
 def test_damaged_tensors(tmp_path, files, tensors, message):
-    rewrite(tmp_path / "m.safetensors", files[True], tensors)
+    forge(tmp_path / "m.safetensors", files[True], tensors)
     assert_refused(tmp_path / "m.safetensors", f"is of another architecture: {message}")
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"body.weight_quantizer.codebook": torch.arange(7.0, -1.0, -1.0)}, "the codebook of layer 'body' is not asc"),
+        ({"body.weight_quantizer.codebook": torch.full((8,), NAN)}, "body.weight_quantizer.codebook holds NaN or inf"),
+        (
+            {"body.weight_quantizer.scale": torch.full((1, 5, 1, 1), INF)},
+            "body.weight_quantizer.scale holds NaN or inf",
+        ),
+        ({"body.input_quantizer.start": torch.tensor([NAN])}, "body.input_quantizer.start holds NaN or infinity"),
+        ({"norm.running_var": torch.full((6,), NAN)}, "norm.running_var holds NaN or infinity"),
+        (
+            {"body.input_quantizer.calibrated": torch.tensor([7], dtype=torch.uint8).view(torch.bool)[0]},
+            "body.input_quantizer.calibrated holds bytes that are neither true nor false",
+        ),
+    ],
+)
+def test_values_that_no_model_has(tmp_path, files, tensors, message):
+    forge(tmp_path / "m.safetensors", files[True], tensors)
+    assert_refused(tmp_path / "m.safetensors", message)
 
 
 def test_codes_beyond_the_codebook(tmp_path):
     path = tmp_path / "m.safetensors"
     adq.save(trained(levels="symmetric"), path, packed=True)
-    code = unpack(load_file(path)["body.codes"], 3, (270,))
+    code = unpack(tensors_of(path)["body.codes"], 3, (270,))
     assert int(code.max()) <= 6
     code[17] = 7
-    rewrite(path, path.read_bytes(), {"body.codes": pack(code, 3)})
+    forge(path, path.read_bytes(), {"body.codes": pack(code, 3)})
     assert_refused(path, "layer 'body' has codes beyond its 7 levels")
 
 
@@ -177,6 +295,41 @@ def test_another_architecture(tmp_path, files, packed):
         adq.load(path, trained())
     with pytest.raises(ValueError, match="names no registered architecture; pass the float model"):
         adq.load(path)
+
+
+# ---- architectures -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"num_classes": 10**12}, "it would be far larger than the file's tensors"),
+        ({"num_classes": 10**30}, "cannot be built"),
+        ({"num_classes": -1}, "num_classes must be positive"),
+        ({"kwargs": {"width": 10**6}}, "it would be far larger than the file's tensors"),
+        ({"kwargs": {"width": "wide"}}, "cannot be built"),
+        ({"kwargs": {"depth": 3}}, "cannot be built: .*unexpected keyword argument 'depth'"),
+        ({"kwargs": {"checkpoint_path": "x.pth"}}, "create_model takes no checkpoint_path="),
+        ({"name": "resnet20", "kwargs": {"depth": 6 * 10**12 + 2}}, "cannot be built"),
+        ({"name": "torchvision/resnet50", "kwargs": {"width_per_group": 10**7}}, "it would be far larger"),
+        ({"name": "torchvision/vit_b_16", "kwargs": {"image_size": 10**7}}, "cannot be built"),
+        ({"name": "../../etc/passwd"}, "cannot be built: unknown architecture"),
+    ],
+)
+def test_architectures_that_are_not_built(tmp_path, record, message):
+    """The message comes within the memory of the process and a little: nothing is made of what is claimed."""
+    path = tmp_path / "m.safetensors"
+    torch.manual_seed(0)
+    model = adq.quantize_(adq.create_model("digits_cnn", width=4))
+    adq.save(model, path, packed=True)
+    architecture = {**parts_of(path)["architecture"], **record}
+    forge(path, path.read_bytes(), architecture=architecture)
+    if architecture["name"].startswith("torchvision"):
+        pytest.importorskip("torchvision")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=f"adq: .*m.safetensors names an architecture that .*{message}"):
+        adq.load(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18  # KiB
 
 
 def test_an_unregistered_architecture(tmp_path):
