@@ -53,7 +53,7 @@ def _blocks(weight: Tensor, groups: int) -> Tensor:
     padding = (0, -inputs % columns, 0, 0, 0, -(outputs // groups) % rows)
     filled = torch.nn.functional.pad(per_group, padding)
     taps = filled.shape[2]
-    split = filled.view(groups, -1, rows, taps * (filled.shape[3] // columns), columns)
+    split = filled.reshape(groups, -1, rows, taps * (filled.shape[3] // columns), columns)
     return split.transpose(2, 3).reshape(groups, split.shape[1], split.shape[3], rows * columns)
 
 
