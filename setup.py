@@ -6,6 +6,7 @@ says which implementation serves instead. Everything but the code is declared in
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import sys
@@ -21,16 +22,25 @@ from setuptools.errors import CCompilerError, CompileError, ExecError, LinkError
 # The slowest first, so that the others compile meanwhile.
 SOURCES = (
     "csrc/kernels_baseline.cpp",
+    "csrc/integer_baseline.cpp",
     "csrc/bindings.cpp",
     "csrc/adq.cpp",
     "csrc/foreach.cpp",
+    "csrc/integer.cpp",
     "csrc/isa.cpp",
     "csrc/pool.cpp",
 )
+AVX2 = ["-mavx2", "-mf16c"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 ISA_FLAGS = {
-    "avx2": ["-mavx2", "-mf16c"],
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"],
+    "avx2": AVX2,
+    "avx2vnni": [*AVX2, "-mavxvnni"],
+    "avx512": AVX512,
+    "avx512vnni": [*AVX512, "-mavx512vnni"],
 }
+ISA_SOURCES = {isa: [f"csrc/integer_{isa}.cpp"] for isa in ISA_FLAGS}
+for _isa in ("avx2", "avx512"):  # VNNI serves the integer kernels alone
+    ISA_SOURCES[_isa].insert(0, f"csrc/kernels_{_isa}.cpp")
 OPENMP_PROGRAM = "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n"
 EMPTY_PROGRAM = "int main() { return 0; }\n"
 
@@ -43,7 +53,7 @@ class BuildKernels(build_ext):
         isas = self._isas()
         flags = self._common_flags() + openmp
         flags += [f"-DADQ_HAVE_{isa.upper()}" for isa in isas]
-        jobs = {f"csrc/kernels_{isa}.cpp": flags + isa_flags for isa, isa_flags in isas.items()}
+        jobs = {source: flags + isa_flags for isa, isa_flags in isas.items() for source in ISA_SOURCES[isa]}
         jobs |= dict.fromkeys(SOURCES, flags)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(self._compile, jobs, jobs.values()))
@@ -107,7 +117,7 @@ setup(
     ext_modules=[
         Extension(
             "adq._C",
-            sources=[*SOURCES, *(f"csrc/kernels_{isa}.cpp" for isa in ISA_FLAGS)],
+            sources=[*SOURCES, *itertools.chain(*ISA_SOURCES.values())],
             language="c++",
             optional=True,
         )

@@ -40,34 +40,17 @@ class StatisticsGrid {
     std::vector<std::int64_t> count_;
 };
 
-// Width, start and edges of the segments as float32 additions in order give them.
-struct Segments {
-    float boundary[kMaxLevels + 1];  // T_0 .. T_n
-    float width[kMaxLevels];
-    float edge[kMaxLevels];  // T_i + width[i] / 2
-};
-
-float clamped(float interval) { return interval < kMinInterval ? kMinInterval : interval; }
-
-bool is_uniform(const Quantizer& quantizer) { return quantizer.intervals != quantizer.steps; }
-
-Segments find_segments(const Quantizer& quantizer) {
-    Segments out;
-    out.boundary[0] = *quantizer.start;
-    for (int i = 0; i < quantizer.steps; ++i) {
-        out.width[i] = clamped(quantizer.interval[i]);
-        out.edge[i] = out.boundary[i] + 0.5f * out.width[i];
-        out.boundary[i + 1] = out.boundary[i] + out.width[i];
-    }
-    return out;
+// A table without values.
+StepTable edge_table(const Quantizer& quantizer) {
+    StepTable table{};
+    table.levels = quantizer.steps + 1;
+    table.scale = *quantizer.in_scale;
+    copy_edges(quantizer, table.edges.sorted);
+    return table;
 }
 
 UniformTable uniform_table(const Quantizer& quantizer) {
-    UniformTable table{};
-    table.scale = *quantizer.in_scale;
-    table.start = *quantizer.start;
-    table.width = clamped(*quantizer.interval);
-    table.steps = static_cast<float>(quantizer.steps);
+    UniformTable table = closed_levels(quantizer);
     table.step = static_cast<float>(kActivationRange / quantizer.steps);
     table.offset = *quantizer.offset;
     table.out_scale = *quantizer.out_scale;
@@ -75,12 +58,8 @@ UniformTable uniform_table(const Quantizer& quantizer) {
 }
 
 StepTable step_table(const Quantizer& quantizer, Dtype dtype) {
-    const Segments segments = find_segments(quantizer);
+    StepTable table = edge_table(quantizer);
     const UniformTable level = uniform_table(quantizer);
-    StepTable table;
-    table.levels = quantizer.steps + 1;
-    table.scale = level.scale;
-    std::copy(segments.edge, segments.edge + quantizer.steps, table.edges.sorted);
     for (int q = 0; q <= quantizer.steps; ++q) {
         table.value[q] = level.out_scale * (level.step * static_cast<float>(q) - level.offset);
     }
@@ -180,7 +159,7 @@ void threshold_quantize(Dtype dtype, const void* x, std::int64_t n, const Quanti
         UniformTable table = uniform_table(quantizer);
         table.stream = exceeds_caches(dtype, n);
         for_chunks(n, kChunk, threads, [&](std::int64_t, std::int64_t begin, std::int64_t count) {
-            isa.uniform(dtype, table, at(x, dtype, begin), count, at(y, dtype, begin));
+            isa.uniform(dtype, table, at(x, dtype, begin), count, at(y, dtype, begin), nullptr);
         });
         return;
     }
@@ -188,6 +167,23 @@ void threshold_quantize(Dtype dtype, const void* x, std::int64_t n, const Quanti
     table.stream = exceeds_caches(dtype, n);
     for_chunks(n, kChunk, threads, [&](std::int64_t, std::int64_t begin, std::int64_t count) {
         isa.steps(dtype, table, at(x, dtype, begin), count, at(y, dtype, begin), nullptr, nullptr, nullptr);
+    });
+}
+
+void threshold_levels(Dtype dtype, const void* x, std::int64_t n, const Quantizer& quantizer,
+                      std::uint8_t* levels, int threads) {
+    const Kernels& isa = kernels();
+    if (is_uniform(quantizer)) {
+        const UniformTable table = closed_levels(quantizer);
+        for_chunks(n, kChunk, threads, [&](std::int64_t, std::int64_t begin, std::int64_t count) {
+            isa.uniform(dtype, table, at(x, dtype, begin), count, nullptr, levels + begin);
+        });
+        return;
+    }
+    StepTable table = edge_table(quantizer);
+    finish(table, dtype);
+    for_chunks(n, kChunk, threads, [&](std::int64_t, std::int64_t begin, std::int64_t count) {
+        isa.steps(dtype, table, at(x, dtype, begin), count, nullptr, levels + begin, nullptr, nullptr);
     });
 }
 

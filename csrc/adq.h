@@ -65,8 +65,8 @@ struct Quantizer {
     const float* start;      // [1] T_0
     const float* interval;   // [intervals] T_{i+1} - T_i before clamping
     const float* in_scale;   // [1] u = in_scale * x
-    const float* out_scale;  // [1]
-    const float* offset;     // [1]
+    const float* out_scale;  // [1]; not read where only the levels are wanted
+    const float* offset;     // [1]; likewise
     int intervals;           // steps, or 1: one interval for all steps
     int steps;               // 1..255
 };
@@ -74,6 +74,10 @@ struct Quantizer {
 // y[n] of x[n]: q = #{i : u > T_i + interval[i] / 2}.
 void threshold_quantize(Dtype dtype, const void* x, std::int64_t n, const Quantizer& quantizer, void* y,
                         int threads);
+
+// levels[n] of x[n]: q alone; NaN has level 0.
+void threshold_levels(Dtype dtype, const void* x, std::int64_t n, const Quantizer& quantizer,
+                      std::uint8_t* levels, int threads);
 
 // All gradients of threshold_quantize in one pass over (x, grad); the formulas stand in slopes.h.
 struct QuantizerGradients {
@@ -86,6 +90,32 @@ struct QuantizerGradients {
 void threshold_quantize_backward(Dtype dtype, const void* grad, const void* x, std::int64_t n,
                                  const Quantizer& quantizer, const QuantizerGradients& gradients,
                                  int threads);
+
+// Levels convolved with int8 weights, a = initial + sum of x w in int32, and what follows, each one float32
+// operation: v = float(a) * multiplier, v += bias, v += residual, y = clamp(v, low, high), and levels of y.
+struct Convolution {
+    struct Levels {
+        Quantizer quantizer;
+        std::uint8_t* levels;  // [batch][out_height][out_width][outputs]
+    };
+    const std::uint8_t* x;  // [batch][height][width][channels]
+    std::int64_t batch, height, width, channels;
+    std::int64_t out_height, out_width, outputs;
+    std::int64_t kernel[2], stride[2], padding[2], dilation[2];  // height first
+    std::int64_t groups;
+    std::uint8_t zero;            // the level outside of the image
+    const std::uint8_t* weight;   // as adq/layout.py lays it out
+    const std::int8_t* table;     // [table_levels]
+    int table_levels;             // 2, 4, 8, 16, or 0: the weight is int8
+    const std::int32_t* initial;  // [outputs]
+    const float* multiplier;      // [outputs]
+    const float* bias;            // [outputs]
+    const float* residual;        // [batch][out_height][out_width][outputs], optional
+    float low, high;
+    float* y;  // [batch][out_height][out_width][outputs], optional
+    std::vector<Levels> levels;
+};
+void integer_conv2d(const Convolution& args, int threads);
 
 // Code i of codes[n] <-> bits [i b, (i + 1) b) of the little-endian stream packed[ceil(n b / 8)], 1 <= b
 // <= 8.
@@ -107,7 +137,8 @@ struct Decode {
 };
 void codebook_decode(const Decode& args, int threads);
 
-// Instruction sets: "avx512", "avx2" or "baseline", the best available one until set_isa chooses another.
+// Instruction sets: "avx512vnni", "avx512", "avx2vnni", "avx2" or "baseline", the best available one until
+// set_isa chooses another.
 std::string isa();
 std::vector<std::string> available_isas();
 void set_isa(const std::string& name);  // throws std::invalid_argument

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <new>
 #include <tuple>
 
@@ -94,6 +95,53 @@ void threshold_quantize(int dtype, Address x, std::int64_t n, Address start, Add
                             pointer<void>(y), threads);
 }
 
+// (start, interval, in_scale, intervals, steps, levels)
+using LevelsOf = std::tuple<Address, Address, Address, int, int, Address>;
+
+adq::Quantizer level_quantizer(const LevelsOf& of) {
+    return quantizer(std::get<0>(of), std::get<1>(of), std::get<2>(of), 0, 0, std::get<3>(of),
+                     std::get<4>(of));
+}
+
+void threshold_levels(int dtype, Address x, std::int64_t n, const LevelsOf& levels, int threads) {
+    adq::threshold_levels(static_cast<adq::Dtype>(dtype), pointer<void>(x), n, level_quantizer(levels),
+                          pointer<std::uint8_t>(std::get<5>(levels)), threads);
+}
+
+using Pair = std::array<std::int64_t, 2>;
+
+void integer_conv2d(Address x, const std::array<std::int64_t, 4>& shape, Address weight, Address table,
+                    int table_levels, const std::array<Address, 4>& outputs, Address y,
+                    const std::array<std::int64_t, 3>& out_shape, float low, float high,
+                    const std::vector<LevelsOf>& levels, const std::array<Pair, 4>& geometry,
+                    std::int64_t groups, int zero, int threads) {
+    adq::Convolution args{};
+    args.x = pointer<std::uint8_t>(x);
+    std::tie(args.batch, args.channels, args.height, args.width) = std::tuple_cat(shape);
+    args.weight = pointer<std::uint8_t>(weight);
+    args.table = pointer<std::int8_t>(table);
+    args.table_levels = table_levels;
+    args.initial = pointer<std::int32_t>(outputs[0]);
+    args.multiplier = pointer<float>(outputs[1]);
+    args.bias = pointer<float>(outputs[2]);
+    args.residual = pointer<float>(outputs[3]);
+    args.y = pointer<float>(y);
+    std::tie(args.outputs, args.out_height, args.out_width) = std::tuple_cat(out_shape);
+    args.low = low;
+    args.high = high;
+    for (const LevelsOf& of : levels)
+        args.levels.push_back({level_quantizer(of), pointer<std::uint8_t>(std::get<5>(of))});
+    for (int i = 0; i < 2; ++i) {
+        args.kernel[i] = geometry[0][i];
+        args.stride[i] = geometry[1][i];
+        args.padding[i] = geometry[2][i];
+        args.dilation[i] = geometry[3][i];
+    }
+    args.groups = groups;
+    args.zero = static_cast<std::uint8_t>(zero);
+    adq::integer_conv2d(args, threads);
+}
+
 void threshold_quantize_backward(int dtype, Address grad, Address x, std::int64_t n, Address start,
                                  Address interval, Address in_scale, Address out_scale, Address offset,
                                  int intervals, int steps, Address d_x, Address d_start, Address d_interval,
@@ -166,6 +214,13 @@ PYBIND11_MODULE(_C, module) {
         "threshold_quantize_backward", &threshold_quantize_backward, NoGil(),
         "(dtype, grad, x, n, start, interval, in_scale, out_scale, offset, intervals, steps, d_x, d_start, "
         "d_interval, d_in_scale, d_out_scale, threads)");
+    module.def("threshold_levels", &threshold_levels, NoGil(),
+               "(dtype, x, n, (start, interval, in_scale, intervals, steps, levels), threads)");
+    module.def(
+        "integer_conv2d", &integer_conv2d, NoGil(),
+        "(x, (batch, channels, height, width), weight, table, table_levels, (initial, multiplier, bias, "
+        "residual), y, (outputs, height, width), low, high, [as in threshold_levels], (kernel, stride, "
+        "padding, dilation), groups, zero, threads)");
     module.def("pack_bits", &pack_bits, NoGil(), "(codes, n, bits, packed, threads)");
     module.def("unpack_bits", &unpack_bits, NoGil(), "(packed, bits, n, codes, threads)");
     module.def("codebook_decode", &codebook_decode, NoGil(),

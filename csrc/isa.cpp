@@ -14,6 +14,7 @@ namespace {
 struct Isa {
     const char* name;
     const Kernels* kernels;
+    const IntegerKernels* integer;
 };
 
 #if defined(ADQ_HAVE_AVX2) && defined(__x86_64__)
@@ -31,16 +32,32 @@ bool has_avx512() {
 }
 #endif
 
-// Best first.
+#if defined(ADQ_HAVE_AVX2VNNI) && defined(__x86_64__)
+bool has_avx_vnni() {
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    constexpr unsigned kAvxVnni = 1 << 4;
+    return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax & kAvxVnni) != 0;
+}
+#endif
+
+// Best first. Those with VNNI differ from the ones without it in the integer kernels alone.
 std::vector<Isa> find_isas() {
     std::vector<Isa> found;
+#if defined(ADQ_HAVE_AVX512VNNI) && defined(__x86_64__)
+    if (has_avx512() && __builtin_cpu_supports("avx512vnni"))
+        found.push_back({"avx512vnni", &avx512::kKernels, &avx512vnni::kIntegerKernels});
+#endif
 #if defined(ADQ_HAVE_AVX512) && defined(__x86_64__)
-    if (has_avx512()) found.push_back({"avx512", &avx512::kKernels});
+    if (has_avx512()) found.push_back({"avx512", &avx512::kKernels, &avx512::kIntegerKernels});
+#endif
+#if defined(ADQ_HAVE_AVX2VNNI) && defined(__x86_64__)
+    if (has_avx2() && has_avx_vnni())
+        found.push_back({"avx2vnni", &avx2::kKernels, &avx2vnni::kIntegerKernels});
 #endif
 #if defined(ADQ_HAVE_AVX2) && defined(__x86_64__)
-    if (has_avx2()) found.push_back({"avx2", &avx2::kKernels});
+    if (has_avx2()) found.push_back({"avx2", &avx2::kKernels, &avx2::kIntegerKernels});
 #endif
-    found.push_back({"baseline", &baseline::kKernels});
+    found.push_back({"baseline", &baseline::kKernels, &baseline::kIntegerKernels});
     return found;
 }
 
@@ -57,6 +74,8 @@ std::atomic<const Isa*>& chosen() {
 }  // namespace
 
 const Kernels& kernels() { return *chosen().load(std::memory_order_relaxed)->kernels; }
+
+const IntegerKernels& integer_kernels() { return *chosen().load(std::memory_order_relaxed)->integer; }
 
 std::string isa() { return chosen().load()->name; }
 

@@ -1,10 +1,12 @@
 // Which instruction set's kernels run.
 #pragma once
 
-#include "kernels.h"
+#include "integer.h"
 
 namespace adq {
 
-const Kernels& kernels();  // the chosen ones
+// The chosen ones.
+const Kernels& kernels();
+const IntegerKernels& integer_kernels();
 
 }  // namespace adq

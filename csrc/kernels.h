@@ -78,7 +78,9 @@ struct Kernels {
     void (*multiply)(Dtype dtype, const float* q, std::int64_t n, float scale, void* y);
     // Adds to sums: of w q, and of q^2.
     void (*products)(Dtype dtype, const void* w, const float* q, std::int64_t n, double* sums);
-    void (*uniform)(Dtype dtype, const UniformTable& table, const void* x, std::int64_t n, void* y);
+    // y, levels optional and apart from x.
+    void (*uniform)(Dtype dtype, const UniformTable& table, const void* x, std::int64_t n, void* y,
+                    std::uint8_t* levels);
     // d_x optional; sums are overwritten; n <= kChunk.
     void (*slopes)(Dtype dtype, const SlopeTable& table, const void* grad, const void* x, std::int64_t n,
                    void* d_x, SlopeSums* sums);

@@ -64,10 +64,11 @@ void any_products(Dtype dtype, const void* w, const float* q, std::int64_t n, do
     });
 }
 
-void any_uniform(Dtype dtype, const UniformTable& table, const void* x, std::int64_t n, void* y) {
+void any_uniform(Dtype dtype, const UniformTable& table, const void* x, std::int64_t n, void* y,
+                 std::uint8_t* levels) {
     with_type(dtype, [&](auto* type) {
         using T = typename std::remove_pointer<decltype(type)>::type;
-        uniform<T>(table, static_cast<const T*>(x), n, static_cast<T*>(y));
+        uniform<T>(table, static_cast<const T*>(x), n, static_cast<T*>(y), levels);
     });
 }
 

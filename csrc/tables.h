@@ -42,6 +42,43 @@ inline void finish(float* table, int count, int cells, float clear) {
     for (int i = cells; i < 16; ++i) table[i] = table[i - cells];
 }
 
+// Width, start and edges of the segments as float32 additions in order give them.
+struct Segments {
+    float boundary[kMaxLevels + 1];  // T_0 .. T_n
+    float width[kMaxLevels];
+    float edge[kMaxLevels];  // T_i + width[i] / 2
+};
+
+inline float clamped(float interval) { return interval < kMinInterval ? kMinInterval : interval; }
+
+inline bool is_uniform(const Quantizer& quantizer) { return quantizer.intervals != quantizer.steps; }
+
+inline Segments find_segments(const Quantizer& quantizer) {
+    Segments out;
+    out.boundary[0] = *quantizer.start;
+    for (int i = 0; i < quantizer.steps; ++i) {
+        out.width[i] = clamped(quantizer.interval[i]);
+        out.edge[i] = out.boundary[i] + 0.5f * out.width[i];
+        out.boundary[i + 1] = out.boundary[i] + out.width[i];
+    }
+    return out;
+}
+
+inline void copy_edges(const Quantizer& quantizer, float* to) {
+    const Segments segments = find_segments(quantizer);
+    std::copy(segments.edge, segments.edge + quantizer.steps, to);
+}
+
+// The levels of a quantizer with one interval for all steps.
+inline UniformTable closed_levels(const Quantizer& quantizer) {
+    UniformTable table{};
+    table.scale = *quantizer.in_scale;
+    table.start = *quantizer.start;
+    table.width = clamped(*quantizer.interval);
+    table.steps = static_cast<float>(quantizer.steps);
+    return table;
+}
+
 // Element `index` of an array of the dtype; null stays null.
 template <class Pointer>
 Pointer at(Pointer data, Dtype dtype, std::int64_t index) {

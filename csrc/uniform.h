@@ -28,26 +28,31 @@ struct UniformLevel {
 
 // n is a multiple of 16.
 template <class T>
-void sweep_uniform(const UniformTable& table, const T* x, std::int64_t n, T* y) {
-    const UniformLevel levels(table);
+void sweep_uniform(const UniformTable& table, const T* x, std::int64_t n, T* y, std::uint8_t* levels) {
+    const UniformLevel level(table);
     const Floats scale = fill(table.scale), out_scale = fill(table.out_scale);
     const Floats step = fill(table.step), offset = fill(table.offset);
     const Output<T> out(y, table.stream);
     for (std::int64_t i = 0; i < n; i += kWidth) {
-        const Floats position = levels.position(Storage<T>::load(x + i) * scale);
-        const Ints word = Storage<T>::encode(out_scale * (step * levels.level(position) - offset));
+        const Floats position = level.position(Storage<T>::load(x + i) * scale);
+        const Floats q = level.level(position);
+        if (levels != nullptr) narrow(levels + i, truncate(q));
+        if (!out.wanted()) continue;
+        const Ints word = Storage<T>::encode(out_scale * (step * q - offset));
         out.put(i, select(is_number(position), word, fill(Storage<T>::kNan)));
     }
 }
 
 template <class T>
-void uniform(const UniformTable& table, const T* x, std::int64_t n, T* y) {
-    sweep_uniform(table, x, whole_groups(n), y);
+void uniform(const UniformTable& table, const T* x, std::int64_t n, T* y, std::uint8_t* levels) {
+    sweep_uniform(table, x, whole_groups(n), y, levels);
     if (whole_groups(n) == n) return;
     const InputTail<T> x_tail(x, n);
     OutputTail<T> y_tail(y, n);
-    sweep_uniform(table, x_tail.lane, kLanes, y_tail.data());
+    OutputTail<std::uint8_t> levels_tail(levels, n);
+    sweep_uniform(table, x_tail.lane, kLanes, y_tail.data(), levels_tail.data());
     y_tail.copy();
+    levels_tail.copy();
 }
 
 }  // namespace ADQ_ISA

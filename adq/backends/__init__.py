@@ -36,9 +36,12 @@ def _load(module: str) -> tuple[ModuleType | None, str]:
     return loaded, loaded.describe()
 
 
-def _register(backend: ModuleType, key: str) -> None:
-    for name in filter(lambda name: hasattr(backend, name), ops.SCHEMAS):
+def _register(backend: ModuleType, key: str) -> str:
+    """Register what the backend has; returns a remark on what the reference serves in its place."""
+    missing = [name for name in ops.SCHEMAS if not hasattr(backend, name)]
+    for name in ops.SCHEMAS.keys() - missing:
         ops.LIBRARY.impl(name, getattr(backend, name), key)
+    return f"; the torch reference serves {', '.join(missing)}" if missing else ""
 
 
 def _cpu(cpp: tuple[ModuleType | None, str], triton: tuple[ModuleType | None, str]) -> Status:
@@ -63,16 +66,15 @@ def _cpu(cpp: tuple[ModuleType | None, str], triton: tuple[ModuleType | None, st
             stacklevel=3,
         )
         return Status("cpu", "reference", f"C++ kernels not available: {detail}")
-    _register(backend, "CPU")
-    return Status("cpu", choice, detail if choice == "cpp" else "interpreter: TRITON_INTERPRET=1; slow")
+    detail = detail if choice == "cpp" else "interpreter: TRITON_INTERPRET=1; slow"
+    return Status("cpu", choice, detail + _register(backend, "CPU"))
 
 
 def _cuda(triton: tuple[ModuleType | None, str]) -> Status:
     backend, detail = triton
     if backend is None:
         return Status("cuda", "reference", f"Triton kernels not available: {detail}")
-    _register(backend, "CUDA")
-    return Status("cuda", "triton", detail)
+    return Status("cuda", "triton", detail + _register(backend, "CUDA"))
 
 
 def _load_all() -> tuple[Status, ...]:

@@ -2,7 +2,8 @@
 
 The kernels see memory, not shapes: a non-overlapping dense tensor (channels_last too) is taken in memory
 order, any other is copied into the layout that its result gets. ``ADQ_CPU_ISA`` forces an instruction
-set: ``avx512``, ``avx2`` or ``baseline``.
+set: ``avx512vnni``, ``avx512``, ``avx2vnni``, ``avx2`` or ``baseline``; those with VNNI differ from those without
+in the integer convolution alone.
 
 On Linux, results of 1 MiB and more live in memory that the process keeps for the next ones: fresh memory costs page
 faults, which take several times as long as the kernels. ``ADQ_CPU_POOL_MIB`` limits what may wait unused
@@ -30,7 +31,13 @@ except ModuleNotFoundError as error:
     ) from error
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_ISA_TITLES = {"avx512": "AVX-512", "avx2": "AVX2", "baseline": "baseline instruction set"}
+_ISA_TITLES = {
+    "avx512vnni": "AVX-512 with VNNI",
+    "avx512": "AVX-512",
+    "avx2vnni": "AVX2 with VNNI",
+    "avx2": "AVX2",
+    "baseline": "baseline instruction set",
+}
 
 POOL_FROM = 2**20
 """Bytes of the smallest result that comes from the pool."""
@@ -256,6 +263,91 @@ def threshold_quantize_backward(
         get_num_threads(),
     )
     return d_x, d_start, d_interval, d_in_scale, d_out_scale
+
+
+def _levels_of(start: Tensor, interval: Tensor, in_scale: Tensor, steps: int, levels: Tensor) -> tuple[int, ...]:
+    """What the kernels are told of a quantizer of which the levels are wanted; ``interval`` is contiguous."""
+    scalars = start.data_ptr(), interval.data_ptr(), in_scale.data_ptr()
+    return *scalars, interval.numel(), steps, levels.data_ptr()
+
+
+def threshold_levels(x: Tensor, start: Tensor, interval: Tensor, in_scale: Tensor, steps: int) -> Tensor:
+    """See :func:`adq.reference.threshold_levels`."""
+    ops.check_levels(x, start, interval, in_scale, steps)
+    levels = empty_like(x, torch.uint8)
+    x = _with_strides_of(x, levels)
+    interval = interval.contiguous()
+    quantizer = _levels_of(start, interval, in_scale, steps, levels)
+    _C.threshold_levels(_DTYPES[x.dtype], x.data_ptr(), x.numel(), quantizer, get_num_threads())
+    return levels
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    """The tensor itself if its memory is ``[N, H, W, C]``, else a copy that is."""
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
+def _empty_channels_last(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Tensor:
+    """An uninitialised tensor, from the pool where it is large."""
+    batch, channels, height, width = shape
+    stride = channels * height * width, 1, channels * width, channels
+    pooled = _pooled(torch.Size(shape), stride, dtype) if batch * stride[0] >= POOL_FROM // 4 else None
+    return torch.empty(shape, dtype=dtype, memory_format=torch.channels_last) if pooled is None else pooled
+
+
+def integer_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    table: Tensor,
+    initial: Tensor,
+    multiplier: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    low: float,
+    high: float,
+    quantizers: list[Tensor],
+    steps: list[int],
+    keep: bool,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    zero: int,
+) -> tuple[Tensor, list[Tensor]]:
+    """See :func:`adq.reference.integer_conv2d`."""
+    shape = ops.check_integer_conv2d(
+        x, weight, table, initial, multiplier, bias, residual, quantizers, steps,
+        kernel, stride, padding, dilation, groups, zero,
+    )  # fmt: skip
+    x = _channels_last(x)
+    residual = None if residual is None else _channels_last(residual)
+    y = _empty_channels_last(shape, torch.float32) if keep else x.new_empty(0, dtype=torch.float32)
+    levels = [_empty_channels_last(shape, torch.uint8) for _ in steps]
+    quantizers = [tensor.contiguous() for tensor in quantizers]
+    table = table.contiguous()
+    outputs = initial.data_ptr(), multiplier.data_ptr(), bias.data_ptr(), 0 if residual is None else residual.data_ptr()
+    _C.integer_conv2d(
+        x.data_ptr(),
+        tuple(x.shape),
+        weight.data_ptr(),
+        table.data_ptr(),
+        table.numel(),
+        outputs,
+        y.data_ptr() if keep else 0,
+        shape[1:],
+        low,
+        high,
+        [
+            _levels_of(*quantizers[3 * i : 3 * i + 3], count, level)
+            for i, (count, level) in enumerate(zip(steps, levels, strict=True))
+        ],
+        (kernel, stride, padding, dilation),
+        groups,
+        zero,
+        get_num_threads(),
+    )
+    return y, levels
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:

@@ -1,0 +1,87 @@
+// Products of four uint8 with four int8, added to an int32 lane: exact on every instruction set.
+//
+// With VNNI that is one instruction. Elsewhere the bytes become 16-bit numbers, the even ones and the odd
+// ones, whose products are added in pairs: the 8-bit instruction of AVX2 and AVX-512 (vpmaddubsw) saturates.
+#pragma once
+
+#include "simd.h"
+
+#if defined(__SSE2__) && defined(__GNUC__)
+#include <emmintrin.h>
+#endif
+
+namespace adq {
+namespace ADQ_ISA {
+
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+
+constexpr int kSplit = 1;  // vectors of weights to a vector of sums
+
+ADQ_INLINE Ints add_dot(Ints sum, Ints levels, Ints weights) {
+#if defined(__AVX512VNNI__)
+    return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)levels, (__m512i)weights);
+#else
+    return (Ints)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)levels, (__m256i)weights);
+#endif
+}
+
+// Four levels in every lane, ready to be multiplied.
+struct Levels {
+    Ints word;
+    explicit ADQ_INLINE Levels(Ints bytes) : word(bytes) {}
+    ADQ_INLINE Ints add_dot(Ints sum, const Ints* weights) const {
+        return ADQ_ISA::add_dot(sum, word, weights[0]);
+    }
+};
+
+// Weights as they are multiplied.
+ADQ_INLINE void split_weights(Ints bytes, Ints* to) { to[0] = bytes; }
+
+#else
+
+constexpr int kSplit = 2;
+
+// Products of signed 16-bit numbers, added in pairs.
+ADQ_INLINE Ints multiply_pairs(Ints a, Ints b) {
+#if defined(__AVX512BW__)
+    return (Ints)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+    return (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__) && defined(__GNUC__)
+    return (Ints)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#else
+    return ((a << 16) >> 16) * ((b << 16) >> 16) + (a >> 16) * (b >> 16);
+#endif
+}
+
+struct Levels {
+    Ints even, odd;
+    explicit ADQ_INLINE Levels(Ints bytes) : even(bytes & 0x00ff00ff), odd((bytes >> 8) & 0x00ff00ff) {}
+    ADQ_INLINE Ints add_dot(Ints sum, const Ints* weights) const {
+        return sum + (multiply_pairs(even, weights[0]) + multiply_pairs(odd, weights[1]));
+    }
+};
+
+// Bytes 0 and 2, and bytes 1 and 3, as 16-bit numbers.
+ADQ_INLINE void split_weights(Ints bytes, Ints* to) {
+    to[0] = (((bytes << 24) >> 24) & 0xffff) | ((((bytes << 8) >> 24)) << 16);
+    to[1] = (((bytes << 16) >> 24) & 0xffff) | ((bytes >> 24) << 16);
+}
+
+#endif
+
+// Four bytes in every lane.
+ADQ_INLINE Levels broadcast_levels(const std::uint8_t* from) {
+    std::int32_t word;
+    std::memcpy(&word, from, sizeof word);
+    return Levels(fill(word));
+}
+
+ADQ_INLINE Ints load_ints(const void* from) {
+    Ints out;
+    std::memcpy(&out, from, sizeof out);
+    return out;
+}
+
+}  // namespace ADQ_ISA
+}  // namespace adq

@@ -1,0 +1,91 @@
+// The integer convolution's kernels, as the instruction sets implement them, and what they are given.
+//
+// Weights are int8, activations uint8, sums int32 and exact: an implementation may add in any order. The
+// weights come in blocks of 16 output channels times 4 inputs (adq/layout.py); a panel is a few blocks' whole
+// reductions, laid out as an instruction set wants to multiply them.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "kernels.h"
+
+namespace adq {
+
+constexpr int kBlockOutputs = 16;
+constexpr int kBlockInputs = 4;
+constexpr int kBlockWeights = kBlockOutputs * kBlockInputs;
+constexpr int kMaxBlocks = 4;  // of a panel
+constexpr int kStrip = 96;     // most pixels of a call
+
+// How a quantizer decides: by edges, or by the closed form where one interval serves all steps.
+struct LevelTable {
+    bool uniform;
+    EdgeTable edges;
+    UniformTable closed;  // scale is that of both
+};
+
+// Where a panel's weights are.
+struct PanelSource {
+    const std::uint8_t* blocks;  // [count][steps][8 * bits], bits planes of 64 bits a block
+    int count;                   // output blocks, 1..kMaxBlocks
+    std::int64_t steps;          // blocks of 4 inputs along the reduction
+    int bits;                    // 1..4, or 8: int8 weights
+    std::int8_t table[16];       // the weight of each code; unused with 8 bits
+};
+
+// What follows the sums of a panel's outputs: v = float(a) * multiplier + bias + residual, clamped, stored,
+// and its levels. Arrays of parameters hold 16 entries a block. Addresses are those of the strip's first
+// pixel and the panel's first output; from pixel to pixel they move on by `stride` elements.
+struct Epilogue {
+    const std::int32_t* initial;
+    const float* multiplier;
+    const float* bias;
+    float low;
+    float high;
+    int outputs;  // that exist, at most 16 a block and more than 16 a block less one
+    std::int64_t stride;
+    const float* residual;  // optional
+    float* y;               // optional
+    const std::vector<LevelTable>* tables;
+    std::vector<std::uint8_t*> levels;  // a result for each table
+};
+
+// Up to kStrip pixels times a panel.
+struct Strip {
+    const void* panel;
+    int blocks;
+    // Dense: a tap is a run of 4 `run` consecutive input bytes. Depthwise: a tap is the pixel's channels, and
+    // the panel's steps are the taps in fours; run is unused.
+    std::int64_t run;
+    int taps;
+    const std::uint8_t* const* inputs;  // [taps][kStrip]
+    int pixels;
+    Epilogue epilogue;
+};
+
+struct IntegerKernels {
+    int blocks;       // most that a panel should have
+    int panel_bytes;  // of a block of a panel
+    void (*prepare)(const PanelSource& source, void* panel);
+    void (*dense)(const Strip& strip);
+    void (*depthwise)(const Strip& strip);
+};
+
+namespace baseline {
+extern const IntegerKernels kIntegerKernels;
+}
+namespace avx2 {
+extern const IntegerKernels kIntegerKernels;
+}
+namespace avx2vnni {
+extern const IntegerKernels kIntegerKernels;
+}
+namespace avx512 {
+extern const IntegerKernels kIntegerKernels;
+}
+namespace avx512vnni {
+extern const IntegerKernels kIntegerKernels;
+}
+
+}  // namespace adq

@@ -1,0 +1,327 @@
+// The integer convolution's kernels of the instruction set ADQ_ISA; included once by each integer_<isa>.cpp.
+//
+// The dense kernel is an implicit matrix product: a tile of pixels times a panel's outputs stays in registers
+// while the reduction runs over taps and channels, four at a time. Each pixel of a tile has an address a tap,
+// so padding, strides and dilation are the caller's. A depthwise convolution multiplies lane by lane instead,
+// four taps at a time.
+#pragma once
+
+#include "bits.h"
+#include "cells.h"
+#include "dot.h"
+#include "groups.h"
+#include "integer.h"
+#include "uniform.h"
+
+namespace adq {
+namespace ADQ_ISA {
+namespace {
+
+// Most output blocks of a panel, and pixels of a tile for so many blocks: what the registers hold.
+#if defined(__AVX512VNNI__)
+constexpr int kPanelBlocks = 4;
+constexpr int kTilePixels[] = {0, 12, 12, 8, 6};
+#elif defined(__AVX512F__)
+constexpr int kPanelBlocks = 4;
+constexpr int kTilePixels[] = {0, 8, 6, 4, 4};
+#elif defined(__AVXVNNI__)
+constexpr int kPanelBlocks = 2;
+constexpr int kTilePixels[] = {0, 5, 3};
+#elif defined(__AVX2__)
+constexpr int kPanelBlocks = 2;
+constexpr int kTilePixels[] = {0, 3, 2};
+#else
+constexpr int kPanelBlocks = 1;
+constexpr int kTilePixels[] = {0, 2};
+#endif
+
+constexpr int kBlockVectors = kParts * kSplit;  // of a block of weights in a panel
+
+// ---- weights -----------------------------------------------------------------------------------------
+
+#if defined(__AVX512F__)
+
+template <int kBits>
+ADQ_INLINE void decode_block(const std::uint8_t* planes, const std::int8_t* table, Ints* to) {
+    const __m512i values = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)table));
+    __m512i code = _mm512_setzero_si512();
+    unroll<kBits>([&](auto bit) ADQ_INLINE_LAMBDA {
+        std::uint64_t plane;
+        std::memcpy(&plane, planes + 8 * bit.value, sizeof plane);
+        code = _mm512_mask_add_epi8(code, plane, code, _mm512_set1_epi8(1 << bit.value));
+    });
+    to[0] = (Ints)_mm512_shuffle_epi8(values, code);
+}
+
+#else
+
+// Codes byte by byte from their planes, a vector's worth at a time.
+template <int kBits>
+ADQ_INLINE void decode_block(const std::uint8_t* planes, const std::int8_t* table, Ints* to) {
+    constexpr int kWords = sizeof(Words) / 8;
+    for (int part = 0; part < kParts; ++part) {
+        Words code{};
+        unroll<kBits>([&](auto bit) ADQ_INLINE_LAMBDA {
+            Words plane{};
+            for (int i = 0; i < kWords; ++i) set_word(plane, i, planes[8 * bit.value + kWords * part + i]);
+            code = code | (unfold<1>(plane) << bit.value);
+        });
+#if ADQ_HAS_PERMUTE
+        to[part] = (Ints)look_up_bytes(table, (ByteLanes)code);
+#else
+        std::uint8_t bytes[sizeof code];
+        std::memcpy(bytes, &code, sizeof code);
+        for (std::uint8_t& byte : bytes) byte = static_cast<std::uint8_t>(table[byte]);
+        to[part] = load_ints(bytes);
+#endif
+    }
+}
+
+#endif
+
+template <>
+ADQ_INLINE void decode_block<8>(const std::uint8_t* bytes, const std::int8_t*, Ints* to) {
+    for (int part = 0; part < kParts; ++part) to[part] = load_ints(bytes + sizeof(Ints) * part);
+}
+
+// panel: [steps][count][kParts][kSplit].
+template <int kBits>
+void prepare_panel(const PanelSource& source, Ints* panel) {
+    const std::int64_t stride = 8 * kBits * source.steps;
+    for (std::int64_t step = 0; step < source.steps; ++step) {
+        for (int block = 0; block < source.count; ++block) {
+            Ints bytes[kParts];
+            decode_block<kBits>(source.blocks + block * stride + step * 8 * kBits, source.table, bytes);
+            for (int part = 0; part < kParts; ++part) split_weights(bytes[part], panel + kSplit * part);
+            panel += kBlockVectors;
+        }
+    }
+}
+
+void prepare(const PanelSource& source, void* to) {
+    Ints* panel = static_cast<Ints*>(to);
+    switch (source.bits) {
+        case 1: return prepare_panel<1>(source, panel);
+        case 2: return prepare_panel<2>(source, panel);
+        case 3: return prepare_panel<3>(source, panel);
+        case 4: return prepare_panel<4>(source, panel);
+        default: return prepare_panel<8>(source, panel);
+    }
+}
+
+// ---- what follows the sums ---------------------------------------------------------------------------
+
+// Calls function(row, column, exists) for every block of 16 values of a tile; `exists` is less than 16 in the
+// last one of a row where the outputs end inside of it.
+template <class Function>
+ADQ_INLINE void for_blocks(const Epilogue& epilogue, int blocks, int pixels, Function&& function) {
+    for (int pixel = 0; pixel < pixels; ++pixel) {
+        for (int block = 0; block < blocks; ++block) {
+            const int left = epilogue.outputs - kBlockOutputs * block;
+            function(pixel, kBlockOutputs * block, left < kBlockOutputs ? left : kBlockOutputs);
+        }
+    }
+}
+
+// Clamps as torch does: NaN stays, and `high` wins.
+ADQ_INLINE Floats clamp(Floats v, Floats low, Floats high) {
+    v = select(greater(low, v), low, v);
+    return select(greater(v, high), high, v);
+}
+
+// tile: [pixels][blocks][16]; of the strip's pixels from `first` on.
+void add_and_clamp(const Epilogue& epilogue, int blocks, int first, int pixels, float* tile) {
+    const Floats low = fill(epilogue.low), high = fill(epilogue.high);
+    for_blocks(epilogue, blocks, pixels, [&](int pixel, int column, int exist) ADQ_INLINE_LAMBDA {
+        float* values = tile + pixel * blocks * kBlockOutputs + column;
+        const std::int64_t at = (first + pixel) * epilogue.stride + column;
+        float rest[kBlockOutputs] = {};
+        const float* residual = epilogue.residual != nullptr ? epilogue.residual + at : nullptr;
+        if (residual != nullptr && exist < kBlockOutputs) {
+            std::memcpy(rest, residual, exist * sizeof(float));
+            residual = rest;
+        }
+        unroll<kParts>([&](auto part) ADQ_INLINE_LAMBDA {
+            Floats v = load_floats(values + kWidth * part.value);
+            if (residual != nullptr) v = v + load_floats(residual + kWidth * part.value);
+            v = clamp(v, low, high);
+            std::memcpy(values + kWidth * part.value, &v, sizeof v);
+        });
+        if (epilogue.y != nullptr) std::memcpy(epilogue.y + at, values, exist * sizeof(float));
+    });
+}
+
+// The level of a value u of the quantizer's scale.
+template <int kCells>
+struct EdgeLevel {
+    const Cells<kCells> cells;
+    explicit ADQ_INLINE EdgeLevel(const LevelTable& table) : cells(table.edges) {}
+    ADQ_INLINE Ints operator()(Floats u) const { return cells.number(cells.find(u)); }
+};
+
+struct ClosedLevel {
+    const UniformLevel level;
+    explicit ADQ_INLINE ClosedLevel(const LevelTable& table) : level(table.closed) {}
+    ADQ_INLINE Ints operator()(Floats u) const { return truncate(level.level(level.position(u))); }
+};
+
+template <class Level>
+void quantize(const Epilogue& epilogue, const LevelTable& table, int blocks, int first, int pixels,
+              const float* tile, std::uint8_t* to) {
+    const Level level(table);
+    const Floats scale = fill(table.closed.scale);
+    for_blocks(epilogue, blocks, pixels, [&](int pixel, int column, int exist) ADQ_INLINE_LAMBDA {
+        const float* values = tile + pixel * blocks * kBlockOutputs + column;
+        std::uint8_t* levels = to + (first + pixel) * epilogue.stride + column;
+        std::uint8_t rest[kBlockOutputs];
+        std::uint8_t* where = exist < kBlockOutputs ? rest : levels;
+        unroll<kParts>([&](auto part) ADQ_INLINE_LAMBDA {
+            const Floats v = load_floats(values + kWidth * part.value);
+            narrow(where + kWidth * part.value, level(scale * v));
+        });
+        if (exist < kBlockOutputs) std::memcpy(levels, rest, exist);
+    });
+}
+
+void quantize_any(const Epilogue& epilogue, std::size_t index, int blocks, int first, int pixels,
+                  const float* tile) {
+    const LevelTable& table = (*epilogue.tables)[index];
+    std::uint8_t* to = epilogue.levels[index];
+    if (table.uniform) return quantize<ClosedLevel>(epilogue, table, blocks, first, pixels, tile, to);
+    switch (table.edges.cells) {
+        case 4: return quantize<EdgeLevel<4>>(epilogue, table, blocks, first, pixels, tile, to);
+        case 8: return quantize<EdgeLevel<8>>(epilogue, table, blocks, first, pixels, tile, to);
+        case 16: return quantize<EdgeLevel<16>>(epilogue, table, blocks, first, pixels, tile, to);
+        case 32: return quantize<EdgeLevel<32>>(epilogue, table, blocks, first, pixels, tile, to);
+        case 64: return quantize<EdgeLevel<64>>(epilogue, table, blocks, first, pixels, tile, to);
+        default: return quantize<EdgeLevel<256>>(epilogue, table, blocks, first, pixels, tile, to);
+    }
+}
+
+void finish_tile(const Epilogue& epilogue, int blocks, int first, int pixels, float* tile) {
+    add_and_clamp(epilogue, blocks, first, pixels, tile);
+    for (std::size_t i = 0; i < epilogue.levels.size(); ++i) {
+        quantize_any(epilogue, i, blocks, first, pixels, tile);
+    }
+}
+
+// float(sum) * multiplier + bias.
+ADQ_INLINE void store_scaled(const Epilogue& epilogue, int channel, Ints sum, float* to) {
+    const Floats v =
+        to_float(sum) * load_floats(epilogue.multiplier + channel) + load_floats(epilogue.bias + channel);
+    std::memcpy(to, &v, sizeof v);
+}
+
+// ---- dense -------------------------------------------------------------------------------------------
+
+// The scaled sums of a tile, [kPixels][kBlocks][16].
+template <int kBlocks, int kPixels>
+void multiply_tile(const Strip& strip, int first, float* tile) {
+    constexpr int kVectors = kBlocks * kParts;
+    Ints sum[kVectors][kPixels];
+    unroll<kVectors>([&](auto v) ADQ_INLINE_LAMBDA {
+        const Ints initial = load_ints(strip.epilogue.initial + kWidth * v.value);
+        unroll<kPixels>([&](auto p) ADQ_INLINE_LAMBDA { sum[v.value][p.value] = initial; });
+    });
+    const Ints* weights = static_cast<const Ints*>(strip.panel);
+    for (int tap = 0; tap < strip.taps; ++tap) {
+        const std::uint8_t* input[kPixels];
+        unroll<kPixels>(
+            [&](auto p) ADQ_INLINE_LAMBDA { input[p.value] = strip.inputs[tap * kStrip + first + p.value]; });
+        for (std::int64_t at = 0; at < 4 * strip.run; at += 4) {
+            Ints weight[kVectors][kSplit];
+            std::memcpy(weight, weights, sizeof weight);
+            unroll<kPixels>([&](auto p) ADQ_INLINE_LAMBDA {
+                const Levels levels = broadcast_levels(input[p.value] + at);
+                unroll<kVectors>([&](auto v) ADQ_INLINE_LAMBDA {
+                    Ints& to = sum[v.value][p.value];
+                    to = levels.add_dot(to, weight[v.value]);
+                });
+            });
+            weights += kVectors * kSplit;
+        }
+    }
+    unroll<kPixels>([&](auto p) ADQ_INLINE_LAMBDA {
+        unroll<kVectors>([&](auto v) ADQ_INLINE_LAMBDA {
+            store_scaled(strip.epilogue, kWidth * v.value, sum[v.value][p.value],
+                         tile + kWidth * (p.value * kVectors + v.value));
+        });
+    });
+}
+
+// A tile of as many pixels as are asked for.
+template <int kBlocks, int kPixels>
+void multiply_pixels(const Strip& strip, int first, int pixels, float* tile) {
+    if constexpr (kPixels > 0) {
+        if (pixels == kPixels) return multiply_tile<kBlocks, kPixels>(strip, first, tile);
+        multiply_pixels<kBlocks, kPixels - 1>(strip, first, pixels, tile);
+    }
+}
+
+// Tiles of nearly equal sizes.
+template <int kBlocks>
+void dense_blocks(const Strip& strip) {
+    constexpr int kPixels = kTilePixels[kBlocks];
+    alignas(64) float tile[kPixels * kBlocks * kBlockOutputs];
+    const int tiles = (strip.pixels + kPixels - 1) / kPixels;
+    for (int i = 0; i < tiles; ++i) {
+        const int first = strip.pixels * i / tiles;
+        const int pixels = strip.pixels * (i + 1) / tiles - first;
+        multiply_pixels<kBlocks, kPixels>(strip, first, pixels, tile);
+        finish_tile(strip.epilogue, kBlocks, first, pixels, tile);
+    }
+}
+
+template <int kBlocks>
+void dense_any(const Strip& strip) {
+    if constexpr (kBlocks > 0) {
+        if (strip.blocks == kBlocks) return dense_blocks<kBlocks>(strip);
+        dense_any<kBlocks - 1>(strip);
+    }
+}
+
+void dense(const Strip& strip) { dense_any<kPanelBlocks>(strip); }
+
+// ---- depthwise ---------------------------------------------------------------------------------------
+
+// The levels of four taps side by side in a lane for each channel; taps that do not exist repeat the last
+// one, and have weights of zero.
+ADQ_INLINE Levels gather_taps(const Strip& strip, int group, int pixel, int channel) {
+    Ints bytes = fill(0);
+    unroll<kBlockInputs>([&](auto i) ADQ_INLINE_LAMBDA {
+        const int tap = kBlockInputs * group + i.value;
+        const int real = tap < strip.taps ? tap : strip.taps - 1;
+        bytes = bytes | (widen(strip.inputs[real * kStrip + pixel] + channel) << (8 * i.value));
+    });
+    return Levels(bytes);
+}
+
+void depthwise(const Strip& strip) {
+    constexpr int kPixels = 4;
+    alignas(64) float tile[kPixels * kMaxBlocks * kBlockOutputs];
+    const int groups = (strip.taps + kBlockInputs - 1) / kBlockInputs;
+    const int vectors = strip.blocks * kParts;
+    for (int first = 0; first < strip.pixels; first += kPixels) {
+        const int pixels = strip.pixels - first < kPixels ? strip.pixels - first : kPixels;
+        for (int p = 0; p < pixels; ++p) {
+            for (int v = 0; v < vectors; ++v) {
+                Ints sum = load_ints(strip.epilogue.initial + kWidth * v);
+                const Ints* weights = static_cast<const Ints*>(strip.panel) + kSplit * v;
+                for (int group = 0; group < groups; ++group) {
+                    sum = gather_taps(strip, group, first + p, kWidth * v).add_dot(sum, weights);
+                    weights += vectors * kSplit;
+                }
+                store_scaled(strip.epilogue, kWidth * v, sum, tile + kWidth * (p * vectors + v));
+            }
+        }
+        finish_tile(strip.epilogue, strip.blocks, first, pixels, tile);
+    }
+}
+
+}  // namespace
+
+extern const IntegerKernels kIntegerKernels = {kPanelBlocks, kBlockVectors * static_cast<int>(sizeof(Ints)),
+                                               prepare, dense, depthwise};
+
+}  // namespace ADQ_ISA
+}  // namespace adq
