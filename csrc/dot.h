@@ -26,9 +26,9 @@ ADQ_INLINE Ints add_dot(Ints sum, Ints levels, Ints weights) {
 }
 
 // Four levels in every lane, ready to be multiplied.
-struct Levels {
+struct Quads {
     Ints word;
-    explicit ADQ_INLINE Levels(Ints bytes) : word(bytes) {}
+    explicit ADQ_INLINE Quads(Ints bytes) : word(bytes) {}
     ADQ_INLINE Ints add_dot(Ints sum, const Ints* weights) const {
         return ADQ_ISA::add_dot(sum, word, weights[0]);
     }
@@ -54,9 +54,9 @@ ADQ_INLINE Ints multiply_pairs(Ints a, Ints b) {
 #endif
 }
 
-struct Levels {
+struct Quads {
     Ints even, odd;
-    explicit ADQ_INLINE Levels(Ints bytes) : even(bytes & 0x00ff00ff), odd((bytes >> 8) & 0x00ff00ff) {}
+    explicit ADQ_INLINE Quads(Ints bytes) : even(bytes & 0x00ff00ff), odd((bytes >> 8) & 0x00ff00ff) {}
     ADQ_INLINE Ints add_dot(Ints sum, const Ints* weights) const {
         return sum + (multiply_pairs(even, weights[0]) + multiply_pairs(odd, weights[1]));
     }
@@ -71,10 +71,10 @@ ADQ_INLINE void split_weights(Ints bytes, Ints* to) {
 #endif
 
 // Four bytes in every lane.
-ADQ_INLINE Levels broadcast_levels(const std::uint8_t* from) {
+ADQ_INLINE Quads broadcast_quads(const std::uint8_t* from) {
     std::int32_t word;
     std::memcpy(&word, from, sizeof word);
-    return Levels(fill(word));
+    return Quads(fill(word));
 }
 
 ADQ_INLINE Ints load_ints(const void* from) {

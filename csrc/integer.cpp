@@ -126,7 +126,8 @@ class Convolver {
         find_panels();
         find_chunk(threads);
         fill_outside();
-        for (const Convolution::Levels& level : args.levels) tables_.push_back(level_table(level.quantizer));
+        for (const Convolution::Levels& level : args.levels)
+            tables_.push_back(quantizer_table(level.quantizer));
     }
 
     void run(int threads) const {
@@ -139,8 +140,8 @@ class Convolver {
     }
 
  private:
-    static LevelTable level_table(const Quantizer& quantizer) {
-        LevelTable table{};
+    static QuantizerTable quantizer_table(const Quantizer& quantizer) {
+        QuantizerTable table{};
         table.uniform = is_uniform(quantizer);
         table.closed = closed_levels(quantizer);
         if (table.uniform) return table;
@@ -355,7 +356,7 @@ class Convolver {
     std::int64_t chunk_ = 1;
     std::vector<Panel> panels_;
     std::vector<std::uint8_t> outside_;
-    std::vector<LevelTable> tables_;
+    std::vector<QuantizerTable> tables_;
 };
 
 }  // namespace

@@ -19,7 +19,7 @@ constexpr int kMaxBlocks = 4;  // of a panel
 constexpr int kStrip = 96;     // most pixels of a call
 
 // How a quantizer decides: by edges, or by the closed form where one interval serves all steps.
-struct LevelTable {
+struct QuantizerTable {
     bool uniform;
     EdgeTable edges;
     UniformTable closed;  // scale is that of both
@@ -47,7 +47,7 @@ struct Epilogue {
     std::int64_t stride;
     const float* residual;  // optional
     float* y;               // optional
-    const std::vector<LevelTable>* tables;
+    const std::vector<QuantizerTable>* tables;
     std::vector<std::uint8_t*> levels;  // a result for each table
 };
 

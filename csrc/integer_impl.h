@@ -155,18 +155,18 @@ void add_and_clamp(const Epilogue& epilogue, int blocks, int first, int pixels, 
 template <int kCells>
 struct EdgeLevel {
     const Cells<kCells> cells;
-    explicit ADQ_INLINE EdgeLevel(const LevelTable& table) : cells(table.edges) {}
+    explicit ADQ_INLINE EdgeLevel(const QuantizerTable& table) : cells(table.edges) {}
     ADQ_INLINE Ints operator()(Floats u) const { return cells.number(cells.find(u)); }
 };
 
 struct ClosedLevel {
     const UniformLevel level;
-    explicit ADQ_INLINE ClosedLevel(const LevelTable& table) : level(table.closed) {}
+    explicit ADQ_INLINE ClosedLevel(const QuantizerTable& table) : level(table.closed) {}
     ADQ_INLINE Ints operator()(Floats u) const { return truncate(level.level(level.position(u))); }
 };
 
 template <class Level>
-void quantize(const Epilogue& epilogue, const LevelTable& table, int blocks, int first, int pixels,
+void quantize(const Epilogue& epilogue, const QuantizerTable& table, int blocks, int first, int pixels,
               const float* tile, std::uint8_t* to) {
     const Level level(table);
     const Floats scale = fill(table.closed.scale);
@@ -185,7 +185,7 @@ void quantize(const Epilogue& epilogue, const LevelTable& table, int blocks, int
 
 void quantize_any(const Epilogue& epilogue, std::size_t index, int blocks, int first, int pixels,
                   const float* tile) {
-    const LevelTable& table = (*epilogue.tables)[index];
+    const QuantizerTable& table = (*epilogue.tables)[index];
     std::uint8_t* to = epilogue.levels[index];
     if (table.uniform) return quantize<ClosedLevel>(epilogue, table, blocks, first, pixels, tile, to);
     switch (table.edges.cells) {
@@ -232,7 +232,7 @@ void multiply_tile(const Strip& strip, int first, float* tile) {
             Ints weight[kVectors][kSplit];
             std::memcpy(weight, weights, sizeof weight);
             unroll<kPixels>([&](auto p) ADQ_INLINE_LAMBDA {
-                const Levels levels = broadcast_levels(input[p.value] + at);
+                const Quads levels = broadcast_quads(input[p.value] + at);
                 unroll<kVectors>([&](auto v) ADQ_INLINE_LAMBDA {
                     Ints& to = sum[v.value][p.value];
                     to = levels.add_dot(to, weight[v.value]);
@@ -286,14 +286,14 @@ void dense(const Strip& strip) { dense_any<kPanelBlocks>(strip); }
 
 // The levels of four taps side by side in a lane for each channel; taps that do not exist repeat the last
 // one, and have weights of zero.
-ADQ_INLINE Levels gather_taps(const Strip& strip, int group, int pixel, int channel) {
+ADQ_INLINE Quads gather_taps(const Strip& strip, int group, int pixel, int channel) {
     Ints bytes = fill(0);
     unroll<kBlockInputs>([&](auto i) ADQ_INLINE_LAMBDA {
         const int tap = kBlockInputs * group + i.value;
         const int real = tap < strip.taps ? tap : strip.taps - 1;
         bytes = bytes | (widen(strip.inputs[real * kStrip + pixel] + channel) << (8 * i.value));
     });
-    return Levels(bytes);
+    return Quads(bytes);
 }
 
 void depthwise(const Strip& strip) {
