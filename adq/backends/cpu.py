@@ -85,7 +85,7 @@ def _empty(shape: torch.Size, dtype: torch.dtype) -> Tensor:
 
 def _with_strides_of(tensor: Tensor, out: Tensor) -> Tensor:
     """The tensor itself if it lies in memory as ``out`` does (``out`` is dense), else a copy that does."""
-    return tensor if tensor.stride() == out.stride() else empty_like(out).copy_(tensor)
+    return tensor if tensor.stride() == out.stride() else empty_like(out, tensor.dtype).copy_(tensor)
 
 
 def _dense(w: Tensor) -> Tensor:

@@ -1,0 +1,183 @@
+"""Integer convolution and threshold levels in C++: bit for bit the reference, which meets an int64 oracle."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adq import layout, reference
+
+cpu = pytest.importorskip("adq.backends.cpu", reason="the C++ kernels are not built")
+_C = cpu._C
+
+
+def make(
+    outputs=20, inputs=8, kernel=(3, 3), groups=1, size=(7, 6), batch=2, values=8, residual=False, readers=(7,),
+    stride=(1, 1), padding=(1, 1), dilation=(1, 1), zero=0, top=255, low=0.0, high=float("inf"), keep=True, seed=0,
+):  # fmt: skip
+    """Arguments of the operator; weights take ``values`` different values."""
+    rng = np.random.default_rng(seed)
+    chosen = rng.permutation(np.arange(-128, 128))[:values]
+    weight = torch.from_numpy(rng.choice(chosen, (outputs, inputs // groups, *kernel)).astype(np.int8))
+    x = torch.from_numpy(rng.integers(0, top + 1, (batch, inputs, *size)).astype(np.uint8))
+    blocks, table = layout.arrange(weight, groups)
+    initial = torch.from_numpy(rng.integers(-5000, 5000, outputs).astype(np.int32))
+    multiplier = torch.from_numpy((rng.standard_normal(outputs) / (200 * inputs)).astype(np.float32))
+    bias = torch.from_numpy(rng.standard_normal(outputs).astype(np.float32))
+    spans = [
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, p, d, k, s in zip(size, padding, dilation, kernel, stride, strict=True)
+    ]
+    added = torch.from_numpy(rng.standard_normal((batch, outputs, *spans)).astype(np.float32)) if residual else None
+    quantizers = []
+    for steps in readers:
+        count = steps if steps <= 15 else 1
+        quantizers += [
+            torch.from_numpy(rng.uniform(-0.5, 0, 1).astype(np.float32)),
+            torch.from_numpy(rng.uniform(0.01, 4 / steps, count).astype(np.float32)),
+            torch.from_numpy(rng.uniform(0.5, 2, 1).astype(np.float32)),
+        ]
+    geometry = ([*kernel], [*stride], [*padding], [*dilation], groups, zero)
+    head = (x, blocks, table, initial, multiplier, bias, added, low, high, quantizers, [*readers], keep)
+    return (*head, *geometry), weight
+
+
+@pytest.fixture(params=_C.available_isas())
+def isa(request):
+    before = _C.isa()
+    _C.set_isa(request.param)
+    yield request.param
+    _C.set_isa(before)
+
+
+def assert_same(actual, expected):
+    tensors = (actual[0], *actual[1]), (expected[0], *expected[1])
+    for one, other in zip(*tensors, strict=True):
+        assert one.dtype == other.dtype
+        assert one.shape == other.shape
+        same = (one == other) | (one.isnan() & other.isnan())
+        assert bool(same.all()), f"{int((~same).sum())} of {same.numel()} differ"
+
+
+CASES = {
+    "plain": {},
+    "stem": {"inputs": 3, "kernel": (7, 7), "stride": (2, 2), "padding": (3, 3), "size": (17, 19), "values": 200},
+    "wide": {"outputs": 130, "inputs": 64, "size": (9, 9)},
+    "pointwise": {"kernel": (1, 1), "padding": (0, 0), "outputs": 70, "inputs": 33, "values": 16},
+    "groups": {"groups": 2, "outputs": 36, "inputs": 12, "values": 3},
+    "depthwise": {"groups": 24, "outputs": 24, "inputs": 24},
+    "depthwise-int8": {"groups": 37, "outputs": 37, "inputs": 37, "values": 250, "stride": (2, 1)},
+    "dilated": {"dilation": (2, 1), "padding": (2, 0), "zero": 5},
+    "saturating": {"inputs": 64, "values": 1, "top": 255, "zero": 255},
+    "residual": {"residual": True, "readers": (7, 3, 255, 1), "high": 1.0, "low": -1.0},
+    "no result": {"keep": False},
+    "no readers": {"readers": ()},
+    "one image": {"kernel": (1, 1), "padding": (0, 0), "size": (1, 1), "batch": 1, "outputs": 200, "inputs": 100},
+    "no images": {"batch": 0},
+    "one bit": {"values": 2},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_instruction_set_equals_the_reference(isa, case):
+    arguments, _ = make(**CASES[case])
+    assert_same(cpu.integer_conv2d(*arguments), reference.integer_conv2d(*arguments))
+
+
+@pytest.mark.parametrize("case", ["plain", "stem", "groups", "depthwise", "dilated", "saturating"])
+def test_the_reference_meets_loops_over_integers(case):
+    arguments, weight = make(**{"size": (5, 4), **{k: v for k, v in CASES[case].items() if k != "size"}})
+    x, initial, multiplier, bias = arguments[0], *arguments[3:6]
+    kernel, stride, padding, dilation, groups, zero = arguments[12:]
+    y, _ = reference.integer_conv2d(*arguments)
+    padded = np.pad(x.numpy(), ((0, 0), (0, 0), *((p, p) for p in padding)), constant_values=zero).astype(np.int64)
+    total = np.zeros(y.shape, np.int64) + initial.numpy().reshape(-1, 1, 1)
+    per_group = weight.shape[0] // groups, weight.shape[1]
+    for o, i, a, b in itertools.product(range(weight.shape[0]), range(weight.shape[1]), *map(range, kernel)):
+        channel = o // per_group[0] * per_group[1] + i
+        rows = slice(a * dilation[0], a * dilation[0] + stride[0] * (y.shape[2] - 1) + 1, stride[0])
+        columns = slice(b * dilation[1], b * dilation[1] + stride[1] * (y.shape[3] - 1) + 1, stride[1])
+        total[:, o] += int(weight[o, i, a, b]) * padded[:, channel, rows, columns]
+    scaled = total.astype(np.float32) * multiplier.numpy().reshape(-1, 1, 1) + bias.numpy().reshape(-1, 1, 1)
+    assert np.array_equal(y.numpy(), np.maximum(scaled, np.float32(0)))
+
+
+def test_by_hand():
+    weight = torch.tensor([[1, -2, 3], [127, -128, 0]], dtype=torch.int8).reshape(2, 3, 1, 1)
+    x = torch.tensor([[4, 5, 6], [255, 255, 0]], dtype=torch.uint8).reshape(2, 3, 1, 1)
+    one = torch.ones(2)
+    geometry = ([1, 1], [1, 1], [0, 0], [1, 1], 1, 0)
+    tail = (None, -1e9, 1e9, [], [], True, *geometry)
+    for function in (cpu.integer_conv2d, reference.integer_conv2d):
+        y, _ = function(x, *layout.arrange(weight), torch.tensor([0, 10], dtype=torch.int32), one, 0 * one, *tail)
+        assert y.flatten(1).tolist() == [[12.0, -122.0], [-255.0, -245.0]]
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    outputs=st.integers(1, 70), inputs=st.integers(1, 40), kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    size=st.tuples(st.integers(3, 8), st.integers(3, 8)), values=st.sampled_from([1, 2, 3, 4, 7, 16, 17, 256]),
+    stride=st.tuples(st.integers(1, 2), st.integers(1, 2)), padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
+    residual=st.booleans(), readers=st.sampled_from([(), (1,), (15, 3), (255,), (31, 7)]), zero=st.integers(0, 255),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+def test_any_shape(**arguments):
+    args, _ = make(**arguments)
+    assert_same(cpu.integer_conv2d(*args), reference.integer_conv2d(*args))
+
+
+def test_threads_and_strides_do_not_matter():
+    arguments, _ = make(outputs=130, inputs=32, size=(9, 8), residual=True)
+    expected = reference.integer_conv2d(*arguments)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 7):
+            torch.set_num_threads(threads)
+            assert_same(cpu.integer_conv2d(*arguments), expected)
+    finally:
+        torch.set_num_threads(before)
+    last = arguments[0].to(memory_format=torch.channels_last)
+    assert_same(cpu.integer_conv2d(last, *arguments[1:]), expected)
+
+
+def test_nan_of_a_residual_stays_and_has_level_zero(isa):
+    arguments, _ = make(residual=True, readers=(7, 255))
+    arguments[6][0, 3, 2, 1] = float("nan")
+    y, levels = cpu.integer_conv2d(*arguments)
+    assert y.isnan().sum() == 1
+    assert [level[0, 3, 2, 1].item() for level in levels] == [0, 0]
+    assert_same((y, levels), reference.integer_conv2d(*arguments))
+
+
+@pytest.mark.parametrize("steps", [1, 3, 7, 15, 31, 255])
+@pytest.mark.parametrize("uniform", [True, False])
+def test_levels(isa, dtype, layout, steps, uniform):
+    generator = torch.Generator().manual_seed(steps)
+    x = layout(lambda *shape: torch.randn(shape, generator=generator).to(dtype))
+    interval = torch.rand(1 if uniform else steps, generator=generator) * 4 / steps
+    parameters = torch.tensor([-0.7]), interval, torch.tensor([1.1]), steps
+    actual, expected = cpu.threshold_levels(x, *parameters), reference.threshold_levels(x, *parameters)
+    assert actual.stride() == expected.stride()
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({0: torch.zeros(2, 8, 7, 6)}, "x must be uint8"), ({17: 256}, "zero must be"), ({12: [3]}, "kernel must be two")],
+)
+def test_bad_arguments(change, message):
+    arguments, _ = make()
+    arguments = [change.get(i, value) for i, value in enumerate(arguments)]
+    with pytest.raises((TypeError, ValueError), match=message):
+        torch.ops.adq.integer_conv2d(*arguments)
+
+
+def test_opcheck():
+    torch.library.opcheck(torch.ops.adq.integer_conv2d, make(residual=True)[0])
+    x = torch.randn(3, 5)
+    torch.library.opcheck(torch.ops.adq.threshold_levels, (x, torch.zeros(1), torch.full((3,), 0.5), torch.ones(1), 3))
