@@ -339,7 +339,7 @@ def integer_conv2d(
         low,
         high,
         [
-            _levels_of(*quantizers[3 * i : 3 * i + 3], count, level)
+            _levels_of(quantizers[3 * i], quantizers[3 * i + 1], quantizers[3 * i + 2], count, level)
             for i, (count, level) in enumerate(zip(steps, levels, strict=True))
         ],
         (kernel, stride, padding, dilation),
