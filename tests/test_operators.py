@@ -658,7 +658,8 @@ def test_memory_is_poisoned():
 
 
 def test_every_operator_is_covered():  # those of many layers by test_foreach.py
-    assert VALID.keys() == {name for name in ops.SCHEMAS if not name.startswith("foreach")}
+    elsewhere = {"integer_conv2d", "threshold_levels"}  # test_integer.py
+    assert VALID.keys() | elsewhere == {name for name in ops.SCHEMAS if not name.startswith("foreach")}
 
 
 def torch_operator(name: str):
