@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from adq import kmeans
-from adq.codebook import fit
+from adq.codebook import Fit, fit, sqnr
 from adq.config import WeightConfig
 from adq.kmeans import Spectrum, blocks, lloyd, optimal_levels, spectrum
 
@@ -314,18 +314,27 @@ def test_fit_of_half_precision_is_that_of_its_values(scale, size):
         assert torch.equal(half.count, full.count)
 
 
+def fit_sqnr(w: torch.Tensor, fitted: Fit) -> float:
+    (w_q,) = torch.ops.adq.foreach_codebook_quantize([w], [fitted.scale.contiguous()], [fitted.codebook])
+    return sqnr(w, w_q)
+
+
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("size", [(12, 20, 3, 3), (96, 110, 5, 5)])
 def test_fit_does_not_depend_on_the_layout(size, axis):
-    w = torch.randn(size, generator=torch.Generator().manual_seed(0)) * torch.rand(size[0], 1, 1, 1)
-    plain, last, turned = (
-        fit(w, WeightConfig(), axis),
-        fit(w.to(memory_format=torch.channels_last), WeightConfig(), axis),
-        fit(w.transpose(0, 1), WeightConfig(), 1 - axis),
-    )
-    for other, scale in ((last, last.scale), (turned, turned.scale.transpose(0, 1))):
-        torch.testing.assert_close(other.codebook, plain.codebook, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(scale, plain.scale, rtol=1e-5, atol=0)
+    """Sums of another order round differently and may put a weight beside a threshold into the next cell; all else
+    would show as a difference of the error."""
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(size, generator=generator) * torch.rand(size[0], 1, 1, 1, generator=generator)
+    last, turned = w.to(memory_format=torch.channels_last), w.transpose(0, 1)
+    plain = fit(w, WeightConfig(), axis)
+    expected = fit_sqnr(w, plain)
+    for other, along in ((last, axis), (turned, 1 - axis)):
+        fitted = fit(other, WeightConfig(), along)
+        scale = fitted.scale if along == axis else fitted.scale.transpose(0, 1)
+        torch.testing.assert_close(fitted.codebook, plain.codebook, rtol=0, atol=5e-4)
+        torch.testing.assert_close(scale, plain.scale, rtol=5e-3, atol=0)
+        assert abs(fit_sqnr(other, fitted) - expected) < 1e-3
 
 
 @pytest.mark.parametrize("scale", ["channel", "tensor"])
