@@ -15,6 +15,7 @@ from adq import container
 from adq.config import ActivationConfig, LayerConfig, WeightConfig, from_dict, to_dict
 from adq.container import check_shape
 from adq.convert import convert_layers_, pack_, packed_weights, quantized_layers, refuse_packed
+from adq.deploy import listed
 from adq.functional import code_bits, unpack
 from adq.models import rebuild
 from adq.nn.activation import ActivationQuantizer
@@ -290,8 +291,7 @@ def _check_architecture(model: nn.Module, header: Header, state: dict[str, Tenso
     if not problems:
         problems = _differences(_expected(model, header), state)
     if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(f"adq: {path} is of another architecture: {'; '.join(sorted(problems)[:5])}{more}")
+        raise ValueError(f"adq: {path} is of another architecture: {listed(sorted(problems))}")
     _check_codes(header, state, path)
 
 

@@ -109,13 +109,8 @@ def check_codebook(w: Tensor, thresholds: Tensor, codebook: Tensor | None = None
             )
 
 
-def scale_axis(w: Tensor, scale: Tensor) -> int | None:
-    """The axis of w along which ``scale`` has an element for each channel, None if one serves the whole tensor."""
-    return channel_axis(w.shape, scale)
-
-
-def channel_axis(weight_shape: Sequence[int], scale: Tensor) -> int | None:
-    """:func:`scale_axis` for a weight of this shape."""
+def scale_axis(weight_shape: Sequence[int], scale: Tensor) -> int | None:
+    """The axis of a weight along which ``scale`` has an element for each channel, None if one serves all of it."""
     shape = scale.shape
     if scale.dtype is torch.float32 and len(shape) == len(weight_shape) and scale.is_contiguous():
         if scale.numel() == 1:
@@ -129,6 +124,12 @@ def channel_axis(weight_shape: Sequence[int], scale: Tensor) -> int | None:
     )
 
 
+def scale_layout(w: Tensor, axis: int | None) -> tuple[int, int, int]:
+    """Outer, channels and inner of the memory of a dense weight whose scales lie along ``axis``."""
+    channels, inner = (1, w.numel()) if axis is None else (w.shape[axis], w.stride(axis))
+    return w.numel() // max(channels * inner, 1), channels, inner
+
+
 def _check_lists(weights: list[Tensor], scales: list[Tensor], **tables: list[Tensor]) -> None:
     for name, tensors in {"scales": scales, **tables}.items():
         if len(tensors) != len(weights):
@@ -137,7 +138,7 @@ def _check_lists(weights: list[Tensor], scales: list[Tensor], **tables: list[Ten
     for i, (w, scale, *state) in enumerate(zip(weights, scales, *tables.values(), strict=True)):
         if w.dtype not in _FLOATS:
             _check_float(f"weights[{i}]", w)
-        scale_axis(w, scale)
+        scale_axis(w.shape, scale)
         if w.device != device or scale.device != device:
             raise ValueError(f"adq: weights[{i}] is on {w.device} and its scale on {scale.device}, others on {device}")
         levels = state[0].numel()
@@ -338,7 +339,7 @@ def check_decode(packed: Tensor, codebook: Tensor, scale: Tensor, bits: int, sha
         raise ValueError(f"adq: codes of {bits} bits need 1..{2**bits} levels, got {codebook.numel()}")
     if scale.device != packed.device:
         raise ValueError(f"adq: scale is on {scale.device}, but the data is on {packed.device}")
-    return channel_axis(shape, scale)
+    return scale_axis(shape, scale)
 
 
 # ---- fakes -------------------------------------------------------------------------------------------

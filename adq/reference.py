@@ -114,7 +114,7 @@ def foreach_codebook_step_(
         rate = rates[i] * pace
         v = w.float() / scale
         q, _, n, s = codebook_lookup_statistics(v, codebook, decision_thresholds(codebook), False)
-        if ops.scale_axis(w, scale) is not None:
+        if ops.scale_axis(w.shape, scale) is not None:
             fitted = least_squares_scale(w.float(), q, scale)
             scale.copy_(scale + rate * (fitted - scale))
         new_codebook, count, total = ema_update(codebook, counts[i], totals[i], n, s, rate)

@@ -208,13 +208,12 @@ class Convolver {
         PanelSource source{};
         source.count = panel.count;
         source.steps = layout_.steps;
+        source.bits = 8;
         if (layout_.depthwise) {
             const std::vector<std::uint8_t> blocks = depthwise_blocks(panel);
             source.blocks = blocks.data();
-            source.bits = 8;
             return isa_.prepare(source, to);
         }
-        source.bits = 8;
         for (int bits = 1; bits <= 4; ++bits) {
             if (args_.table_levels == 1 << bits) source.bits = bits;
         }
@@ -271,13 +270,15 @@ class Convolver {
         for (std::size_t i = 0; i < tables_.size(); ++i) epilogue.levels[i] = args_.levels[i].levels + at;
     }
 
-    // The row of the input, counted over all images, that kernel row `k` reads for output row `row`; rows
-    // outside of the image are clamped to it.
+    // The row of its image that kernel row `k` reads for output row `row`; it may lie outside.
+    std::int64_t image_row(std::int64_t row, std::int64_t k) const {
+        return row % args_.out_height * args_.stride[0] - args_.padding[0] + k * args_.dilation[0];
+    }
+
+    // The same, clamped to the image, counted over all images.
     std::int64_t input_row(std::int64_t row, std::int64_t k) const {
-        const std::int64_t image = row / args_.out_height;
-        const std::int64_t y =
-            row % args_.out_height * args_.stride[0] - args_.padding[0] + k * args_.dilation[0];
-        return image * args_.height + std::min(std::max<std::int64_t>(y, 0), args_.height - 1);
+        const std::int64_t y = std::min(std::max<std::int64_t>(image_row(row, k), 0), args_.height - 1);
+        return row / args_.out_height * args_.height + y;
     }
 
     // Copies the rows that pixels begin .. end need.
@@ -323,8 +324,7 @@ class Convolver {
             const std::int64_t last = std::min(width, first + begin + count - at);
             const std::int64_t columns = layout_.merged ? 1 : args_.kernel[1];
             for (std::int64_t k = 0; k < args_.kernel[0]; ++k) {
-                const std::int64_t y =
-                    row % args_.out_height * args_.stride[0] - args_.padding[0] + k * args_.dilation[0];
+                const std::int64_t y = image_row(row, k);
                 const std::uint8_t* line =
                     y >= 0 && y < args_.height
                         ? base + (input_row(row, k) - rows.first) * layout_.columns * layout_.pixel

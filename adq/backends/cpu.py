@@ -13,6 +13,7 @@ faults, which take several times as long as the kernels. ``ADQ_CPU_POOL_MIB`` li
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, get_num_threads
@@ -75,12 +76,17 @@ def empty_like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty_like(tensor, dtype=dtype) if pooled is None else pooled
 
 
-def _empty(shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """A contiguous tensor, from the pool where it is large."""
-    if shape.numel() < POOL_FROM // 4:
-        return torch.empty(shape, dtype=dtype)
-    pooled = _pooled(shape, torch.empty(shape, device="meta").stride(), dtype)
-    return torch.empty(shape, dtype=dtype) if pooled is None else pooled
+def _empty(
+    shape: Sequence[int], dtype: torch.dtype, memory_format: torch.memory_format = torch.contiguous_format
+) -> Tensor:
+    """``torch.empty``, with the memory of large results from the pool."""
+    size = torch.Size(shape)
+    if size.numel() >= POOL_FROM // 4:
+        stride = torch.empty(size, device="meta", memory_format=memory_format).stride()
+        pooled = _pooled(size, stride, dtype)
+        if pooled is not None:
+            return pooled
+    return torch.empty(size, dtype=dtype, memory_format=memory_format)
 
 
 def _with_strides_of(tensor: Tensor, out: Tensor) -> Tensor:
@@ -158,11 +164,13 @@ def codebook_lookup_statistics(
 
 def _weight(w: Tensor, w_q: Tensor | None, scale: Tensor, codebook: Tensor) -> tuple[int, ...]:
     """What the kernels are told of a layer; ``w`` is dense."""
-    axis = ops.scale_axis(w, scale)
-    channels, inner = (1, w.numel()) if axis is None else (w.shape[axis], w.stride(axis))
-    outer = w.numel() // max(channels * inner, 1)
     address = 0 if w_q is None else w_q.data_ptr()
-    layout = outer, channels, inner, scale.data_ptr(), codebook.data_ptr(), codebook.numel()
+    layout = (
+        *ops.scale_layout(w, ops.scale_axis(w.shape, scale)),
+        scale.data_ptr(),
+        codebook.data_ptr(),
+        codebook.numel(),
+    )
     return _DTYPES[w.dtype], w.data_ptr(), *layout, address
 
 
@@ -287,14 +295,6 @@ def _channels_last(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last)
 
 
-def _empty_channels_last(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Tensor:
-    """An uninitialised tensor, from the pool where it is large."""
-    batch, channels, height, width = shape
-    stride = channels * height * width, 1, channels * width, channels
-    pooled = _pooled(torch.Size(shape), stride, dtype) if batch * stride[0] >= POOL_FROM // 4 else None
-    return torch.empty(shape, dtype=dtype, memory_format=torch.channels_last) if pooled is None else pooled
-
-
 def integer_conv2d(
     x: Tensor,
     weight: Tensor,
@@ -322,8 +322,8 @@ def integer_conv2d(
     )  # fmt: skip
     x = _channels_last(x)
     residual = None if residual is None else _channels_last(residual)
-    y = _empty_channels_last(shape, torch.float32) if keep else x.new_empty(0, dtype=torch.float32)
-    levels = [_empty_channels_last(shape, torch.uint8) for _ in steps]
+    y = _empty(shape, torch.float32, torch.channels_last) if keep else x.new_empty(0, dtype=torch.float32)
+    levels = [_empty(shape, torch.uint8, torch.channels_last) for _ in steps]
     quantizers = [tensor.contiguous() for tensor in quantizers]
     table = table.contiguous()
     outputs = initial.data_ptr(), multiplier.data_ptr(), bias.data_ptr(), 0 if residual is None else residual.data_ptr()
@@ -354,7 +354,7 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """See :func:`adq.reference.pack_bits`."""
     ops.check_pack(codes, bits)
     codes = codes.contiguous()
-    packed = _empty(torch.Size((ops.packed_size(codes.numel(), bits),)), torch.uint8)
+    packed = _empty((ops.packed_size(codes.numel(), bits),), torch.uint8)
     _C.pack_bits(codes.data_ptr(), codes.numel(), bits, packed.data_ptr(), get_num_threads())
     return packed
 
@@ -363,7 +363,7 @@ def unpack_bits(packed: Tensor, bits: int, numel: int) -> Tensor:
     """See :func:`adq.reference.unpack_bits`."""
     ops.check_unpack(packed, bits, numel)
     packed = packed.contiguous()
-    codes = _empty(torch.Size((numel,)), torch.uint8)
+    codes = _empty((numel,), torch.uint8)
     _C.unpack_bits(packed.data_ptr(), bits, numel, codes.data_ptr(), get_num_threads())
     return codes
 
@@ -372,10 +372,8 @@ def codebook_decode(packed: Tensor, codebook: Tensor, scale: Tensor, bits: int, 
     """See :func:`adq.reference.codebook_decode`."""
     axis = ops.check_decode(packed, codebook, scale, bits, shape)
     packed, codebook = packed.contiguous(), codebook.contiguous()
-    out = _empty(torch.Size(shape), torch.float32)
-    channels, inner = (1, out.numel()) if axis is None else (out.shape[axis], out.stride(axis))
-    outer = out.numel() // max(channels * inner, 1)
+    out = _empty(shape, torch.float32)
     table = codebook.data_ptr(), codebook.numel(), scale.data_ptr()
-    layout = outer, channels, inner
+    layout = ops.scale_layout(out, axis)
     _C.codebook_decode(packed.data_ptr(), bits, *table, *layout, out.data_ptr(), get_num_threads())
     return out

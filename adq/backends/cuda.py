@@ -432,7 +432,7 @@ def codebook_decode(packed: Tensor, codebook: Tensor, scale: Tensor, bits: int, 
     w_q = packed.new_empty(shape, dtype=torch.float32)
     unit = {4: tl.uint16, 8: tl.uint32}.get(bits, tl.uint8)
     packed = _aligned(packed, unit.primitive_bitwidth // 8)
-    channels, inner = (1, w_q.numel()) if axis is None else (w_q.shape[axis], w_q.stride(axis))
+    _, channels, inner = ops.scale_layout(w_q, axis)
     programs, tile = _tiles(w_q, ROWS, PROGRAMS)
     _launch(
         decode_kernel,

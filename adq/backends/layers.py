@@ -81,7 +81,7 @@ class _Packing:
 
 def _rows(w: Tensor, scale: Tensor) -> dict[str, int]:
     """How the memory of a dense weight is cut into rows of one scale."""
-    axis = ops.scale_axis(w, scale)
+    axis = ops.scale_axis(w.shape, scale)
     if axis is None:
         return {"rows": -(-w.numel() // PIECE), "length": PIECE, "inner": PIECE, "jump": 0, "channels": 0}
     channels = w.shape[axis]
