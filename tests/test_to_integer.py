@@ -240,6 +240,14 @@ def test_all_widths():
         assert levels == (2**bits if bits <= 4 else 0)
 
 
+def test_packed_models():
+    torch.manual_seed(0)
+    x = images(2, 4, 6, 6)
+    model = quantized(nn.Sequential(Block(4, 4), nn.Conv2d(4, 5, 1)), x)
+    expected = adq.to_integer(model, x)(x)
+    assert torch.equal(integer(adq.pack_(model), x, from_levels=2)(x), expected)
+
+
 def test_learned_steps_are_integers():
     torch.manual_seed(0)
     x = images(2, 4, 5, 5)
