@@ -135,12 +135,15 @@ def _can_prepare(quantizer: WeightQuantizer | nn.Identity, weight: Tensor) -> bo
     )
 
 
-@torch.no_grad()
 def _prepare(model: nn.Module, args: Any) -> None:
+    if not torch.compiler.is_compiling():  # a compiled or exported graph holds each layer's own lookup
+        _quantize_together(model)
+
+
+@torch.no_grad()
+def _quantize_together(model: nn.Module) -> None:
     from adq.nn.weight import Prepared
 
-    if torch.compiler.is_compiling():  # a compiled graph holds each layer's own lookup
-        return
     if model not in _LAYERS_OF:
         # without the model, should it be a layer itself: an entry that holds its own key is never dropped
         _LAYERS_OF[model] = [layer for layer in _layers_of(model) if layer is not model]
