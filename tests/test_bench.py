@@ -11,9 +11,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from adq.bench import check, comparisons, fit, layers, network, operators, peers, small, step
+from adq.bench import check, comparisons, fit, integer, layers, network, operators, peers, small, step
 from adq.bench.case import ADQ, COPY, Case, Setting, Target, Unavailable, faster_than, overhead, quick_setting, ratio
-from adq.bench.data import activations, codes, weights
+from adq.bench.data import activations, codes, convolution, weights
 from adq.bench.environment import cpu_model, environment, slug
 from adq.bench.report import as_csv, verdict
 from adq.bench.results import Figure, Results, Row
@@ -33,7 +33,7 @@ def cases_of(*parts) -> list:
 # ---- every case ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", cases_of(operators, comparisons, small, network, layers, step))
+@pytest.mark.parametrize("case", cases_of(operators, comparisons, small, network, layers, integer, step))
 def test_every_case_gives_a_row_for_each_contender(case):
     rows, figures = measure(case, TINY)
     assert sorted(row.contender for row in rows) == sorted(case.contenders)
@@ -108,6 +108,25 @@ def test_bytes_kept_for_the_backward(bits, published):
     data = activations(TINY, 2**16, torch.float32, bits)
     assert peers.kept_bytes(threshold_quantize)(data) == pytest.approx(4.0, abs=0.01)
     assert peers.kept_bytes(peers.n2uq)(data) == pytest.approx(published, abs=0.5)
+
+
+@pytest.mark.parametrize("layer", [integer.LAYERS[1], integer.LAYERS[12]], ids=lambda layer: layer.name)
+def test_convolutions_of_the_peers_equal_the_operator(layer):
+    data = convolution(layer.shape(1, tiny=True), layer.arguments(), bits=3)
+    levels = integer.run_convolution(data)
+    assert levels.unique().tolist() == list(range(8))
+    sums = peers.float_convolution(torch.channels_last)(data)()  # exact: small integers times a power of two
+    assert torch.equal((sums - 0.5).ceil().clamp(0, 7).to(torch.uint8), levels)
+    tie = (sums - 0.5).frac() == 0  # rounded to even there
+    builds = {
+        "x86": peers.quantized_convolution("x86"),
+        "fbgemm": peers.quantized_convolution("fbgemm"),
+        "onednn": peers.onednn_convolution,
+    }
+    for engine in builds.keys() & set(torch.backends.quantized.supported_engines):
+        result = builds[engine](data)()
+        quantized = result.int_repr() if result.is_quantized else result
+        assert torch.equal(quantized.clamp(max=7)[~tie], levels[~tie])
 
 
 def test_a_peer_that_cannot_run_is_reported_by_name(monkeypatch):
@@ -199,8 +218,8 @@ def few_checks(monkeypatch):
 
 
 def test_the_operators_pass_the_check(few_checks):
-    assert run_checks(TINY, lambda line: None) == "78 of 78 comparisons with the reference made, all agree"
-    assert run_checks(TINY, lambda line: None, deadline=0.0).startswith("0 of 78")
+    assert run_checks(TINY, lambda line: None) == "103 of 103 comparisons with the reference made, all agree"
+    assert run_checks(TINY, lambda line: None, deadline=0.0).startswith("0 of 103")
 
 
 @pytest.mark.parametrize(
@@ -213,6 +232,7 @@ def test_the_operators_pass_the_check(few_checks):
         ("foreach_codebook_quantize", lambda result: [-w for w in result], "every layer in one call: quantized weight"),
         ("pack_bits", lambda result: result + 1, "1 codes of 2 bits: packed"),
         ("codebook_decode", lambda result: result + 1, "1 codes of 2 bits: decoded weight"),
+        ("integer_conv2d", lambda result: (result[0], [result[1][0] ^ 1]), "integer convolution, 3x3, 3 bits: levels"),
     ],
 )
 def test_a_failed_check_names_the_case(few_checks, monkeypatch, function, wrong, named):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from adq import reference
 from adq.bench.case import Setting
-from adq.bench.data import activations
+from adq.bench.data import activations, convolution
 from adq.bench.peers import kept_bytes
 from adq.functional import threshold_quantize
 from adq.ops import packed_size
@@ -37,6 +37,14 @@ STEPS = ((3, False), (2, False), (4, False), (8, True), (1, False), (5, False), 
 """Bits, and whether one interval serves all the steps."""
 PLAIN = "65537"
 """The shape on which every width is tried; the others try the first width alone."""
+CONVOLUTIONS: dict[str, tuple[tuple[int, ...], tuple[int, int, int, int, int]]] = {
+    "3x3": ((2, 64, 15, 14), (144, 3, 1, 1, 1)),
+    "3x3 /2": ((3, 32, 13, 13), (64, 3, 2, 1, 1)),
+    "1x1": ((5, 40, 6, 7), (72, 1, 1, 0, 1)),
+    "7x7 /2": ((1, 3, 33, 31), (64, 7, 2, 3, 1)),
+    "depthwise": ((2, 48, 14, 9), (48, 3, 1, 1, 48)),
+}
+"""Shapes of inputs, and outputs, kernel, stride, padding and groups."""
 SUM_TOLERANCE = 2e-6
 """Of the sum of the absolute contributions."""
 REFERENCE_TOLERANCE = 1e-14
@@ -72,6 +80,11 @@ def checks(setting: Setting) -> Iterator[Check]:
                 title = f"N2UQ, {bits} bits{', one interval' if shared else ''}, {where}"
                 yield Check(title, partial(_check_threshold, w, bits, shared, device))
     yield Check("every layer in one call", partial(_check_foreach, device))
+    if not setting.cuda:
+        for name, (images, geometry) in CONVOLUTIONS.items():
+            for bits in (3, 1, 2, 4, 8):
+                title = f"integer convolution, {name}, {bits} bits"
+                yield Check(title, partial(_check_convolution, images, geometry, bits))
 
 
 def _values(count: int) -> Tensor:
@@ -173,6 +186,23 @@ def _check_foreach(device: torch.device) -> None:
             _close(a, b, b.abs() + b.abs().max(), name)
     for actual, expected in zip(kept, torch.ops.adq.foreach_codebook_quantize(*ours[:3]), strict=True):
         _same(actual, expected.cpu(), "weight quantized in the step")
+
+
+def _check_convolution(shape: tuple[int, ...], geometry: tuple[int, int, int, int, int], bits: int) -> None:
+    """The levels of the next layer, and the float result with a residual, of which the same levels are taken."""
+    names = "out_channels", "kernel_size", "stride", "padding", "groups"
+    operands = list(convolution(shape, dict(zip(names, geometry, strict=True)), bits).operands)
+    _, (levels,) = reference.integer_conv2d(*operands)
+    _same(torch.ops.adq.integer_conv2d(*operands)[1][0], levels, "levels")
+    generator = torch.Generator().manual_seed(bits)
+    operands[6] = torch.randn(levels.shape, generator=generator).contiguous(memory_format=torch.channels_last)
+    operands[11] = True
+    expected, (levels,) = reference.integer_conv2d(*operands)
+    y, (actual,) = torch.ops.adq.integer_conv2d(*operands)
+    _same(y, expected, "y")
+    _same(actual, levels, "levels with a residual")
+    start, interval, in_scale = operands[9]
+    _same(torch.ops.adq.threshold_levels(y, start, interval, in_scale, operands[10][0]), levels, "threshold levels")
 
 
 def _absolute_sums(w: Tensor, thresholds: Tensor) -> Tensor:

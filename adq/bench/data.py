@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from adq import layout
 from adq.bench.case import COPY, Build, Call, Setting
 from adq.codebook import quantile_codebook
 from adq.kmeans import Spectrum
@@ -125,6 +128,55 @@ def codes(setting: Setting, elements: int, bits: int) -> Codes:
     codebook = torch.linspace(-1.0, 1.0, 2**bits, device=setting.device)
     scale = torch.ones(shape[0], 1, device=setting.device)
     return Codes(Rotation(values, setting), Rotation(packed, setting), bits, codebook, scale, shape)
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A convolution of levels with integers; a ReLU and the quantizer of the next layer follow it.
+
+    Attributes:
+        x: levels, uint8 ``[N, C, H, W]``, channels_last.
+        weight: int8 ``[O, C / groups, k, k]``.
+        scale: of all the sums, a power of two, so that the next layer has values of every level.
+        arguments: of ``nn.Conv2d``.
+        operands: of ``torch.ops.adq.integer_conv2d``.
+    """
+
+    x: Tensor
+    weight: Tensor
+    scale: float
+    arguments: dict[str, Any]
+    operands: tuple[Any, ...]
+
+
+def convolution(shape: tuple[int, ...], arguments: dict[str, Any], bits: int, seed: int = 0) -> Convolution:
+    """Uniformly random levels and weights of ``bits`` bits, for an input of ``shape`` and an ``nn.Conv2d``."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randint(0, 2**bits, shape, dtype=torch.uint8, generator=generator)
+    outputs, groups, kernel = arguments["out_channels"], arguments["groups"], arguments["kernel_size"]
+    values = torch.linspace(-127, 127, 2**bits).to(torch.int8)
+    weight = values[torch.randint(0, 2**bits, (outputs, shape[1] // groups, kernel, kernel), generator=generator)]
+    steps = 2**bits - 1
+    scale = 2.0 ** -round(math.log2(64.0 * weight[0].numel() ** 0.5))
+    one = torch.ones(1)
+    operands = (
+        x.contiguous(memory_format=torch.channels_last),
+        *layout.arrange(weight, groups),
+        torch.zeros(outputs, dtype=torch.int32),
+        torch.full((outputs,), scale),
+        torch.zeros(outputs),
+        None,
+        0.0,
+        torch.inf,
+        [0.0 * one, torch.ones(steps), one],
+        [steps],
+        False,
+        *([arguments[name]] * 2 for name in ("kernel_size", "stride", "padding")),
+        [1, 1],
+        groups,
+        0,
+    )
+    return Convolution(operands[0], weight, scale, arguments, operands)
 
 
 def copy_of(nbytes: int, setting: Setting) -> dict[str, Build]:

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adq.bench.case import Build, Call
-from adq.bench.data import Activations, Weights, on_data
+from adq.bench.data import Activations, Convolution, Weights, on_data
 from adq.ops import ACTIVATION_RANGE, MIN_INTERVAL
 
 Quantize = Callable[..., Tensor]
@@ -30,6 +30,11 @@ TORCHAO_CODEBOOK = "torchao codebook quantizer"
 BNB_BLOCKWISE = "bitsandbytes blockwise 8 bits"
 BNB_NF4 = "bitsandbytes NF4"
 VQ_EMA = "vector-quantize-pytorch EMA codebook"
+FLOAT = "float32"
+FLOAT_LAST = "float32, channels_last"
+X86_INT8 = "int8, torch's engine x86"
+FBGEMM_INT8 = "int8, torch's engine fbgemm"
+ONEDNN_INT8 = "int8, onednn.qconv2d_pointwise"
 
 
 # ---- the published activation quantizer ----------------------------------------------------------------
@@ -260,6 +265,75 @@ def vq_ema(data: Weights) -> Call:
             return quantizer(data.w().view(1, -1, 1))
 
     return call
+
+
+# ---- convolutions --------------------------------------------------------------------------------------
+
+
+def _geometry(data: Convolution) -> tuple[list[int], list[int], list[int], int]:
+    """Stride, padding, dilation and groups."""
+    stride, padding = ([data.arguments[name]] * 2 for name in ("stride", "padding"))
+    return stride, padding, [1, 1], data.arguments["groups"]
+
+
+def float_convolution(memory_format: torch.memory_format) -> Build:
+    """torch's own convolution in float32, without the ReLU."""
+
+    def build(data: Convolution) -> Call:
+        x = data.x.float().contiguous(memory_format=memory_format)
+        weight = (data.scale * data.weight.float()).contiguous(memory_format=memory_format)
+        geometry = _geometry(data)
+        return lambda: torch.conv2d(x, weight, None, *geometry)
+
+    return build
+
+
+def quantized_convolution(engine: str) -> Build:
+    """torch's quantized convolution and ReLU, uint8 to uint8, a scale for each output channel; its weights are packed
+    by ``engine``: x86 (oneDNN where it has VNNI, but for depthwise ones) or fbgemm.
+    """
+
+    def build(data: Convolution) -> Call:
+        outputs = data.weight.shape[0]
+        scales = torch.full((outputs,), data.scale, dtype=torch.float64)
+        zeros = torch.zeros(outputs, dtype=torch.int64)
+        weight = torch._make_per_channel_quantized_tensor(data.weight, scales, zeros, 0)
+        x = torch._make_per_tensor_quantized_tensor(data.x, 1.0, 0).contiguous(memory_format=torch.channels_last)
+        before = torch.backends.quantized.engine
+        torch.backends.quantized.engine = engine
+        try:
+            packed = torch.ops.quantized.conv2d_prepack(weight, None, *_geometry(data))
+        finally:
+            torch.backends.quantized.engine = before
+        return lambda: torch.ops.quantized.conv2d_relu(x, packed, 1.0, 0)
+
+    return build
+
+
+def onednn_convolution(data: Convolution) -> Call:
+    """oneDNN's int8 convolution and ReLU, as torch.compile calls it for quantized models."""
+    scales = torch.full((data.weight.shape[0],), data.scale)
+    zeros = torch.zeros(data.weight.shape[0], dtype=torch.int32)
+    geometry = _geometry(data)
+    packed = torch.ops.onednn.qconv_prepack(data.weight, scales, 1.0, 0, *geometry, list(data.x.shape))
+    result: tuple[Any, ...] = 1.0, 0, torch.uint8, "relu", [], ""
+    return lambda: torch.ops.onednn.qconv2d_pointwise(data.x, 1.0, 0, packed, scales, zeros, None, *geometry, *result)
+
+
+def quantized_network(model: nn.Module, images: Tensor) -> Call:
+    """torch's quantized network in int8: batch norms folded, a scale for each output channel, engine x86."""
+    from torch.ao.quantization import get_default_qconfig_mapping
+    from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+
+    before = torch.backends.quantized.engine
+    torch.backends.quantized.engine = "x86"
+    try:
+        prepared = prepare_fx(model, get_default_qconfig_mapping("x86"), (images,))
+        prepared(images)
+        quantized = convert_fx(prepared)
+    finally:
+        torch.backends.quantized.engine = before
+    return lambda: quantized(images)
 
 
 # ---- codebook fits -------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from adq.bench import comparisons, fit, layers, network, operators, small, step
+from adq.bench import comparisons, fit, integer, layers, network, operators, small, step
 from adq.bench.case import ADQ, COPY, Call, Case, Setting, Target, Unavailable, full_setting, quick_setting, ratio
 from adq.bench.check import checks
 from adq.bench.environment import environment, slug
@@ -30,6 +30,7 @@ PARTS: dict[str, Callable[[Setting], Iterator[Case]]] = {
     "fit": fit.cases,
     "network": network.cases,
     "layers": layers.cases,
+    "integer": integer.cases,
     "step": step.cases,
 }
 CHECK = "check"
@@ -41,6 +42,7 @@ GPU_SECONDS = {
     "fit": 50,
     "network": 20,
     "layers": 80,
+    "integer": 0,
     "step": 140,
 }
 """Time of each part on a GPU, under 10 minutes in all; what one leaves, the next one may use."""
