@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
 
 
 @contextmanager
@@ -28,11 +33,68 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 def publish_directory(temporary: Path, path: Path) -> None:
     """Give a finished directory its name, once all its files have reached the disk; ``path`` must not exist."""
-    for file in temporary.rglob("*"):
-        if file.is_file():
-            _sync(file)
+    for inside in (*temporary.rglob("*"), temporary):
+        _sync(inside)
     os.rename(temporary, path)
     _sync(path.parent)
+
+
+def seal_directory(folder: Path, about: dict[str, Any]) -> None:
+    """Write ``manifest.json``: ``about`` (JSON), and size and BLAKE2b-256 of every file; call it last."""
+    files = {
+        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "blake2b": _digest(file)}
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+    content = {"about": about, "files": files}
+    write_text(folder / MANIFEST, json.dumps({**content, "blake2b": _digest_of(content)}, indent=1))
+
+
+def read_seal(folder: Path) -> dict[str, Any]:
+    """``about`` of a sealed folder, the manifest alone verified; ValueError says what is wrong with it."""
+    return _manifest(folder)["about"]
+
+
+def check_seal(folder: Path) -> None:
+    """Read every file of a sealed folder and compare it with the manifest.
+
+    Raises:
+        ValueError: a file is missing, of another size, or holds other bytes than were written; it is named.
+    """
+    for name, expected in _manifest(folder)["files"].items():
+        file = folder / name
+        if not file.is_file():
+            raise ValueError(f"{name} is missing")
+        if file.stat().st_size != expected["bytes"]:
+            raise ValueError(f"{name} has {file.stat().st_size:,} bytes, {expected['bytes']:,} were written")
+        if _digest(file) != expected["blake2b"]:
+            raise ValueError(f"{name} holds other bytes than were written")
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    try:
+        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        digest = content.pop("blake2b")
+    except FileNotFoundError:
+        raise ValueError(f"{MANIFEST} is missing") from None
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"{MANIFEST} is no manifest: {error}") from error
+    if digest != _digest_of(content):
+        raise ValueError(f"{MANIFEST} holds other values than were written")
+    return content
+
+
+def _digest_of(content: dict[str, Any]) -> str:
+    text = json.dumps(content, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=32).hexdigest()
+
+
+def _digest(file: Path) -> str:
+    digest = hashlib.blake2b(digest_size=32)
+    with file.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -163,7 +163,7 @@ class EngineConfig:
         compile: run the training steps through ``torch.compile``.
         checkpoint_steps: also write a checkpoint every so many optimizer steps inside an epoch; 0: at the end of
             epochs only.
-        keep: checkpoints to keep.
+        keep: checkpoints to keep: the last so many, and the one of the best test top-1 besides.
         tensorboard: also write TensorBoard events (extra ``tensorboard``).
     """
 

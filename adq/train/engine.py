@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 from adq.nn.activation import ActivationQuantizer
 from adq.nn.weight import WeightQuantizer
-from adq.train.checkpoint import Checkpoints, Progress
+from adq.train.checkpoint import Checkpoints, Layout, Progress
 from adq.train.config import PhaseConfig
 from adq.train.data import EpochSampler
 from adq.train.display import Display
@@ -79,6 +80,12 @@ def build_schedule(optimizer: torch.optim.Optimizer, config: PhaseConfig, steps_
         return 1.0 - done if config.schedule == "linear" else 1.0
 
     return LambdaLR(optimizer, factor)
+
+
+def move_schedule(schedule: LambdaLR, step: int) -> None:
+    """Put a schedule, and the learning rates of its optimizer, at a step."""
+    schedule.last_epoch = step - 1
+    schedule.step()
 
 
 @dataclass
@@ -169,15 +176,14 @@ class Trainer:
         updates = math.ceil(batches / accelerator.gradient_accumulation_steps)
         inner = build_optimizer(self.model, self.config)
         model, optimizer, schedule = accelerator.prepare(self.model, inner, build_schedule(inner, self.config, updates))
-        progress = Progress(self.phase, 0, 0)
+        progress = Progress(self.phase, 0, 0, self.layout)
         if resume is not None:
-            self.checkpoints.restore(accelerator, resume)
-            progress = resume
+            progress = self._resume(resume, schedule, updates)
         else:
             self._save(progress)
         forward: Any = torch.compile(model) if self.compiled else model
         for epoch in range(progress.epoch, self.config.epochs):
-            begin = progress if epoch == progress.epoch else Progress(self.phase, epoch, 0)
+            begin = progress if epoch == progress.epoch else Progress(self.phase, epoch, 0, self.layout)
             self._epoch(forward, optimizer, schedule, begin)
         accelerator.wait_for_everyone()
         # without its autocast: what is evaluated last is what is saved
@@ -185,9 +191,33 @@ class Trainer:
         accelerator.free_memory()
         return trained
 
+    @property
+    def layout(self) -> Layout:
+        """How the images of a step are spread."""
+        accelerator, images = self.accelerator, self.train.total_batch_size  # type: ignore[attr-defined]
+        return Layout(accelerator.num_processes, images, accelerator.gradient_accumulation_steps)
+
+    def _resume(self, saved: Progress, schedule: Any, updates: int) -> Progress:
+        """Restore a checkpoint: exactly, or into another layout as near as that can be."""
+        accelerator = self.accelerator
+        self.checkpoints.restore(accelerator, saved)
+        if saved.layout == self.layout:
+            return saved
+        progress = saved.in_layout(self.layout)
+        accelerator.step = 0
+        set_seed(self.sampler.seed + progress.epoch * updates + progress.batch, device_specific=True)
+        move_schedule(schedule.scheduler, progress.epoch * updates + progress.batch // self.layout.accumulation)
+        self.display.say(
+            f"{saved.path} was written by {saved.layout}; this run has {self.layout}. It goes on at the same place in "
+            f"epoch and schedule, batch {progress.batch + 1}, but not with the same bits; random states start anew"
+        )
+        return progress
+
     def _batches(self, epoch: int, start: int) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
+        if start == len(self.train):  # the epoch's batches are done, its evaluation is not
+            return
         self.train.set_epoch(epoch)  # type: ignore[attr-defined]
-        self.sampler.resume(epoch, start * self.train.total_batch_size)  # type: ignore[attr-defined]
+        self.sampler.resume(epoch, start * self.layout.batch_size)
         yield from enumerate(self.train, start)
 
     def _epoch(self, model: nn.Module, optimizer: Any, schedule: Any, begin: Progress) -> None:
@@ -218,7 +248,7 @@ class Trainer:
                     bar.update(index + 1, totals, schedule.get_last_lr()[0])
                 if self._is_checkpoint(index, last):
                     self._check(totals.loss, images, epoch, index)
-                    self._save(Progress(self.phase, epoch, index + 1, totals.sums(accelerator)))
+                    self._save(Progress(self.phase, epoch, index + 1, self.layout, totals.sums(accelerator)))
         self._finish_epoch(model, totals, begin, time.perf_counter() - began, schedule)
 
     def _is_checkpoint(self, index: int, last: int) -> bool:
@@ -238,11 +268,11 @@ class Trainer:
             "test_top1": test_top1,
             "lr": schedule.get_last_lr()[0],
             "seconds": seconds,
-            "images_per_second": (samples - seen_before) / seconds,
+            "images_per_second": (samples - seen_before) / max(1e-9, seconds),
         }
         self.metrics.write(row)
         self.display.row(row, self.config.epochs)
-        self._save(Progress(self.phase, epoch + 1, 0))
+        self._save(Progress(self.phase, epoch + 1, 0, self.layout, top1=test_top1))
 
     def _save(self, progress: Progress) -> None:
         bad = first_non_finite(self.accelerator.unwrap_model(self.model))

@@ -106,6 +106,7 @@ class Run:
         self.config = self._resumed(config) if resume and self.folder.config.exists() else config
         self.resume = resume
         self.checkpoints = Checkpoints(self.folder.checkpoints, engine.keep)
+        self.progress: Progress | None = None
         self.metrics = MetricsLog(
             self.folder.metrics, main, self._tensorboard() if main and engine.tensorboard else None
         )
@@ -135,6 +136,8 @@ class Run:
             self.display.result(result)
             return result
         began = time.perf_counter()
+        if self.resume:
+            self.progress = self.checkpoints.recover(self.accelerator, self.display.say)
         data = build_data(self.config.data)
         model = self._create(data)
         self._start_folder()
@@ -146,7 +149,7 @@ class Run:
         allocation = self._quantize(model, data)
         calibrated_top1 = evaluate(self.accelerator, model.to(self.accelerator.device), test)[1]
         self.display.say(f"top-1 after calibration, before training {calibrated_top1:.2f}")
-        if not (self.resume and self.checkpoints.latest("qat")):
+        if self._saved("qat") is None:
             self.metrics.write({"phase": "calibrated", "float_top1": float_top1, "calibrated_top1": calibrated_top1})
         shown = figures.shown_layer(model)
         before = figures.codebook_view(model, shown)
@@ -184,9 +187,12 @@ class Run:
         if self.accelerator.is_main_process:
             self.folder.path.mkdir(parents=True, exist_ok=True)
             write_text(self.folder.config, dump_yaml(replace(self.config, output=str(self.folder.path))))
-            progress = self.checkpoints.latest() if self.resume else None
-            self.metrics.truncate(progress.metrics_size if progress else 0)
+            self.metrics.truncate(self.progress.metrics_size if self.progress else 0)
         self.accelerator.wait_for_everyone()
+
+    def _saved(self, phase: str) -> Progress | None:
+        """The checkpoint that this run goes on from, if it is of that phase."""
+        return self.progress if self.progress is not None and self.progress.phase == phase else None
 
     def _trainer(self, phase: str, model: nn.Module, loss: Any, data: Data, train: Any, test: Any) -> Trainer:
         engine = self.config.engine
@@ -210,7 +216,8 @@ class Run:
         """Trained float weights: given, from an earlier part of this run, or trained now."""
         if self.config.model.weights is not None and not self.config.model.finetune:
             return model
-        if self.resume and self.folder.float_weights.exists():
+        saved = self._saved("float")
+        if self.resume and self.folder.float_weights.exists() and saved is None:
             model.load_state_dict(load_file(self.folder.float_weights))
             return model
         self.display.say(f"training the float network: {self.config.model.name}, {self.config.float.epochs} epochs")
@@ -221,7 +228,7 @@ class Run:
             return cross_entropy(logits, target)
 
         trainer = self._trainer("float", model, loss, data, train, test)
-        model = trainer.run(self.checkpoints.latest("float") if self.resume else None)
+        model = trainer.run(saved)
         if self.accelerator.is_main_process:
             with replacing(self.folder.float_weights) as temporary:
                 save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, temporary)
@@ -290,8 +297,7 @@ class Run:
         distill = self.config.distillation
         loss = DistillationLoss(teacher, distill.alpha, distill.temperature, task)
         trainer = self._trainer("qat", model, loss, data, train, test)
-        progress: Progress | None = self.checkpoints.latest("qat") if self.resume else None
-        model = trainer.run(progress).eval()
+        model = trainer.run(self._saved("qat")).eval()
         self._reestimate(model, data)
         return model
 

@@ -296,6 +296,7 @@ def _loaders(
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=workers > 0,
+            generator=torch.Generator(),  # an iterator takes a number from it, and leaves the global one alone
             **options,
         )
 
