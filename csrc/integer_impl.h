@@ -230,7 +230,9 @@ void multiply_tile(const Strip& strip, int first, float* tile) {
             [&](auto p) ADQ_INLINE_LAMBDA { input[p.value] = strip.inputs[tap * kStrip + first + p.value]; });
         for (std::int64_t at = 0; at < 4 * strip.run; at += 4) {
             Ints weight[kVectors][kSplit];
-            std::memcpy(weight, weights, sizeof weight);
+            unroll<kVectors * kSplit>([&](auto i) ADQ_INLINE_LAMBDA {
+                weight[i.value / kSplit][i.value % kSplit] = weights[i.value];
+            });
             unroll<kPixels>([&](auto p) ADQ_INLINE_LAMBDA {
                 const Quads levels = broadcast_quads(input[p.value] + at);
                 unroll<kVectors>([&](auto v) ADQ_INLINE_LAMBDA {
