@@ -162,6 +162,7 @@ def evaluate_(
         from accelerate import Accelerator
 
         from adq.artifact import load
+        from adq.distributed import share
         from adq.integer import to_integer
         from adq.summary import summary
         from adq.train.data import build_data, check_classes
@@ -175,12 +176,11 @@ def evaluate_(
         bundle = build_data(resolved.data)
         check_classes(network, bundle)
         accelerator = Accelerator(cpu=resolved.engine.device == "cpu")
-        test = accelerator.prepare(bundle.test)
         report = summary(network)
         if integer:
             network = to_integer(network, torch.zeros(2, *bundle.input_shape))
             typer.echo(network.adq_integer)
-        loss, top1 = evaluate(accelerator, network.to(accelerator.device), test)
+        loss, top1 = evaluate(network.to(accelerator.device), share(bundle.test))
         typer.echo(
             f"{file}: top-1 {top1:.2f}, loss {loss:.4f}, {report.average_bits_quantized:.3f} bits over the quantized "
             f"layers, {report.average_bits_network:.3f} over the whole network"

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
+from adq.convert import model_device, to_device
+from adq.distributed import average_batch_norm_, pool
 from adq.nn.activation import ActivationQuantizer
 from adq.nn.weight import WeightQuantizer
 from adq.train.checkpoint import Checkpoints, Layout, Progress
@@ -120,22 +122,32 @@ class Totals:
 
 
 @torch.no_grad()
-def evaluate(accelerator: Accelerator, model: nn.Module, loader: DataLoader[Any]) -> tuple[float, float]:
-    """Mean cross entropy and top-1 in percent over every image of a prepared loader, once each."""
-    was_training = model.training
+def evaluate(model: nn.Module, loader: DataLoader[Any]) -> tuple[float, float]:
+    """Mean cross entropy and top-1 in percent over every image of a loader, once each.
+
+    Every process goes through its share of the batches, as :func:`adq.distributed.share` deals them; the result is
+    that of one process, bit for bit.
+    """
+    was_training, device = model.training, model_device(model)
     model.eval()
-    loss = torch.zeros((), device=accelerator.device, dtype=torch.float64)
-    correct = torch.zeros((), device=accelerator.device, dtype=torch.int64)
-    samples = 0
-    for images, target in loader:
-        logits, target = accelerator.gather_for_metrics((model(images), target))
-        loss += nn.functional.cross_entropy(logits.float(), target, reduction="sum").double()
-        correct += (logits.argmax(1) == target).sum()
-        samples += len(target)
+
+    def sums() -> list[tuple[float, int, int]]:
+        found = [_batch_sums(model, *to_device(batch, device)) for batch in loader]
+        return [(loss.item(), int(correct), samples) for loss, correct, samples in found]
+
+    batches = pool(sums)
     model.train(was_training)
-    if samples == 0:
+    if not batches:
         raise ValueError("adq: no images to evaluate on")
-    return loss.item() / samples, 100.0 * correct.item() / samples
+    loss, correct, samples = (sum(column) for column in zip(*batches, strict=True))
+    return loss / samples, 100.0 * correct / samples
+
+
+def _batch_sums(model: nn.Module, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Cross entropy, correct answers and samples of a batch, on its device."""
+    logits = model(images).float()
+    loss = nn.functional.cross_entropy(logits, target, reduction="sum").double()
+    return loss, (logits.argmax(1) == target).sum(), len(target)
 
 
 @dataclass
@@ -148,7 +160,8 @@ class Trainer:
         config: epochs, optimizer, schedule.
         model: not prepared yet.
         loss: ``(logits, images, target) -> scalar``.
-        train, test: prepared loaders.
+        train: prepared loader.
+        test: loader of this process's share.
         sampler: of ``train``.
         checkpoints, metrics, display: where things go.
         checkpoint_steps: optimizer steps between checkpoints inside an epoch, 0 for none.
@@ -248,6 +261,7 @@ class Trainer:
                     bar.update(index + 1, totals, schedule.get_last_lr()[0])
                 if self._is_checkpoint(index, last):
                     self._check(totals.loss, images, epoch, index)
+                    average_batch_norm_(self.accelerator.unwrap_model(self.model))
                     self._save(Progress(self.phase, epoch, index + 1, self.layout, totals.sums(accelerator)))
         self._finish_epoch(model, totals, begin, time.perf_counter() - began, schedule)
 
@@ -258,7 +272,8 @@ class Trainer:
     def _finish_epoch(self, model: nn.Module, totals: Totals, begin: Progress, seconds: float, schedule: Any) -> None:
         epoch, seen_before = begin.epoch, begin.sums[2]
         loss, correct, samples = totals.sums(self.accelerator)
-        test_loss, test_top1 = evaluate(self.accelerator, model, self.test)
+        average_batch_norm_(self.accelerator.unwrap_model(self.model))
+        test_loss, test_top1 = evaluate(model, self.test)
         row = {
             "phase": self.phase,
             "epoch": epoch + 1,

@@ -25,6 +25,7 @@ from adq.calibrate import calibrate_
 from adq.config import dump_yaml, from_dict, load_yaml
 from adq.convert import quantize_, weight_quantizers
 from adq.distill import DistillationLoss
+from adq.distributed import from_main, share
 from adq.report import report
 from adq.sensitivity import Estimator, SensitivityTable, reordered, sensitivity
 from adq.store import replacing, write_text
@@ -102,7 +103,7 @@ class Run:
         main = self.accelerator.is_main_process
         self.display = display or Display()
         self.display.active = main
-        self.folder = choose_folder(config, resume)
+        self.folder = from_main(lambda: choose_folder(config, resume))
         self.config = self._resumed(config) if resume and self.folder.config.exists() else config
         self.resume = resume
         self.checkpoints = Checkpoints(self.folder.checkpoints, engine.keep)
@@ -141,20 +142,20 @@ class Run:
         data = build_data(self.config.data)
         model = self._create(data)
         self._start_folder()
-        train, test = self.accelerator.prepare(data.train, data.test)
+        train, test = self.accelerator.prepare(data.train), share(data.test)
         model = self._float_phase(model, data, train, test)
         teacher = self._teacher(model, data)
-        float_top1 = evaluate(self.accelerator, model.to(self.accelerator.device), test)[1]
+        float_top1 = evaluate(model.to(self.accelerator.device), test)[1]
         self.display.say(f"float top-1 {float_top1:.2f}")
         allocation = self._quantize(model, data)
-        calibrated_top1 = evaluate(self.accelerator, model.to(self.accelerator.device), test)[1]
+        calibrated_top1 = evaluate(model.to(self.accelerator.device), test)[1]
         self.display.say(f"top-1 after calibration, before training {calibrated_top1:.2f}")
         if self._saved("qat") is None:
             self.metrics.write({"phase": "calibrated", "float_top1": float_top1, "calibrated_top1": calibrated_top1})
         shown = figures.shown_layer(model)
         before = figures.codebook_view(model, shown)
         model = self._qat_phase(model, teacher, data, train, test)
-        quantized_top1 = evaluate(self.accelerator, model, test)[1]
+        quantized_top1 = evaluate(model, test)[1]
         result = self._result(model, data, float_top1, calibrated_top1, quantized_top1)
         result["seconds"] = time.perf_counter() - began
         if self.accelerator.is_main_process:
