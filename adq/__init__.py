@@ -20,7 +20,9 @@ from adq.convert import pack_, quantize_
 from adq.distill import DistillationLoss
 from adq.integer import IntegerReport, to_integer
 from adq.models import create_model, load_float_weights, register_architecture
-from adq.onnx import OnnxExport, export_onnx
+from adq.onnx import export_onnx
+from adq.parity import ExportReport, Parity
+from adq.program import export_aoti, export_program
 from adq.report import report
 from adq.sensitivity import LayerCost, SensitivityTable, sensitivity
 from adq.summary import Summary, summary
@@ -32,10 +34,11 @@ __all__ = [
     "Allocation",
     "Budget",
     "DistillationLoss",
+    "ExportReport",
     "IntegerReport",
     "LayerConfig",
     "LayerCost",
-    "OnnxExport",
+    "Parity",
     "SensitivityTable",
     "Summary",
     "WeightConfig",
@@ -45,7 +48,9 @@ __all__ = [
     "calibrate_",
     "correct_batch_norm_",
     "create_model",
+    "export_aoti",
     "export_onnx",
+    "export_program",
     "functional",
     "load",
     "load_float_weights",

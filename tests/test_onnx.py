@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from every import ACTIVATIONS, FLOAT, SNAPPED, STEP, Side, every, sample
 from saved import trained
 from torch import Tensor, nn
 
 import adq
 from adq import ActivationConfig, ADQConfig, WeightConfig
 from adq import onnx as export
-from adq.convert import activation_quantizers
 
 onnx = pytest.importorskip("onnx", reason="needs the extra 'onnx'")
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra 'onnx'")
@@ -24,57 +24,6 @@ pytest.importorskip("onnxscript", reason="needs the extra 'onnx'")
 CliRunner = pytest.importorskip("typer.testing", reason="the command line needs the extra 'train'").CliRunner
 if not hasattr(torch.onnx, "ops"):
     pytest.skip("torch has no torch.onnx.ops yet", allow_module_level=True)
-
-
-class Side(nn.Module):
-    """A layer by itself, flattened to logits, so that its outputs can be compared without a threshold behind them."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x).flatten(1)
-
-
-class Every(nn.Module):
-    """Each kind of layer beside the others; the input, ``[N, 4, 6]``, gets as many axes as each takes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        kinds = ("Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d")
-        self.sides = nn.ModuleDict({kind: Side(getattr(nn, kind)(4, 6, 3, 2, 1, groups=2)) for kind in kinds})
-        self.sides["Linear"] = Side(nn.Linear(6, 5))
-        self.tied = Side(nn.Linear(6, 5, bias=False))
-        self.tied.layer.weight = self.sides["Linear"].layer.weight
-        self.floating = nn.Linear(24, 3)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        outputs = []
-        for kind, side in self.sides.items():
-            spatial = int(kind[-2]) if kind[-1] == "d" else 1
-            shape = (x.shape[0], 4, *[1] * (spatial - 1), 6)
-            outputs.append(side(x.reshape(shape).expand(-1, -1, *[3] * (spatial - 1), -1)))
-        return (*outputs, self.tied(x), self.floating(x.flatten(1)))
-
-
-def sample(signed: bool, count: int = 5, seed: int = 1) -> Tensor:
-    x = torch.randn(count, 4, 6, generator=torch.Generator().manual_seed(seed))
-    return x if signed else x.relu()
-
-
-def every(weight: dict, activation: ActivationConfig, signed: bool) -> nn.Module:
-    torch.manual_seed(0)
-    both = {"weight": weight, "activation": {"bits": activation.bits}}  # of the first and the last layer too
-    config = ADQConfig(overrides={"re:.*": both, "floating": None})
-    model = adq.calibrate_(adq.quantize_(Every(), config), [sample(signed, 64)]).eval()
-    generator = torch.Generator().manual_seed(2)
-    for quantizer in activation_quantizers(model).values():  # as if trained: unequal intervals, a start of its own
-        with torch.no_grad():
-            quantizer.start += 0.03
-            quantizer.interval *= 0.5 + torch.rand(quantizer.interval.shape, generator=generator)
-            quantizer.out_scale *= 1.1
-    return model
 
 
 def graph_of(path: Path) -> onnx.ModelProto:
@@ -92,14 +41,6 @@ def run(model: onnx.ModelProto, x: Tensor, outputs: list[str] | None = None) -> 
     options.intra_op_num_threads, options.log_severity_level = 1, 3
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return [torch.from_numpy(value) for value in session.run(outputs, {model.graph.input[0].name: x.numpy()})]
-
-
-FLOAT, SNAPPED, STEP = {"bits": 3}, {"bits": 4, "snap": "int8"}, {"bits": 4, "update": "step", "scale": "tensor"}
-ACTIVATIONS = {
-    "signed": (ActivationConfig(3), True),
-    "unsigned": (ActivationConfig(2), False),
-    "uniform": (ActivationConfig(8), True),
-}
 
 
 @pytest.mark.parametrize("weight", [FLOAT, SNAPPED], ids=["float", "snapped"])
@@ -267,32 +208,13 @@ def exported(tmp_path_factory):
     assert report.parity.images == 80
     assert report.parity.max_difference < 1e-5
     assert "parity: top-1 identical on 80 images in ONNX Runtime, largest difference of the logits" in str(report)
-    return model, path, batches
+    return model, batches
 
 
 def test_the_model_stays_as_it_was(exported):
-    model, _, batches = exported
+    model, batches = exported
     assert isinstance(model.body.weight_quantizer, adq.nn.WeightQuantizer)
     assert torch.equal(model(batches[0][0]), trained()(batches[0][0]))
-
-
-def test_too_few_images(exported):
-    model, path, batches = exported
-    with pytest.raises(ValueError, match="wants 97 images with the same top-1, the data has 96"):
-        export.compare(model, path, batches, 97)
-
-
-@pytest.mark.parametrize(
-    ("scale", "message"),
-    [(-1.0, "in ONNX Runtime top-1 differs on .* and not by rounding"), (math.nan, "NaN or infinity among")],
-)
-def test_a_file_that_computes_something_else_fails(exported, scale, message):
-    _, path, batches = exported
-    other = trained()
-    with torch.no_grad():
-        other.head.bias.mul_(scale).add_(torch.tensor([0.0, 0.0, 5.0]))
-    with pytest.raises(RuntimeError, match=f"not exported: {message}"):
-        export.compare(other, path, batches, 80)
 
 
 def test_a_failing_check_leaves_the_old_file(tmp_path, monkeypatch):
@@ -303,21 +225,6 @@ def test_a_failing_check_leaves_the_old_file(tmp_path, monkeypatch):
         adq.export_onnx(model, path, batches[0], batches, images=32)
     assert [file.name for file in tmp_path.iterdir()] == ["m.onnx"]
     assert path.read_bytes() == b"old"
-
-
-def test_an_image_on_a_threshold_is_left_out():
-    """Two logits, the level of an input each: at the threshold of one of them rounding decides which is larger."""
-    torch.manual_seed(0)
-    layer = nn.Linear(2, 2, bias=False)
-    layer.weight.data = torch.eye(2)
-    model = adq.quantize_(nn.Sequential(layer), ADQConfig(WeightConfig(2), ActivationConfig(3), first_last_bits=3))
-    adq.calibrate_(model, [torch.rand(64, 2)]).eval()
-    quantizer = layer.input_quantizer
-    with torch.no_grad():
-        edge = (quantizer.start + 1.5 * quantizer.interval[0]) / quantizer.in_scale
-        on, off = torch.stack((edge, 1.2 * edge), 1), torch.stack((0.1 * edge, 3 * edge), 1)
-        assert export._undecided(model, (torch.cat((off, on)),), 1)
-        assert not export._undecided(model, (torch.cat((off, on)),), 0)
 
 
 # ---- the command line --------------------------------------------------------------------------------
@@ -351,7 +258,7 @@ def test_a_run_folder_is_exported_and_checked(trained_run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "no images to check the ONNX file on: give a run folder, --data or --config"),
+        ([], "no images to check --to onnx on: give a run folder, --data or --config"),
         (["--no-check"], "--no-check needs the shape of one input"),
         (["--data", "digits", "--images", "5000"], "the check wants 5,000 images"),
     ],

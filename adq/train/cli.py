@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -14,7 +14,9 @@ import torch
 import typer
 
 from adq.__main__ import info as describe_backends
-from adq.onnx import OnnxExport
+from adq.onnx import export_onnx
+from adq.parity import ExportReport
+from adq.program import export_aoti, export_program
 from adq.train.config import RunConfig, merge, parse_assignment, recipe_names, resolve
 
 app = typer.Typer(
@@ -23,6 +25,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Quantization-aware training with adaptive codebooks and mixed precision.",
 )
+
+EXPORTS: dict[str, Callable[..., ExportReport]] = {"onnx": export_onnx, "torch": export_program, "aoti": export_aoti}
+"""What ``adq export --to`` writes for runtimes."""
 
 Set = Annotated[
     list[str] | None, typer.Option("--set", help="Any field of the configuration, KEY=VALUE, e.g. qat.lr=0.01.")
@@ -247,61 +252,62 @@ def export(
     output: Annotated[Path, typer.Argument(help="File to write.")],
     to: Annotated[
         str,
-        typer.Option(help="packed: codes of b bits, to ship; plain: float weights, to train on; onnx: for a runtime."),
+        typer.Option(
+            help="packed: codes of b bits, to ship; plain: float weights, to train on; "
+            "onnx, torch (torch.export), aoti (AOTInductor, for this CPU): for a runtime."
+        ),
     ] = "packed",
     data: DataName = None,
     root: Root = None,
     config: Config = None,
-    images: Annotated[int, typer.Option(help="onnx: images on which the runtime must give the same top-1.")] = 1000,
-    no_check: Annotated[bool, typer.Option("--no-check", help="onnx: write it unchecked; needs --shape.")] = False,
-    shape: Annotated[str | None, typer.Option(help="onnx, with --no-check: shape of one input, e.g. 3,32,32.")] = None,
+    images: Annotated[int, typer.Option(help="Images on which the runtime must give the same top-1.")] = 1000,
+    no_check: Annotated[bool, typer.Option("--no-check", help="Write it unchecked; needs --shape.")] = False,
+    shape: Annotated[str | None, typer.Option(help="With --no-check: shape of one input, e.g. 3,32,32.")] = None,
     set_: Set = None,
 ) -> None:
-    """Write a saved model in another form. ONNX is checked on the images that a run folder or --data names."""
+    """Write a saved model in another form; one for a runtime is checked on images of the run's data, or of --data."""
     with _plain_errors():
         from adq.artifact import load, save
 
-        if to not in ("packed", "plain", "onnx"):
-            raise ValueError(f"--to must be packed, plain or onnx, got {to!r}")
+        kinds = ("packed", "plain", *EXPORTS)
+        if to not in kinds:
+            raise ValueError(f"--to must be one of {', '.join(kinds)}, got {to!r}")
         file = model / "model.safetensors" if model.is_dir() else model
-        if to == "onnx":
+        if to in EXPORTS:
             recipe = config or (str(model / "config.yaml") if model.is_dir() else None)
             changes = [_nested(data__name=data, data__root=root), *(parse_assignment(text) for text in set_ or [])]
             if no_check:
-                typer.echo(_unchecked_onnx(file, output, shape))
+                typer.echo(EXPORTS[to](load(file), output, torch.zeros(2, *_sides(shape))))
             elif recipe is None and data is None:
                 raise ValueError(
-                    "no images to check the ONNX file on: give a run folder, --data or --config, "
+                    f"no images to check --to {to} on: give a run folder, --data or --config, "
                     "or write it unchecked with --no-check"
                 )
             else:
-                typer.echo(_checked_onnx(file, output, resolve(recipe, changes), images))
+                typer.echo(_checked(EXPORTS[to], file, output, resolve(recipe, changes), images))
             return
         save(load(file), output, packed=to == "packed")
         typer.echo(f"{output}: {output.stat().st_size:,} bytes, from {file.stat().st_size:,}")
 
 
-def _checked_onnx(file: Path, output: Path, config: RunConfig, images: int) -> OnnxExport:
+def _checked(
+    export: Callable[..., ExportReport], file: Path, output: Path, config: RunConfig, images: int
+) -> ExportReport:
     """Export a model file, checked on the test images, then on those for calibration."""
     from adq.artifact import load
-    from adq.onnx import export_onnx
     from adq.train.data import build_data, check_classes
 
     network, bundle = load(file), build_data(config.data)
     check_classes(network, bundle)
     example = torch.zeros(2, *bundle.input_shape)
-    return export_onnx(network, output, example, chain(bundle.test, bundle.calibration), images)
+    return export(network, output, example, chain(bundle.test, bundle.calibration), images)
 
 
-def _unchecked_onnx(file: Path, output: Path, shape: str | None) -> OnnxExport:
-    from adq.artifact import load
-    from adq.onnx import export_onnx
-
+def _sides(shape: str | None) -> list[int]:
     try:
-        sides = [int(side) for side in (shape or "").split(",")]
+        return [int(side) for side in (shape or "").split(",")]
     except ValueError:
         raise ValueError(f"--no-check needs the shape of one input, e.g. --shape 3,32,32; got {shape!r}") from None
-    return export_onnx(load(file), output, torch.zeros(2, *sides))
 
 
 @app.command()

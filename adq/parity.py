@@ -1,0 +1,140 @@
+"""What every export ends with: the model and the file give the same answers, and a report of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adq.artifact import packed_bytes
+from adq.convert import activation_quantizers, evaluating, model_device, to_device
+from adq.summary import float_bytes
+
+ROUNDING = 2e-6
+"""Of the largest input of a quantizer: how far sums in float32 of another order may lie apart."""
+NOISY_RUNS = 64
+
+
+@dataclass(frozen=True)
+class Parity:
+    """A check: images with the same top-1, images left out as undecided, and the largest difference of logits."""
+
+    runtime: str
+    images: int
+    undecided: int
+    max_difference: float
+
+    def __str__(self) -> str:
+        text = f"parity: top-1 identical on {self.images:,} images in {self.runtime}"
+        if self.undecided:
+            text += f" ({self.undecided:,} more left out: there rounding decides in the model itself)"
+        return f"{text}, largest difference of the logits {self.max_difference:.3g}"
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written: bytes of it, of the float network and of the packed file; parity None: not checked."""
+
+    path: Path
+    bytes: int
+    bytes_float: int
+    bytes_packed: int
+    parity: Parity | None
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, path: str | Path, size: int, parity: Parity | None, notes: tuple[str, ...] = ()
+    ) -> ExportReport:
+        """The report on a file of ``size`` bytes made of this model."""
+        return cls(Path(path), size, float_bytes(model), packed_bytes(model), parity, notes)
+
+    def __str__(self) -> str:
+        sizes = f"{self.path}: {self.bytes:,} bytes; float {self.bytes_float:,}, packed {self.bytes_packed:,}"
+        return "\n".join([sizes, str(self.parity or "parity: not checked"), *self.notes])
+
+
+def as_inputs(example_inputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What a model takes, on the CPU, with two images or more: exporters take an axis of length 1 for a constant."""
+    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    return tuple(torch.cat([x, x]) if len(x) == 1 else x for x in to_device(inputs, torch.device("cpu")))
+
+
+def _first(outputs: Any) -> Tensor:
+    return (outputs[0] if isinstance(outputs, (tuple, list)) else outputs).cpu()
+
+
+@contextmanager
+def _rounding_noise(model: nn.Module) -> Iterator[None]:
+    """For a while add noise of the size of rounding errors to the input of every activation quantizer."""
+    generator = torch.Generator(model_device(model)).manual_seed(0)
+
+    def add(_: nn.Module, args: tuple[Tensor]) -> Tensor:
+        (x,) = args
+        noise = torch.randn(x.shape, generator=generator, device=x.device)
+        return x + ROUNDING * x.abs().amax() * noise
+
+    hooks = [quantizer.register_forward_pre_hook(add) for quantizer in activation_quantizers(model).values()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _undecided(model: nn.Module, inputs: tuple[Tensor, ...], index: int) -> bool:
+    """Whether rounding decides the model's own top-1 for one image of a batch: it changes under noise of that size.
+
+    Values next to a threshold make such images: summed in another order they pass it, and later layers follow. torch
+    alone gives them another top-1 with another batch size or kernel.
+    """
+    copies = tuple(x[index : index + 1].expand(NOISY_RUNS, *x.shape[1:]) for x in inputs)
+    with _rounding_noise(model):
+        return _first(model(*copies)).argmax(1).unique().numel() > 1
+
+
+@torch.no_grad()
+def compare(
+    model: nn.Module, run: Callable[..., Any], count: int, runtime: str, batches: Iterable[Any], images: int
+) -> Parity:
+    """Compare a model with what was exported, until ``images`` have the same top-1.
+
+    Args:
+        model: on any device; stays as it is.
+        run: the same in another runtime, from ``count`` tensors on the CPU.
+        count: of inputs.
+        runtime: its name, for messages.
+        batches: of inputs as a loader yields them, whatever follows the inputs (labels) is ignored.
+        images: how many must be identical.
+
+    Raises:
+        ValueError: fewer images than that.
+        RuntimeError: top-1 differs on an image where rounding does not decide, or on more than 2 %; or a difference
+            is not finite.
+    """
+    device = model_device(model)
+    same, undecided, largest = 0, 0, torch.zeros(())
+    with evaluating(model):
+        for batch in batches:
+            inputs = tuple(batch)[:count] if isinstance(batch, (tuple, list)) else (batch,)
+            inputs = to_device(tuple(x[: images - same] for x in inputs), device)
+            expected, found = _first(model(*inputs)), _first(run(*(x.cpu() for x in inputs)))
+            largest = torch.maximum(largest, (expected - found).abs().max())  # keeps NaN
+            others = (expected.argmax(1) != found.argmax(1)).nonzero().flatten().tolist()
+            if not bool(largest.isfinite()):
+                raise RuntimeError("adq: not exported: NaN or infinity among the differences of the logits")
+            if not all(_undecided(model, inputs, i) for i in others) or undecided + len(others) > images / 50:
+                raise RuntimeError(
+                    f"adq: not exported: in {runtime} top-1 differs on {len(others):,} of {len(expected):,} images, "
+                    f"and not by rounding; largest difference of the logits {largest.item():.3g}"
+                )
+            undecided += len(others)
+            same += len(expected) - len(others)
+            if same >= images:
+                return Parity(runtime, same, undecided, largest.item())
+    raise ValueError(f"adq: the check wants {images:,} images with the same top-1, the data has {same:,}")

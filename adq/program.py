@@ -1,0 +1,121 @@
+"""Programs of torch.export and packages of AOTInductor: standard operators only, with a free batch size, checked.
+
+``torch.export.export`` takes quantized and packed models as they are, and then keeps adq's own operators, which whoever
+loads the program must have imported. What is written here needs torch alone, or ExecuTorch.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adq.deploy import check_layers
+from adq.parity import ExportReport, as_inputs, compare
+from adq.portable import portable
+from adq.store import replacing
+
+SUFFIX = ".pt2"
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
+    """The program of a model in evaluation mode; the first axis of every input is free, and the same.
+
+    Raises:
+        ValueError: torch cannot export the model.
+    """
+    batch = torch.export.Dim("batch")
+    try:
+        program = torch.export.export(model, inputs, dynamic_shapes=tuple({0: batch} for _ in inputs))
+    except Exception as error:  # of many types; whatever the model's code raises is among them
+        raise ValueError(f"adq: torch cannot export the model: {_first_line(error)}") from error
+    for node in list(program.graph.nodes):
+        node.meta.pop("stack_trace", None)  # paths of this machine
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:  # holds by construction
+            program.graph.erase_node(node)
+    return program
+
+
+def _program(model: nn.Module, path: str | Path, inputs: tuple[Tensor, ...], target: str) -> Any:
+    if Path(path).suffix != SUFFIX:
+        raise ValueError(f"adq: the file's name must end in {SUFFIX}, got {path}")
+    check_layers(model, target)
+    return trace(portable(model), inputs)
+
+
+def export_program(
+    model: nn.Module,
+    path: str | Path,
+    example_inputs: Tensor | tuple[Tensor, ...],
+    batches: Iterable[Any] | None = None,
+    images: int = 1000,
+) -> ExportReport:
+    """Write a quantized model as a program of torch.export, in standard operators, and compare it with the model.
+
+    ``torch.export.load(path).module()`` runs it without adq. Its operators decompose to torch's core set, so that
+    ExecuTorch can lower it.
+
+    Args:
+        model: quantized and calibrated, float32, on any device; stays as it is.
+        path: file to write, ``.pt2``; it appears only once everything has passed.
+        example_inputs: what the model takes, its positional arguments; the values do not matter.
+        batches: real inputs as a loader yields them (labels are ignored): the program that the file gives must have
+            the same top-1, over axis 1 of the first output, except where rounding decides it in the model itself.
+            None: no check.
+        images: how many must be identical.
+
+    Raises:
+        ValueError: a layer or the whole model cannot be exported (named); too few images.
+        RuntimeError: the check failed.
+    """
+    inputs = as_inputs(example_inputs)
+    program = _program(model, path, inputs, "not exported by torch.export")
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    with replacing(path) as temporary:
+        size, parity = temporary.write_bytes(buffer.getbuffer()), None
+        if batches is not None:
+            with open(temporary, "rb") as file:
+                run = torch.export.load(file).module()
+            parity = compare(model, run, len(inputs), "torch.export", batches, images)
+    return ExportReport.of(model, path, size, parity)
+
+
+def export_aoti(
+    model: nn.Module,
+    path: str | Path,
+    example_inputs: Tensor | tuple[Tensor, ...],
+    batches: Iterable[Any] | None = None,
+    images: int = 1000,
+) -> ExportReport:
+    """Compile a quantized model by AOTInductor, for this machine's CPU, and compare it with the model.
+
+    ``torch._inductor.aoti_load_package(path)`` runs it, without adq; so does libtorch, without Python. Weights stay
+    codes, decoded when used. Arguments as those of :func:`export_program`.
+
+    Raises:
+        ValueError: a layer or the whole model cannot be exported (named); too few images.
+        RuntimeError: it cannot be compiled (is there a C++ compiler?), or the check failed.
+    """
+    inputs = as_inputs(example_inputs)
+    program = _program(model, path, inputs, "not compiled by AOTInductor")
+    buffer = io.BytesIO()
+    try:
+        torch._inductor.aoti_compile_and_package(program, package_path=buffer)
+    except Exception as error:  # of the compiler, or of what it is written in
+        raise RuntimeError(f"adq: AOTInductor cannot compile the model: {_first_line(error)}") from error
+    with replacing(path) as temporary:
+        size, parity = temporary.write_bytes(buffer.getbuffer()), None
+        if batches is not None:
+            with open(temporary, "rb") as file:
+                run = torch._inductor.aoti_load_package(file)
+            parity = compare(model, run, len(inputs), "AOTInductor", batches, images)
+    return ExportReport.of(model, path, size, parity)

@@ -1,0 +1,68 @@
+"""The check that ends every export: what passes, what fails, and which images are left out."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from saved import trained
+from torch import nn
+
+import adq
+from adq import ActivationConfig, ADQConfig, WeightConfig, parity
+
+BATCHES = [(torch.randn(32, 1, 6, 6, generator=torch.Generator().manual_seed(i)), None) for i in range(3)]
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return trained()
+
+
+def test_the_same_model_passes_on_as_many_images_as_asked_for(model):
+    asked = []
+
+    def run(x):
+        asked.append(len(x))
+        return (model(x) + 0.25, None)
+
+    found = parity.compare(model.train(), run, 1, "a runtime", BATCHES, 80)
+    assert model.training and model.eval()
+    assert asked == [32, 32, 16]
+    assert (found.runtime, found.images, found.undecided) == ("a runtime", 80, 0)
+    assert found.max_difference == pytest.approx(0.25, abs=1e-6)
+    assert "parity: top-1 identical on 80 images in a runtime, largest difference of the logits 0.25" in str(found)
+
+
+def test_too_few_images(model):
+    with pytest.raises(ValueError, match="wants 97 images with the same top-1, the data has 96"):
+        parity.compare(model, model, 1, "a runtime", BATCHES, 97)
+
+
+@pytest.mark.parametrize(
+    ("scale", "message"),
+    [(-1.0, "in a runtime top-1 differs on .* and not by rounding"), (math.nan, "NaN or infinity among")],
+)
+def test_another_function_fails(model, scale, message):
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.head.bias.mul_(scale).add_(torch.tensor([0.0, 0.0, 5.0]))
+    with pytest.raises(RuntimeError, match=f"not exported: {message}"):
+        parity.compare(model, other, 1, "a runtime", BATCHES, 80)
+
+
+def test_an_image_on_a_threshold_is_left_out():
+    """Two logits, the level of an input each: at the threshold of one of them rounding decides which is larger."""
+    torch.manual_seed(0)
+    layer = nn.Linear(2, 2, bias=False)
+    layer.weight.data = torch.eye(2)
+    model = adq.quantize_(nn.Sequential(layer), ADQConfig(WeightConfig(2), ActivationConfig(3), first_last_bits=3))
+    adq.calibrate_(model, [torch.rand(64, 2)]).eval()
+    quantizer = layer.input_quantizer
+    with torch.no_grad():
+        edge = (quantizer.start + 1.5 * quantizer.interval[0]) / quantizer.in_scale
+        on, off = torch.stack((edge, 1.2 * edge), 1), torch.stack((0.1 * edge, 3 * edge), 1)
+        assert parity._undecided(model, (torch.cat((off, on)),), 1)
+        assert not parity._undecided(model, (torch.cat((off, on)),), 0)
