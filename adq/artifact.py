@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from adq import container
 from adq.config import ActivationConfig, LayerConfig, WeightConfig, from_dict, to_dict
 from adq.container import check_shape
-from adq.convert import convert_layers_, pack_, packed_weights, quantized_layers, refuse_packed
+from adq.convert import convert_layers_, convertible, pack_, packed_weights, quantized_layers, refuse_packed
 from adq.deploy import listed
 from adq.functional import code_bits, unpack
 from adq.models import rebuild
@@ -128,13 +128,13 @@ def packed_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, list[in
     state = {key: tensor for key, tensor in model.state_dict().items() if not key.endswith(COUNTER)}
     shapes: dict[str, list[int]] = {}
     weights = packed_weights(model)
-    for name in quantized_layers(model):
+    for name, layer in quantized_layers(model).items():
         prefix, weight = _prefix(name), weights.get(name)
         for key in TRAINING_STATE:
             state.pop(f"{prefix}weight_quantizer.{key}", None)
         if weight is not None:
             shapes[name] = list(weight.shape)
-            state.pop(f"{prefix}weight", None)
+            state.pop(f"{prefix}{layer.weight_name}", None)
             state[f"{prefix}{CODES}"] = weight.codes
             state[f"{prefix}weight_quantizer.codebook"] = weight.codebook
             state[f"{prefix}weight_quantizer.scale"] = weight.scale
@@ -279,14 +279,14 @@ def _check_codes(header: Header, state: dict[str, Tensor], path: Path) -> None:
 def _check_architecture(model: nn.Module, header: Header, state: dict[str, Tensor], path: Path) -> None:
     """Compare layers, names, shapes and kinds with the file, and then the codes, before the model is touched."""
     modules = dict(model.named_modules())
-    problems = [f"no layer {name!r} to quantize" for name in header.layers if type(modules.get(name)) not in QUANTIZED]
+    problems = [f"no layer {name!r} to quantize" for name in header.layers if not convertible(modules.get(name))]
     if not problems:
         coded = {name: header.layers.get(name, LayerConfig(None, None)).weight for name in header.shapes}
         problems += [f"no quantized layer {name!r} for the codes" for name, config in coded.items() if config is None]
         problems += [
-            f"{name}.weight is {tuple(shape)} in the file, {tuple(modules[name].weight.shape)} in the model"
+            f"{name}.weight is {tuple(shape)} in the file, {tuple(_weight(modules[name]).shape)} in the model"
             for name, shape in header.shapes.items()
-            if coded[name] is not None and shape != list(modules[name].weight.shape)
+            if coded[name] is not None and shape != list(_weight(modules[name]).shape)
         ]
     if not problems:
         problems = _differences(_expected(model, header), state)
@@ -300,25 +300,30 @@ def _expected(model: nn.Module, header: Header) -> dict[str, Tensor]:
     expected = {key: tensor.to("meta") for key, tensor in model.state_dict().items()}
     if header.packed and header.version > 1:
         expected = {key: tensor for key, tensor in expected.items() if not key.endswith(COUNTER)}
-    layers: dict[str, Any] = {name: model.get_submodule(name) for name in header.layers}
-    coded = {id(layers[name].weight) for name in header.shapes}
+    layers = {name: model.get_submodule(name) for name in header.layers}
+    coded = {id(_weight(layers[name])) for name in header.shapes}
     for name, config in header.layers.items():
         prefix, layer = _prefix(name), layers[name]
         if config.activation is not None:
             expected.update(ActivationQuantizer(config.activation).state_dict(prefix=f"{prefix}input_quantizer."))
         if config.weight is None:
             continue
-        axis = QUANTIZED[type(layer)].channel_axis
-        quantizer = WeightQuantizer(layer.weight.detach().to("meta"), config.weight, axis, fitted=False)
+        kind, weight = QUANTIZED[type(layer)], _weight(layer)
+        quantizer = WeightQuantizer(weight.detach().to("meta"), config.weight, kind.channel_axis, fitted=False)
         tensors = quantizer.state_dict(prefix=f"{prefix}weight_quantizer.")
         dropped = [f"{prefix}weight_quantizer.{key}" for key in TRAINING_STATE] if header.packed else []
         expected.update({key: tensor for key, tensor in tensors.items() if key not in dropped})
-        if id(layer.weight) in coded:
-            del expected[f"{prefix}weight"]
+        if id(weight) in coded:
+            del expected[f"{prefix}{kind.weight_name}"]
         if name in header.shapes:
-            size = packed_size(layer.weight.numel(), quantizer.bits)
+            size = packed_size(weight.numel(), quantizer.bits)
             expected[f"{prefix}{CODES}"] = torch.empty(size, dtype=torch.uint8, device="meta")
     return expected
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    """The weight of a layer in float that a quantized one can take the place of."""
+    return getattr(layer, QUANTIZED[type(layer)].weight_name)
 
 
 def _differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:

@@ -31,8 +31,8 @@ class _Sampler:
         self.parts: list[Tensor] = []
         self.generator = torch.Generator().manual_seed(0)
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        values = (args[0] if args else kwargs["input"]).detach().reshape(-1)
+    def __call__(self, quantizer: nn.Module, args: tuple[Tensor]) -> None:
+        values = args[0].detach().reshape(-1)
         if values.numel() > SAMPLES_PER_BATCH:
             index = torch.randint(values.numel(), (SAMPLES_PER_BATCH,), generator=self.generator)
             values = values[index.to(values.device)]
@@ -62,8 +62,7 @@ def calibrate_(model: nn.Module, batches: Iterable[Any], *, batch_norm: bool = T
         ValueError: not quantized, no batches, NaN or infinite inputs (the layer is named).
         RuntimeError: the model has been trained since its calibration.
     """
-    layers = quantized_layers(model)
-    if not layers:
+    if not quantized_layers(model):
         raise ValueError("adq: the model is not quantized; call adq.quantize_(model) first")
     refuse_packed(model, "calibration")
     trained = any(int(quantizer.steps) > 0 for _, quantizer in weight_quantizers(model).values())
@@ -75,7 +74,7 @@ def calibrate_(model: nn.Module, batches: Iterable[Any], *, batch_norm: bool = T
     batches = list(batches) if isinstance(batches, Iterator) else batches
     quantizers = activation_quantizers(model)
     samplers = {name: _Sampler() for name in quantizers}
-    hooks = [layers[name].register_forward_pre_hook(sampler, with_kwargs=True) for name, sampler in samplers.items()]
+    hooks = [quantizers[name].register_forward_pre_hook(sampler) for name, sampler in samplers.items()]
     try:
         _run(model, batches)
     finally:

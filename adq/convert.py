@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from adq.config import ADQConfig, LayerConfig, check_bits, merge_override, with_bits
 from adq.nn.activation import ActivationQuantizer
-from adq.nn.layers import QUANTIZED, QuantizedLayer
+from adq.nn.layers import QUANTIZED, QMultiheadAttention, QuantizedLayer
 from adq.nn.packed import PackedWeight, pack_layer_
 from adq.nn.weight import WeightQuantizer
 from adq.update import prepare_together, unregister
@@ -65,11 +67,11 @@ def layer_configs(
     layers = {
         name: module
         for name, module in model.named_modules()
-        if type(module) in QUANTIZED and (filter_fn is None or filter_fn(module, name))
+        if convertible(module) and (filter_fn is None or filter_fn(module, name))
     }
     names = list(layers)
     used: set[str] = set()
-    found = {}
+    found: dict[str, tuple[nn.Module, LayerConfig]] = {}
     for name, module in layers.items():
         layer = LayerConfig(config.weight, config.activation)
         if name in (names[0], names[-1]):
@@ -79,7 +81,8 @@ def layer_configs(
             if _matches(key, name, module):
                 used.add(key)
                 layer = merge_override(layer, override)
-        if not layer.is_float:
+        called = not isinstance(module, NonDynamicallyQuantizableLinear) or name.rpartition(".")[0] in found
+        if not layer.is_float and called:
             found[name] = (module, layer)
     unused = [key for key in config.overrides if key not in used]
     if unused:
@@ -87,10 +90,18 @@ def layer_configs(
     return found
 
 
+def convertible(module: nn.Module | None) -> bool:
+    """Whether a quantized layer can take the place of this module."""
+    if isinstance(module, nn.MultiheadAttention) and QMultiheadAttention.problem(module):
+        return False
+    return type(module) in QUANTIZED
+
+
 def quantize_(model: nn.Module, config: ADQConfig | None = None, filter_fn: FilterFn | None = None) -> nn.Module:
     """Make a float model a quantized one, in place; codebooks are fitted to the weights at once.
 
-    Conv1d/2d/3d, ConvTranspose1d/2d/3d and Linear become quantized layers, subclasses of these stay in float.
+    Conv1d/2d/3d, ConvTranspose1d/2d/3d, Linear and MultiheadAttention become quantized layers; subclasses of these stay
+    in float, and so does the output projection of an attention that does.
     Parameters keep their identity and name. Thresholds of the activations wait for :func:`calibrate_`.
 
     Args:
@@ -129,17 +140,29 @@ def convert_layers_(model: nn.Module, layers: Mapping[str, LayerConfig], *, fitt
         for name, module in modules.items():
             _revert(module, kinds[name])
         raise
+    _call_layers(model)
     _disable_fused_paths(model)
     prepare_together(model)
     return model
 
 
+def _call_layers(model: nn.Module) -> None:
+    """Let modules that compute with the weights of their layers call these instead."""
+    if "torchvision.models.swin_transformer" not in sys.modules:
+        return
+    from adq.nn.torchvision import CALLING
+
+    for module in model.modules():
+        if type(module) in CALLING and quantized_layers(module):
+            module.__class__ = CALLING[type(module)]
+
+
 def _convert(
     module: nn.Module, config: LayerConfig, name: str, shared: dict[int, WeightQuantizer], fitted: bool
 ) -> None:
-    weight: Any = module.weight
     module.__class__ = QUANTIZED[type(module)]
     assert isinstance(module, QuantizedLayer)
+    weight = module.weight
     module.attach_(config, name, fitted=fitted, shared=shared.get(id(weight)))
     if isinstance(module.weight_quantizer, WeightQuantizer):
         shared[id(weight)] = module.weight_quantizer
@@ -171,7 +194,7 @@ def packed_weights(model: nn.Module, codes: Mapping[str, Tensor] | None = None) 
     codes are given, by the name of a layer, they are taken, and other weights left out.
     """
     layers = {n: layer for n, layer in quantized_layers(model).items() if _has_weight_quantizer(layer)}
-    own = {f"{name}.weight".lstrip(".") for name in layers}
+    own = {f"{name}.{layer.weight_name}".lstrip(".") for name, layer in layers.items()}
     in_float = {tensor.data_ptr() for key, tensor in model.state_dict().items() if key not in own}
     made: dict[int, PackedWeight] = {}
     for name, layer in layers.items():

@@ -90,6 +90,13 @@ def integer_problem(layer: QuantizedLayer) -> str | None:
     return None
 
 
+def _bias_problem(model: nn.Module, name: str) -> str | None:
+    """Whether the module that calls a layer changes its bias (:mod:`adq.nn.torchvision`)."""
+    path, _, own = name.rpartition(".")
+    caller = model.get_submodule(path)
+    return f"{type(caller).__name__} changes its bias" if own in getattr(caller, "changes_bias_of", ()) else None
+
+
 def _pair(values: tuple[int, ...], before: int) -> tuple[int, int]:
     """Values of one axis or two as those of two."""
     return (before, values[0]) if len(values) == 1 else (values[0], values[1])
@@ -330,6 +337,13 @@ def _integer_layer(layer: QuantizedLayer, affine: Affine, epilogue: Epilogue) ->
     return kind(_weight(layer), affine, quantizer, _geometry(layer), epilogue)
 
 
+def _replace_each(model: nn.Module, names: list[str]) -> None:
+    """Put integer layers in place, without what follows them."""
+    for name in names:
+        layer = cast(QuantizedLayer, model.get_submodule(name))
+        model.set_submodule(name, _integer_layer(layer, _bias(layer), Epilogue()))
+
+
 @torch.no_grad()
 def to_integer(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...], *, strict: bool = True) -> nn.Module:
     """A copy of a quantized model that computes convolutions and linear layers with integers, for inference.
@@ -350,7 +364,7 @@ def to_integer(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...], *,
         ValueError: not quantized, no layer can compute with integers, or with ``strict`` some cannot (named).
     """
     model = copy.deepcopy(model).eval().requires_grad_(False)
-    problems = {name: integer_problem(layer) for name, layer in quantized_layers(model).items()}
+    problems = {name: _bias_problem(model, name) or integer_problem(q) for name, q in quantized_layers(model).items()}
     left = {name: problem for name, problem in problems.items() if problem}
     names = [name for name in problems if name not in left]
     if not problems:
@@ -364,10 +378,10 @@ def to_integer(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...], *,
     try:
         graph = _Tracer().trace(model)
     except Exception as error:  # whatever the model's code raises when it meets a proxy
-        for name in names:
-            layer = cast(QuantizedLayer, model.get_submodule(name))
-            model.set_submodule(name, _integer_layer(layer, _bias(layer), Epilogue()))
+        _replace_each(model, names)
         return _reported(model, IntegerReport(names, 0, left, f"torch.fx cannot trace the model: {error}"))
+    called = {node.target for node in graph.nodes if node.op == "call_module"}
+    _replace_each(model, [name for name in names if name not in called])  # within another layer: an attention's
     traced = fx.GraphModule(model, graph, type(model).__name__)
     ShapeProp(traced).propagate(*to_device(inputs, next(iter(model.parameters())).device))
     from_levels = _Fuser(traced, set(names)).rewrite()

@@ -215,12 +215,9 @@ def _macs(model: nn.Module, batch: Any) -> dict[int, int]:
     """
     counts: dict[int, int] = {}
 
-    def count(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+    def count(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         assert isinstance(layer, QuantizedLayer)
-        inputs = args[0] if args else kwargs["input"]
-        # each element of the output, or of a transposed convolution's input, meets one slice of the weight
-        elements = inputs.numel() if layer.channel_axis == 1 else output.numel()
-        macs = elements * layer.weight[0].numel() // len(batch[1])
+        macs = layer.macs(output, *args, **kwargs) // len(batch[1])
         counts[id(layer.weight_quantizer)] = counts.get(id(layer.weight_quantizer), 0) + macs
 
     handles = [layer.register_forward_hook(count, with_kwargs=True) for layer in quantized_layers(model).values()]

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from textwrap import wrap
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from adq.allocate import FLOAT_BITS
 from adq.artifact import packed_bytes
 from adq.codebook import sqnr
 from adq.convert import activation_quantizers, quantized_layers, weight_quantizers
-from adq.nn.layers import QUANTIZED, QuantizedLayer
+from adq.nn.activation import ActivationQuantizer
+from adq.nn.layers import QUANTIZED, QMultiheadAttention, QuantizedLayer
 from adq.nn.packed import PackedWeight
 from adq.nn.weight import WeightQuantizer
 from adq.ops import packed_size
 from adq.sensitivity import float_parameters
+
+WIDTH = 120
+_WHOLE_NAMES: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,8 @@ class Summary:
 
     Attributes:
         layers: quantized layers, in order of registration.
-        left_in_float: layers with weights that are not quantized, with the reason.
+        left_in_float: every module with parameters of its own that is not quantized, with the reason; parameters of
+            modules that hold layers are named themselves.
         average_bits_quantized: average weight bits over the quantized layers.
         average_bits_network: average over all parameters, those in float counted at 32 bits.
         bytes_float: tensors of the float network.
@@ -59,7 +67,9 @@ class Summary:
             f"{'levels':>9} {'SQNR dB':>8} {'bytes':>9}"
         )
         lines = [header, *(_row(layer) for layer in self.layers)]
-        lines += [f"{name:<32} in float: {reason}" for name, reason in self.left_in_float.items()]
+        for reason in dict.fromkeys(self.left_in_float.values()):
+            names = [name for name, its in self.left_in_float.items() if its == reason]
+            lines += wrap(f"in float, {reason}: {', '.join(names)}", WIDTH, subsequent_indent="    ", **_WHOLE_NAMES)
         lines.append(
             f"average bits: {self.average_bits_quantized:.3f} over the quantized layers, "
             f"{self.average_bits_network:.3f} over the whole network"
@@ -107,15 +117,28 @@ def _summarise(name: str, layer: QuantizedLayer, activation_bits: int | None) ->
 def _left_in_float(model: nn.Module) -> dict[str, str]:
     found = {}
     for name, module in model.named_modules():
-        if isinstance(module, QuantizedLayer):
+        own = [key for key, parameter in module._parameters.items() if parameter is not None]
+        if not own or isinstance(module, (QuantizedLayer, WeightQuantizer, ActivationQuantizer)):
             continue
-        if type(module) in QUANTIZED:
-            found[name] = "by configuration"
-        elif isinstance(module, tuple(QUANTIZED)):
-            found[name] = f"{type(module).__name__} has a forward of its own"
-        elif isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
-            found[name] = "fused attention projections are not layers"
+        if isinstance(module, tuple(QUANTIZED)):
+            found[name] = _reason(module)
+        elif next(module.children(), None) is None:
+            found[name] = f"{type(module).__name__} is no layer that adq quantizes"
+        else:
+            reason = f"a parameter of {type(module).__name__} itself"
+            found.update({f"{name}.{key}".lstrip("."): reason for key in own})
     return found
+
+
+def _reason(layer: Any) -> str:
+    """Why a layer of a kind that adq quantizes is in float."""
+    if type(layer) not in QUANTIZED:
+        return f"{type(layer).__name__} has a forward of its own"
+    if isinstance(layer, nn.MultiheadAttention) and (problem := QMultiheadAttention.problem(layer)):
+        return problem
+    if isinstance(layer, NonDynamicallyQuantizableLinear):
+        return "its attention is in float, or by configuration"
+    return "by configuration"
 
 
 def float_bytes(model: nn.Module) -> int:

@@ -43,12 +43,16 @@ def test_layers_by_hand():
     assert figures == {
         "stem": ("QConv2d", 36, 8, 8, 256),
         "body": ("QConv2d", 216, 3, 3, 8),
+        "attention": ("QMultiheadAttention", 108, 3, 3, 8),
+        "attention.out_proj": ("QLinear", 36, 3, 3, 8),
         "head": ("QLinear", 18, 8, None, 256),
     }
     # codes, codebook, one scale per output channel
     assert {name: row.bytes for name, row in rows.items()} == {
         "stem": 36 + 4 * 256 + 4 * 4,
         "body": 81 + 4 * 8 + 4 * 6,
+        "attention": (108 * 3 + 7) // 8 + 4 * 8 + 4 * 18,
+        "attention.out_proj": (36 * 3 + 7) // 8 + 4 * 8 + 4 * 6,
         "head": 18 + 4 * 256 + 4 * 3,
     }
     quantizer, w = model.body.weight_quantizer, model.body.weight.detach().double().numpy()
@@ -62,25 +66,53 @@ def test_layers_by_hand():
 
 def test_totals_by_hand():
     model, found = quantized(), adq.summary(quantized())
-    bits = 36 * 8 + 216 * 3 + 18 * 8
-    assert found.average_bits_quantized == pytest.approx(bits / 270)
-    in_float = (4 + 4) + 6 + (36 + 6) + (36 + 6) + (6 * 18 + 18 + 36 + 6) + 3
-    assert found.average_bits_network == pytest.approx((bits + 32 * in_float) / (270 + in_float))
+    weights = 36 + 216 + 108 + 36 + 18
+    bits = 36 * 8 + (216 + 108 + 36) * 3 + 18 * 8
+    assert found.average_bits_quantized == pytest.approx(bits / weights)
+    in_float = (4 + 4) + 6 + (36 + 6) + (36 + 6) + (18 + 6) + 3
+    assert found.average_bits_network == pytest.approx((bits + 32 * in_float) / (weights + in_float))
     buffers = 4 * (4 + 4) + 8  # running statistics, number of batches
-    assert found.bytes_float == 4 * (270 + in_float) + buffers
-    quantizers = 3 * 4 + 4 * (256 + 8 + 256) + 4 * (4 + 6 + 3)  # below: start, interval, two scales, offset, flag
-    activations = 4 * (1 + 1 + 1 + 1 + 1) + 1 + 4 * (1 + 7 + 1 + 1 + 1) + 1
-    codes = 36 + 81 + 18
-    assert found.bytes_packed == 4 * in_float + buffers - 8 + codes + quantizers - 12 + activations  # no counter
+    assert found.bytes_float == 4 * (weights + in_float) + buffers
+    quantizers = 4 * (256 + 8 + 8 + 8 + 256) + 4 * (4 + 6 + 18 + 6 + 3)
+    # start, interval, two scales, offset, flag
+    activations = 4 * (1 + 1 + 1 + 1 + 1) + 1 + 3 * (4 * (1 + 7 + 1 + 1 + 1) + 1)
+    codes = 36 + 81 + 41 + 14 + 18
+    assert found.bytes_packed == 4 * in_float + buffers - 8 + codes + quantizers + activations  # no counter
     assert {type(module) for module in model.modules()} >= {nn.BatchNorm2d, Custom}
 
 
 def test_what_is_left_in_float_and_why():
     assert adq.summary(quantized()).left_in_float == {
+        "norm": "BatchNorm2d is no layer that adq quantizes",
         "extra": "by configuration",
         "custom": "Custom has a forward of its own",
-        "attention": "fused attention projections are not layers",
-        "attention.out_proj": "NonDynamicallyQuantizableLinear has a forward of its own",
+    }
+
+
+def test_attention_that_is_left_in_float_and_why():
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.token = nn.Parameter(torch.zeros(6))
+            self.zero = nn.MultiheadAttention(6, 2, add_zero_attn=True)
+            self.bias = nn.MultiheadAttention(6, 2, add_bias_kv=True)
+            self.sizes = nn.MultiheadAttention(6, 2, kdim=4)
+            self.excluded = nn.MultiheadAttention(6, 2)
+            self.head = nn.Linear(6, 3)
+
+    model = adq.quantize_(Attention(), ADQConfig(overrides={"excluded": None}))
+    extra = "it adds a learned or zero key (add_bias_kv, add_zero_attn)"
+    output = "its attention is in float, or by configuration"
+    assert adq.summary(model).left_in_float == {
+        "token": "a parameter of Attention itself",
+        "zero": extra,
+        "zero.out_proj": output,
+        "bias": extra,
+        "bias.out_proj": output,
+        "sizes": "its query, key and value have projections of their own",
+        "sizes.out_proj": output,
+        "excluded": "by configuration",
+        "excluded.out_proj": output,
     }
 
 
@@ -103,7 +135,7 @@ def test_the_table_has_every_layer_and_both_averages():
         assert row.kind in line
         assert f"{row.levels_used}/{row.levels}" in line
     for name, reason in found.left_in_float.items():
-        assert any(line.startswith(name + " ") and line.endswith(f"in float: {reason}") for line in lines)
+        assert any(line.startswith(f"in float, {reason}: ") and name in line.split(": ")[1] for line in lines)
     assert f"{found.average_bits_quantized:.3f} over the quantized layers" in str(found)
     assert f"{found.average_bits_network:.3f} over the whole network" in str(found)
     assert f"{found.bytes_packed:,} packed" in str(found)

@@ -10,6 +10,7 @@ from adq.nn.layers import (
     QConvTranspose2d,
     QConvTranspose3d,
     QLinear,
+    QMultiheadAttention,
     QuantizedLayer,
 )
 from adq.nn.packed import (
@@ -21,6 +22,7 @@ from adq.nn.packed import (
     PackedConvTranspose3d,
     PackedLayer,
     PackedLinear,
+    PackedMultiheadAttention,
     PackedWeight,
 )
 from adq.nn.weight import WeightQuantizer
@@ -39,6 +41,7 @@ __all__ = [
     "PackedConvTranspose3d",
     "PackedLayer",
     "PackedLinear",
+    "PackedMultiheadAttention",
     "PackedWeight",
     "QConv1d",
     "QConv2d",
@@ -47,6 +50,7 @@ __all__ = [
     "QConvTranspose2d",
     "QConvTranspose3d",
     "QLinear",
+    "QMultiheadAttention",
     "QuantizedLayer",
     "WeightQuantizer",
 ]

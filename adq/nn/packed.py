@@ -20,6 +20,7 @@ from adq.nn.layers import (
     QConvTranspose2d,
     QConvTranspose3d,
     QLinear,
+    QMultiheadAttention,
     QuantizedLayer,
 )
 from adq.nn.weight import WeightQuantizer
@@ -151,6 +152,10 @@ class PackedLinear(PackedLayer, QLinear):
     """``nn.Linear`` with its weight in codes."""
 
 
+class PackedMultiheadAttention(PackedLayer, QMultiheadAttention):  # type: ignore[misc]
+    """``nn.MultiheadAttention`` with its fused projection in codes."""
+
+
 PACKED: dict[type[nn.Module], type[PackedLayer]] = {
     QConv1d: PackedConv1d,
     QConv2d: PackedConv2d,
@@ -159,6 +164,7 @@ PACKED: dict[type[nn.Module], type[PackedLayer]] = {
     QConvTranspose2d: PackedConvTranspose2d,
     QConvTranspose3d: PackedConvTranspose3d,
     QLinear: PackedLinear,
+    QMultiheadAttention: PackedMultiheadAttention,
 }
 """Which quantized layer becomes which inference layer."""
 
@@ -166,6 +172,6 @@ PACKED: dict[type[nn.Module], type[PackedLayer]] = {
 def pack_layer_(layer: QuantizedLayer, packed: PackedWeight) -> None:
     """Make a quantized layer an inference layer with this weight; its float weight is given up."""
     layer.__class__ = PACKED[type(layer)]
-    del layer._parameters["weight"]
+    del layer._parameters[layer.weight_name]
     layer.weight_quantizer = packed.train(layer.training)
     unregister(layer)

@@ -1,0 +1,235 @@
+"""Every step of the method on the common architectures, from float network to loaded file."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+from importlib.util import find_spec
+from itertools import product
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import adq
+from adq import ADQConfig, convert
+from adq.convert import quantizers_enabled
+from adq.nn import QLinear, QMultiheadAttention
+
+pytest.importorskip("torchvision")
+
+from architectures import ARCHITECTURES, CLASSES, architecture
+
+BATCH = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0)), torch.arange(4)
+
+
+def quantized(name: str) -> nn.Module:
+    model = architecture(name)
+    adq.reestimate_batch_norm_(model, [BATCH])  # as a trained network has them
+    adq.quantize_(model)
+    return adq.calibrate_(model, [BATCH])
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.filterwarnings("error:adq")
+def test_every_step(name, tmp_path):
+    if name.startswith("timm") and not find_spec("timm"):
+        pytest.skip("timm is not installed")
+    model, (images, labels) = quantized(name), BATCH
+    names = list(convert.weight_quantizers(model))
+    layers = {name for name, module in architecture(name).named_modules() if convert.convertible(module)}
+    assert set(names) == layers, "a layer that could be quantized was not"
+    assert all(quantizer.is_calibrated for quantizer in convert.activation_quantizers(model).values())
+
+    table = adq.sensitivity(model, [BATCH], F.cross_entropy, bits=(2, 3, 4))
+    assert all(layer.macs > 0 for layer in table.layers), "a layer that is never called"
+    adq.apply_allocation_(model, adq.allocate(table, adq.Budget(weight_bits=_between(table))))
+
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    F.cross_entropy(model.train()(images), labels).backward()
+    assert {n for n, p in model.named_parameters() if p.grad is None} == set()
+    optimizer.step()
+    model.eval()
+    quantizers = convert.weight_quantizers(model).values()
+    assert all(quantizer.steps == 1 for _, quantizer in quantizers)
+    reached = [bool(layer.weight.grad.any()) for layer, _ in quantizers]
+    assert sum(reached) > 0.9 * len(reached)  # a ReLU before a squeezed layer may be dead
+    after = model.state_dict()
+    codebooks = [f"{name}.weight_quantizer.codebook" for name in names]
+    assert not all(torch.equal(before[key], after[key]) for key in codebooks)
+
+    expected = model(images)
+    assert expected.shape == (4, CLASSES) and bool(expected.isfinite().all())
+    for packed in (False, True):
+        adq.save(model, tmp_path / "model.safetensors", packed=packed)
+        loaded = adq.load(tmp_path / "model.safetensors", architecture(name))
+        assert torch.equal(loaded(images), expected)
+    assert {row.name for row in adq.summary(model).layers} == set(names)
+
+
+def test_signed_inputs_get_levels_on_both_sides_of_zero():
+    model = quantized("vit")
+    block = model.encoder.layers.encoder_layer_0
+    for layer in (block.self_attention, block.self_attention.out_proj, block.mlp[0], block.mlp[3]):
+        assert layer.input_quantizer.zero_level > 0
+    relu = quantized("resnet18").layer1[0]
+    assert relu.conv2.input_quantizer.zero_level == 0
+
+
+@pytest.mark.parametrize("name", ["vit", "swin", "swin_v2"])
+def test_without_quantizers_attention_is_the_float_one(name):
+    model, images = architecture(name).eval(), BATCH[0]
+    expected = model(images)
+    adq.quantize_(model)
+    with quantizers_enabled(model, weights=False, activations=False):
+        torch.testing.assert_close(model(images), expected)
+
+
+MASKS = {
+    "none": lambda *shape: None,
+    "bool": lambda *shape: torch.arange(shape[-1]).expand(shape) >= 3,
+    "float": lambda *shape: torch.linspace(-2, 2, shape[-1]).expand(shape),
+}
+
+
+@pytest.mark.parametrize("mask", ["none", "bool", "float"])
+@pytest.mark.parametrize("batched", [False, True])
+def test_attention_takes_what_torch_takes(batched, mask):
+    """Layouts, masks, self and cross attention, with and without weights."""
+    options = product([False, True], ["self", "key is value", "three"], [None, False, True], [2, 3], [False, True])
+    for batch_first, kind, average, dims, padded in options:
+        torch.manual_seed(0)
+        attention = nn.MultiheadAttention(8, 2, batch_first=batch_first, bias=padded).eval()
+
+        def sequence(length, batch_first=batch_first):
+            shape = ((3, length, 8) if batch_first else (length, 3, 8)) if batched else (length, 8)
+            return torch.randn(shape)
+
+        query = sequence(5)
+        key = query if kind == "self" else sequence(7)
+        value = sequence(7) if kind == "three" else key
+        length, n = 5 if kind == "self" else 7, 3 if batched else 1
+        arguments = {
+            "attn_mask": MASKS[mask](*((5, length) if dims == 2 else (2 * n, 5, length))),
+            "key_padding_mask": MASKS[mask](*((3, length) if batched else (length,))) if padded else None,
+            "need_weights": average is not None,
+            "average_attn_weights": bool(average),
+        }
+        expected, weights = attention(query, key, value, **arguments)
+        adq.quantize_(attention)
+        with quantizers_enabled(attention, weights=False, activations=False):
+            found = attention(query, key, value, **arguments)
+        torch.testing.assert_close(found[0], expected)
+        assert (found[1] is None) == (weights is None)
+        if weights is not None:
+            torch.testing.assert_close(found[1], weights)
+
+
+def test_attention_uses_its_quantizers():
+    torch.manual_seed(0)
+    x, attention = torch.randn(4, 5, 8), nn.MultiheadAttention(8, 2, batch_first=True)
+    adq.calibrate_(adq.quantize_(attention, ADQConfig(first_last_bits=3)), [{"query": x, "key": x, "value": x}])
+    q, k, v = F.linear(attention.input_quantizer(x), attention.quantized_weight(), attention.in_proj_bias).chunk(3, -1)
+    q, k, v = (t.unflatten(-1, (2, 4)).transpose(1, 2) for t in (q, k, v))
+    heads = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    out = attention.out_proj
+    expected = F.linear(out.input_quantizer(heads), out.quantized_weight(), out.bias)
+    for training in (True, False):
+        with torch.set_grad_enabled(training):
+            torch.testing.assert_close(attention.train(training)(x, x, x, need_weights=False)[0], expected)
+    assert attention.quantized_weight().unique().numel() <= 8 * 24
+
+
+def test_a_float_checkpoint_of_attention_loads_and_refits():
+    attention, other = adq.quantize_(nn.MultiheadAttention(8, 2)), nn.MultiheadAttention(8, 2)
+    keys = attention.load_state_dict(other.state_dict(), strict=True)
+    assert keys.missing_keys == keys.unexpected_keys == []
+    fresh = adq.quantize_(copy.deepcopy(other))
+    for name, value in fresh.weight_quantizer.state_dict().items():
+        assert torch.equal(attention.weight_quantizer.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("name", ["vit", "swin"])
+def test_copies_and_compiled_models_are_equal(name):
+    model, images = quantized(name).eval(), BATCH[0]
+    expected = model(images)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(images), expected)
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(images), expected)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_tied_weights_of_embedding_and_heads(packed, tmp_path):
+    """One codebook, moved once; the embedding reads the float weight, which stays the same parameter."""
+    model = _tied()
+    adq.quantize_(model, ADQConfig(activation=None, first_last_bits=3))
+    first, second = model["head"], model["other"]
+    assert first.weight_quantizer is second.weight_quantizer
+    assert model["embed"].weight is first.weight is second.weight
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    _scores(model).square().mean().backward()
+    optimizer.step()
+    assert first.weight_quantizer.steps == 1
+    assert list(convert.weight_quantizers(model)) == ["head"]
+    adq.save(model, tmp_path / "m.safetensors", packed=packed)
+    assert torch.equal(_scores(adq.load(tmp_path / "m.safetensors", _tied())), _scores(model.eval()))
+
+
+def _tied() -> nn.ModuleDict:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"embed": nn.Embedding(8, 8), "head": nn.Linear(8, 8), "other": nn.Linear(8, 8)})
+    model["head"].weight = model["other"].weight = model["embed"].weight
+    return model
+
+
+def _scores(model: nn.ModuleDict) -> torch.Tensor:
+    x = model["embed"](torch.arange(8))
+    return model["head"](x) + model["other"](x.relu())
+
+
+def test_integers_within_attention():
+    model, images = architecture("vit"), BATCH[0]
+    adq.quantize_(model, ADQConfig(weight=adq.WeightConfig(snap="int8")))
+    adq.calibrate_(model, [images])
+    with pytest.raises(ValueError, match=r"'encoder\.layers.*self_attention': there is no integer kernel for QMulti"):
+        adq.to_integer(model, images)
+    integer = adq.to_integer(model, images, strict=False)
+    attention = integer.encoder.layers.encoder_layer_0.self_attention
+    assert isinstance(attention, QMultiheadAttention)
+    assert not isinstance(attention.out_proj, QLinear)
+    assert_near(integer(images), model.eval()(images))
+
+
+EXPORTED = ARCHITECTURES if os.environ.get("ADQ_TEST_ALL_EXPORTS") else ["vit", "swin"]
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_export(name, tmp_path):
+    """All of them with ADQ_TEST_ALL_EXPORTS=1: torch's exporter takes about a second for five layers."""
+    pytest.importorskip("onnxruntime")
+    model, images = quantized(name).eval(), BATCH[0]
+    adq.export_onnx(model, tmp_path / "model.onnx", images[:1])
+    session = onnx_session(tmp_path / "model.onnx")
+    (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    assert_near(torch.from_numpy(found), model(images))
+
+
+def assert_near(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Sums of another order: a few activations of 3 bits may take another level."""
+    assert (found - expected).norm() < 0.02 * expected.norm()
+
+
+def onnx_session(path):
+    import onnxruntime
+
+    return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+
+def _between(table: adq.SensitivityTable) -> float:
+    """Average bits half way between the least and the most that a table allows."""
+    ends = [sum(end(layer.scores) * layer.weights for layer in table.layers) for end in (min, max)]
+    return sum(ends) / 2 / sum(layer.weights for layer in table.layers)
