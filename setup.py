@@ -2,6 +2,8 @@
 
 The extension is optional. Where it cannot be compiled the install still succeeds, and ``import adq``
 says which implementation serves instead. Everything but the code is declared in pyproject.toml.
+
+ADQ_SANITIZE=address builds the kernels for AddressSanitizer (GCC, Clang); see CONTRIBUTING.md.
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ for _isa in ("avx2", "avx512"):  # VNNI serves the integer kernels alone
     ISA_SOURCES[_isa].insert(0, f"csrc/kernels_{_isa}.cpp")
 OPENMP_PROGRAM = "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n"
 EMPTY_PROGRAM = "int main() { return 0; }\n"
+SANITIZER = os.environ.get("ADQ_SANITIZE", "")
 
 
 class BuildKernels(build_ext):
@@ -57,12 +60,12 @@ class BuildKernels(build_ext):
         jobs |= dict.fromkeys(SOURCES, flags)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(self._compile, jobs, jobs.values()))
-        strip = ["-Wl,-s"] if sys.platform == "linux" else []
+        strip = ["-Wl,-s"] if sys.platform == "linux" and not SANITIZER else []
         self.compiler.link_shared_object(
             [path for paths in objects for path in paths],
             self.get_ext_fullpath(ext.name),
             libraries=self.get_libraries(ext),
-            extra_postargs=[] if self._msvc() else openmp + strip,
+            extra_postargs=[] if self._msvc() else openmp + strip + self._sanitizer_flags(),
             export_symbols=self.get_export_symbols(ext),
             build_temp=self.build_temp,
             target_lang="c++",
@@ -82,10 +85,14 @@ class BuildKernels(build_ext):
         # Contraction would make results depend on whether the instruction set has FMA.
         flags = ["-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
         # The kernels are vectors already; looking for more of them, and debug symbols, double the build's time.
-        flags += ["-O3", "-fno-tree-slp-vectorize", "-g0", "-Wall", "-Wextra"]
+        flags += ["-fno-tree-slp-vectorize", "-Wall", "-Wextra"]
+        flags += ["-O1", "-g1", *self._sanitizer_flags()] if SANITIZER else ["-O3", "-g0"]
         # GCC's intrinsics headers leave operands undefined on purpose, and its warning says so at length.
         quiet = ["-Wno-maybe-uninitialized"]
         return flags + (quiet if self._accepts([*quiet, "-Werror"]) else [])
+
+    def _sanitizer_flags(self) -> list[str]:
+        return [f"-fsanitize={SANITIZER}", "-fno-omit-frame-pointer"] if SANITIZER else []
 
     def _openmp_flags(self) -> list[str]:
         flags = ["/openmp"] if self._msvc() else ["-fopenmp"]
@@ -123,4 +130,5 @@ setup(
         )
     ],
     cmdclass={"build_ext": BuildKernels},
+    options={"build": {"build_base": f"build/{SANITIZER}"}} if SANITIZER else {},  # not to be taken for the usual build
 )

@@ -93,14 +93,10 @@ def test_a_changed_file_is_refused(tmp_path, files, packed, changes):
 @given(changes=edits())
 def test_a_changed_file_whose_digest_is_right(tmp_path, files, packed, changes):
     """What the digest would stop: the checks behind it stand alone."""
-    path = tmp_path / "m.safetensors"
-    path.write_bytes(edited(files[packed], changes))
-    try:
-        with open(path, "rb") as file:
-            sealed = container._digest(file)[0] >= 0
-    except Exception:  # not even a header to seal
-        sealed = False
-    if sealed:
+    path, data = tmp_path / "m.safetensors", edited(files[packed], changes)
+    path.write_bytes(data)
+    size = int.from_bytes(data[:8], "little")
+    if size < len(data) and container._DIGEST.search(data[8 : 8 + size]):
         container._seal(path)
     load(path)
 
