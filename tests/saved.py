@@ -81,9 +81,9 @@ def forge(
     ``text`` takes the place of the whole header; ``tensors``, a part, of the index of a packed file.
     """
     path.write_bytes(data)
-    contents, tensors = container.read(path)
+    contents, mapped = container.read(path)
+    tensors = {name: tensor.clone() for name, tensor in mapped.items()}  # out of the file that is written over
     tensors = {name: tensor for name, tensor in {**tensors, **(changes or {})}.items() if tensor is not None}
-    tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # out of the file that is written over
     stored, index = container._merge(tensors) if contents.packed else (tensors, None)
     header = {**contents.header, **({"tensors": index} if contents.packed else {}), **parts}
     header = {key: part for key, part in header.items() if parts.get(key, "") is not None}
