@@ -17,9 +17,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from adq.convert import evaluating, forward_batch, model_device, quantizers_enabled, to_device
+from adq.distributed import pool
 
 Statistics = tuple[Tensor, Tensor]
 """Mean and variance of each channel."""
+Weighted = tuple[int, Tensor, Tensor]
+"""Number of samples, and mean and variance of each channel, on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,20 @@ def _moments(x: Tensor) -> Statistics:
     return mean, var
 
 
+def _weighted(statistics: Statistics, samples: int) -> Weighted:
+    return samples, statistics[0].cpu(), statistics[1].cpu()
+
+
+def _mean(batches: list[Weighted]) -> Statistics:
+    """Mean over all samples, added up in the order of the batches."""
+    mean, var = torch.zeros_like(batches[0][1]), torch.zeros_like(batches[0][2])
+    for samples, batch_mean, batch_var in batches:
+        mean += batch_mean * samples
+        var += batch_var * samples
+    total = sum(samples for samples, _, _ in batches)
+    return mean / total, var / total
+
+
 class _Correction:
     """What the calibration batches say about one batch norm."""
 
@@ -92,8 +109,7 @@ class _Correction:
         self.norm = norm
         self.start = _float_statistics(norm)
         self.seen: deque[Statistics] = deque()
-        self.sums = [torch.zeros_like(part) for part in self.start]
-        self.samples = 0
+        self.fitted: list[Weighted] = []
 
     def observe(self, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hook of the float pass."""
@@ -107,15 +123,17 @@ class _Correction:
         ratio = (var + self.norm.eps) / (var_float + self.norm.eps)
         fitted = mean - (mean_float - start_mean) * ratio.sqrt(), start_var * ratio
         _assign(self.norm, fitted)
-        for total, value in zip(self.sums, fitted, strict=True):
-            total += value * len(x)
-        self.samples += len(x)
+        self.fitted.append(_weighted(fitted, len(x)))
 
-    def finish(self) -> None:
+    def take(self) -> list[Weighted]:
+        """What the last batch says, call by call."""
+        fitted, self.fitted = self.fitted, []
+        return fitted
+
+    def finish(self, fitted: list[Weighted]) -> None:
         """Put the mean over all samples in place, and remember what was there."""
-        if self.samples:
-            corrected = self.sums[0] / self.samples, self.sums[1] / self.samples
-            _assign(self.norm, corrected)
+        if fitted:
+            _assign(self.norm, _mean(fitted))
             self.norm._adq_replaced = _Replaced(self.start, _copy(_running(self.norm)))  # type: ignore[assignment]
 
 
@@ -149,6 +167,7 @@ def correct_batch_norm_(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     float network's have on the same batch. Only differences count: the batches need not follow the distribution that
     the float network's statistics were taken over (augmented images, say), and where nothing is quantized nothing
     changes. A second call, after bits were allocated say, starts from the float network's statistics again.
+    In a process group every process gives its share of the batches, as for :func:`adq.calibrate_`.
 
     Args:
         model: from :func:`adq.quantize_`, calibrated.
@@ -163,22 +182,26 @@ def correct_batch_norm_(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     corrections = [_Correction(norm) for norm in _batch_norms(model)]
     if not corrections:
         return model
-    device, count = model_device(model), 0
     with evaluating(model), _restored_on_error(model):
-        for batch in batches:
-            batch, count = to_device(batch, device), count + 1
-            with (
-                quantizers_enabled(model, weights=False, activations=False),
-                _hooked((c.norm, c.observe) for c in corrections),
-            ):
-                forward_batch(model, batch)
-            with _hooked((c.norm, c.correct) for c in corrections):
-                forward_batch(model, batch)
-        if count == 0:
+        found = pool(lambda: [_correct(model, batch, corrections) for batch in batches])
+        if not found:
             raise ValueError("adq: no batches to correct batch-norm statistics with")
-        for correction in corrections:
-            correction.finish()
+        for correction, fitted in zip(corrections, zip(*found, strict=True), strict=True):
+            correction.finish([call for calls in fitted for call in calls])
     return model
+
+
+def _correct(model: nn.Module, batch: Any, corrections: list[_Correction]) -> list[list[Weighted]]:
+    """Run a batch through both networks; what it says of each batch norm."""
+    batch = to_device(batch, model_device(model))
+    with (
+        quantizers_enabled(model, weights=False, activations=False),
+        _hooked((c.norm, c.observe) for c in corrections),
+    ):
+        forward_batch(model, batch)
+    with _hooked((c.norm, c.correct) for c in corrections):
+        forward_batch(model, batch)
+    return [correction.take() for correction in corrections]
 
 
 @torch.no_grad()
@@ -186,7 +209,7 @@ def reestimate_batch_norm_(model: nn.Module, batches: Iterable[Any]) -> nn.Modul
     """Replace running statistics by means over batches, for the network as it is now: after training.
 
     The running averages of training remember weights that have moved on since. Everything else is in
-    evaluation mode.
+    evaluation mode. In a process group every process gives its share of the batches, as for :func:`adq.calibrate_`.
 
     Args:
         model: any network with batch norms, quantized or not.
@@ -202,27 +225,33 @@ def reestimate_batch_norm_(model: nn.Module, batches: Iterable[Any]) -> nn.Modul
     norms = _batch_norms(model)
     if not norms:
         return model
-    momenta = [norm.momentum for norm in norms]
-    sums = [[torch.zeros_like(part) for part in _running(norm)] for norm in norms]
-    samples, device = 0, model_device(model)
     with evaluating(model), _restored_on_error(model):
-        try:
-            for norm in norms:
-                norm.training, norm.momentum = True, 1.0
-            for batch in batches:
-                size = _batch_size(batch)
-                forward_batch(model, to_device(batch, device))
-                for norm, total in zip(norms, sums, strict=True):
-                    torch._foreach_add_(total, list(_running(norm)), alpha=size)
-                samples += size
-        finally:
-            for norm, momentum in zip(norms, momenta, strict=True):
-                norm.training, norm.momentum = False, momentum
-        if samples == 0:
+        with _forgetful(norms):
+            found = pool(lambda: [_estimate(model, batch, norms) for batch in batches])
+        if not found:
             raise ValueError("adq: no batches to estimate batch-norm statistics with")
-        for norm, total in zip(norms, sums, strict=True):
-            _assign(norm, (total[0] / samples, total[1] / samples))
+        for norm, statistics in zip(norms, zip(*found, strict=True), strict=True):
+            _assign(norm, _mean(list(statistics)))
     return model
+
+
+@contextmanager
+def _forgetful(norms: list[BatchNorm]) -> Iterator[None]:
+    """Running statistics that are those of the last batch, for a while; batches are not counted."""
+    before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
+    try:
+        for norm in norms:
+            norm.training, norm.momentum, norm.num_batches_tracked = True, 1.0, None
+        yield
+    finally:
+        for norm, momentum, tracked in before:
+            norm.training, norm.momentum, norm.num_batches_tracked = False, momentum, tracked
+
+
+def _estimate(model: nn.Module, batch: Any, norms: list[BatchNorm]) -> list[Weighted]:
+    """Statistics of one batch, of batch norms that remember nothing else."""
+    forward_batch(model, to_device(batch, model_device(model)))
+    return [_weighted(_copy(_running(norm)), _batch_size(batch)) for norm in norms]
 
 
 def _batch_size(batch: Any) -> int:

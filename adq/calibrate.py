@@ -19,26 +19,54 @@ from adq.convert import (
     to_device,
     weight_quantizers,
 )
+from adq.distributed import gather, in_order, world
 
 SAMPLES_PER_BATCH = 2**15
 MAX_SAMPLES = 2**18
 
 
+Parts = list[list[Tensor]]
+"""Of each batch, values ``[n]`` of each call of a layer."""
+
+
 class _Sampler:
-    """Keeps a bounded, reproducible sample of a layer's inputs."""
+    """Keeps a bounded sample of a layer's inputs, the same however the batches are spread over processes.
+
+    Of each call at most ``SAMPLES_PER_BATCH`` values, drawn by a generator that knows the batch's number alone; of
+    those every ``stride``-th, by the smallest power of two that leaves at most ``MAX_SAMPLES`` of all batches.
+    """
 
     def __init__(self) -> None:
-        self.parts: list[Tensor] = []
-        self.generator = torch.Generator().manual_seed(0)
+        self.parts: Parts = []
+        self.stride = 1
+
+    def begin(self, batch: int) -> None:
+        """A batch is about to come; ``batch`` is its number among those of all processes."""
+        self.parts.append([])
+        self.generator = torch.Generator().manual_seed(batch)
 
     def __call__(self, quantizer: nn.Module, args: tuple[Tensor]) -> None:
         values = args[0].detach().reshape(-1)
         if values.numel() > SAMPLES_PER_BATCH:
             index = torch.randint(values.numel(), (SAMPLES_PER_BATCH,), generator=self.generator)
             values = values[index.to(values.device)]
-        self.parts.append(values.float())
-        if sum(part.numel() for part in self.parts) > MAX_SAMPLES:
-            self.parts = [torch.cat(self.parts)[::2]]
+        self.parts[-1].append(values.float()[:: self.stride])
+        self.parts, self.stride = _thinned(self.parts, self.stride)
+
+    def pooled(self) -> Tensor | None:
+        """The sample of the batches of all processes, in their order, ``[n]`` on the CPU; None if no input came."""
+        shares = gather(lambda: (self.stride, [[part.cpu() for part in calls] for calls in self.parts]))
+        stride = max(own for own, _ in shares)
+        batches = in_order([[[p[:: stride // own] for p in calls] for calls in parts] for own, parts in shares])
+        values = [part for calls in _thinned(batches, stride)[0] for part in calls]
+        return torch.cat(values) if values else None
+
+
+def _thinned(parts: Parts, stride: int) -> tuple[Parts, int]:
+    """Every second value, until there are few enough; and the stride that they then have."""
+    while sum(len(part) for calls in parts for part in calls) > MAX_SAMPLES and stride < SAMPLES_PER_BATCH:
+        parts, stride = [[part[::2].contiguous() for part in calls] for calls in parts], 2 * stride
+    return parts, stride
 
 
 def calibrate_(model: nn.Module, batches: Iterable[Any], *, batch_norm: bool = True, force: bool = False) -> nn.Module:
@@ -47,6 +75,9 @@ def calibrate_(model: nn.Module, batches: Iterable[Any], *, batch_norm: bool = T
     Runs the model over the batches in evaluation mode with all quantizers off, then corrects the running statistics
     of batch norms for what quantization changes (:func:`correct_batch_norm_`). It must come before training; after
     training it would throw the learned thresholds away, so it then refuses unless ``force`` is set.
+
+    In a process group every process calls it, with the model not yet wrapped and its own share of the batches
+    (:func:`adq.distributed.share`); all come to the result of one process with all batches, bit for bit.
 
     Args:
         model: from :func:`quantize_`.
@@ -76,25 +107,30 @@ def calibrate_(model: nn.Module, batches: Iterable[Any], *, batch_norm: bool = T
     samplers = {name: _Sampler() for name in quantizers}
     hooks = [quantizers[name].register_forward_pre_hook(sampler) for name, sampler in samplers.items()]
     try:
-        _run(model, batches)
+        counts = gather(lambda: _run(model, batches, list(samplers.values())))
     finally:
         for hook in hooks:
             hook.remove()
-    unseen = [name for name, sampler in samplers.items() if not sampler.parts]
+    if sum(counts) == 0:
+        raise ValueError("adq: no batches to calibrate with")
+    samples = {name: sampler.pooled() for name, sampler in samplers.items()}
+    unseen = [name for name, values in samples.items() if values is None]
     if unseen:
         warnings.warn(f"adq: not calibrated, never reached by the batches: {', '.join(unseen)}", stacklevel=2)
-    for name, sampler in samplers.items():
-        if sampler.parts:
-            quantizers[name].calibrate_(torch.cat(sampler.parts))
+    for name, values in samples.items():
+        if values is not None:
+            quantizers[name].calibrate_(values.to(quantizers[name].start.device))
     return correct_batch_norm_(model, batches) if batch_norm and not trained else model
 
 
 @torch.no_grad()
-def _run(model: nn.Module, batches: Iterable[Any]) -> None:
-    device, count = model_device(model), 0
+def _run(model: nn.Module, batches: Iterable[Any], samplers: list[_Sampler]) -> int:
+    """Show the samplers what this process's batches give; the number of batches."""
+    device, (rank, size), count = model_device(model), world(), 0
     with float_network(model):
         for batch in batches:
+            for sampler in samplers:
+                sampler.begin(rank + count * size)
             forward_batch(model, to_device(batch, device))
             count += 1
-    if count == 0:
-        raise ValueError("adq: no batches to calibrate with")
+    return count

@@ -55,11 +55,15 @@ def gather(compute: Callable[[], T]) -> list[T]:
     return [value for value, _ in answers]
 
 
+def in_order(shares: list[list[T]]) -> list[T]:
+    """The items of all processes as one list: item i of process r is item i N + r, as :func:`share` deals them."""
+    longest = max(len(own) for own in shares)
+    return [own[i] for i in range(longest) for own in shares if i < len(own)]
+
+
 def pool(compute: Callable[[], list[T]]) -> list[T]:
-    """The items of all processes as one list: item i of process r stands at i N + r, as :func:`share` dealt them."""
-    shares = gather(compute)
-    longest = max(len(share) for share in shares)
-    return [share[i] for i in range(longest) for share in shares if i < len(share)]
+    """What every process found batch by batch, in the order of the batches: see :func:`gather`."""
+    return in_order(gather(compute))
 
 
 def from_main(compute: Callable[[], T]) -> T:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any, Literal
 
 import numpy as np
@@ -21,6 +22,7 @@ from adq.convert import (
     to_device,
     weight_quantizers,
 )
+from adq.distributed import pool, world
 from adq.nn.layers import QuantizedLayer
 from adq.nn.weight import WeightQuantizer
 
@@ -115,6 +117,8 @@ def sensitivity(
     ``"fisher"`` is the default: it takes any loss, costs one pass, and in ``adq sensitivity --study`` on a ResNet-20
     its sums are among the best two at ranking whole allocations once batch norms have followed (benchmarks/results).
     dw is the weight's change under a codebook of that width fitted as training would. Weights are not changed.
+    In a process group every process calls it, with the model not yet wrapped and its own share of the batches
+    (:func:`adq.distributed.share`); all come to the table of one process with all batches, bit for bit.
 
     Args:
         model: from :func:`adq.quantize_`; need not be calibrated.
@@ -141,20 +145,20 @@ def sensitivity(
     if not widths:
         raise ValueError("adq: no bit-widths to score")
     kept = list(batches)
-    if not kept:
-        raise ValueError("adq: no batches to score with")
     fixed = {name for name, (_, quantizer) in layers.items() if quantizer.pinned} if pinned is None else set(pinned)
     if fixed - set(layers):
         raise ValueError(f"adq: no quantized layer {sorted(fixed - set(layers))[0]!r} to pin")
     free = {name: layers[name] for name in layers if name not in fixed}
     with float_network(model):
-        macs = _macs(model, kept[0])
-        scores = _ESTIMATORS[estimator](model, kept, loss_fn, widths, free) if free else {}
+        macs = pool(lambda: [_macs(model, batch) for batch in kept[:1]])
+        if not macs:
+            raise ValueError("adq: no batches to score with")
+        scores = _scores(estimator, lambda: _ESTIMATORS[estimator](model, kept, loss_fn, widths, free), widths, free)
     costs = tuple(
         LayerCost(
             name,
             layer.weight.numel(),
-            macs.get(id(quantizer), 0),
+            macs[0][name],
             getattr(getattr(layer.input_quantizer, "config", None), "bits", 32),
             scores.get(name, {quantizer.bits: 0.0}),
             pinned=name in fixed,
@@ -208,8 +212,8 @@ def float_parameters(model: nn.Module) -> int:
 
 
 @torch.no_grad()
-def _macs(model: nn.Module, batch: Any) -> dict[int, int]:
-    """Multiply-accumulates for one sample by weight quantizer, from the shapes of one forward pass.
+def _macs(model: nn.Module, batch: Any) -> dict[str, int]:
+    """Multiply-accumulates for one sample by layer with a quantized weight, from the shapes of one forward pass.
 
     Layers that share a weight, and so a quantizer, are counted together, and so are repeated calls of a layer.
     """
@@ -226,7 +230,7 @@ def _macs(model: nn.Module, batch: Any) -> dict[int, int]:
     finally:
         for handle in handles:
             handle.remove()
-    return counts
+    return {name: counts.get(id(quantizer), 0) for name, (_, quantizer) in weight_quantizers(model).items()}
 
 
 def _loss(model: nn.Module, batch: Any, loss_fn: LossFn) -> Tensor:
@@ -247,47 +251,61 @@ def _change(layer: QuantizedLayer, quantizer: WeightQuantizer, bits: int) -> Ten
 
 Layers = dict[str, tuple[QuantizedLayer, WeightQuantizer]]
 Scores = dict[str, dict[int, float]]
+Found = list[tuple[int, Tensor]]
+"""Of each batch its weight, and the scores of it times that weight, float64 ``[layers, widths]`` on the CPU."""
 
 
-def _each_change(layers: Layers, widths: list[int], measure: Callable[[], float]) -> Scores:
-    """``measure()`` with each layer alone quantized to each width."""
-    scores: Scores = {}
-    for name, (layer, quantizer) in layers.items():
-        scores[name] = {}
+def _scores(estimator: str, find: Callable[[], Found], widths: list[int], layers: Layers) -> Scores:
+    """Mean over the batches of all processes, added up in their order."""
+    if not layers:
+        return {}
+    found = pool(find)
+    mean = sum(values for _, values in found) / sum(weight for weight, _ in found)
+    assert isinstance(mean, Tensor)
+    if estimator == "hessian":  # a negative trace says that there is no curvature to speak of
+        mean = mean.clamp_min(0.0)
+    return {name: dict(zip(widths, row, strict=True)) for name, row in zip(layers, mean.tolist(), strict=True)}
+
+
+def _each_change(layers: Layers, widths: list[int], measure: Callable[[], list[float]]) -> Tensor:
+    """``measure()``, a number a batch, with each layer alone quantized to each width: ``[batches, layers, widths]``."""
+    measured = []
+    for layer, quantizer in layers.values():
         original = layer.weight.detach().clone()
         for bits in widths:
             try:
                 layer.weight.add_(_change(layer, quantizer, bits))
-                scores[name][bits] = measure()
+                measured.append(measure())
             finally:
                 layer.weight.copy_(original)
-    return scores
+    columns = torch.tensor(measured, dtype=torch.float64)
+    return columns.T.reshape(-1, len(layers), len(widths))
 
 
 @torch.no_grad()
-def _loss_scores(model: nn.Module, batches: list[Any], loss_fn: LossFn, widths: list[int], layers: Layers) -> Scores:
-    def mean_loss() -> float:
-        return sum(float(_loss(model, batch, loss_fn)) for batch in batches) / len(batches)
+def _loss_scores(model: nn.Module, batches: list[Any], loss_fn: LossFn, widths: list[int], layers: Layers) -> Found:
+    def losses() -> list[float]:
+        return [float(_loss(model, batch, loss_fn)) for batch in batches]
 
-    base = mean_loss()
-    return _each_change(layers, widths, lambda: mean_loss() - base)
+    base = torch.tensor(losses(), dtype=torch.float64)
+    return [(1, rise) for rise in _each_change(layers, widths, losses) - base[:, None, None]]
 
 
 @torch.no_grad()
-def _kl_scores(model: nn.Module, batches: list[Any], loss_fn: LossFn, widths: list[int], layers: Layers) -> Scores:
+def _kl_scores(model: nn.Module, batches: list[Any], loss_fn: LossFn, widths: list[int], layers: Layers) -> Found:
     def log_probabilities(batch: Any) -> Tensor:
         return _log_softmax(forward_batch(model, to_device(batch, model_device(model))), KL_TEMPERATURE)
 
     expected = [log_probabilities(batch) for batch in batches]
 
-    def divergence() -> float:
-        sums = [
+    def divergences() -> list[float]:
+        return [
             float(F.kl_div(log_probabilities(batch), p, reduction="sum", log_target=True))
             for batch, p in zip(batches, expected, strict=True)
         ]
-        return KL_TEMPERATURE**2 * sum(sums) / sum(len(p) for p in expected)
 
-    return _each_change(layers, widths, divergence)
+    sums = KL_TEMPERATURE**2 * _each_change(layers, widths, divergences)
+    return [(len(p), values) for p, values in zip(expected, sums, strict=True)]
 
 
 def _log_softmax(outputs: Any, temperature: float = 1.0) -> Tensor:
@@ -327,29 +345,32 @@ class _requiring_grad:
             weight.requires_grad_(False)
 
 
+def _half_squares(layers: Layers, widths: list[int]) -> list[list[Tensor]]:
+    """``0.5 dw^2`` by layer and width."""
+    return [[0.5 * _change(layer, quantizer, b).square() for b in widths] for layer, quantizer in layers.values()]
+
+
 @torch.enable_grad()
-def _fisher_scores(model: nn.Module, batches: list[Any], loss_fn: LossFn, widths: list[int], layers: Layers) -> Scores:
-    # the gradient of a mean over B samples has B times less variance than that of one sample
-    fisher = [torch.zeros_like(layer.weight, dtype=torch.float32) for layer, _ in layers.values()]
+def _fisher_scores(model: nn.Module, batches: list[Any], loss_fn: LossFn, widths: list[int], layers: Layers) -> Found:
+    changes, found = _half_squares(layers, widths), []
     for batch in batches:
-        samples = len(batch[1])
-        for total, gradient in zip(fisher, _gradients(model, batch, loss_fn, layers), strict=True):
-            total.add_(gradient.detach().float().square(), alpha=samples / len(batches))
-    return {
-        name: {b: 0.5 * float((diagonal * _change(layer, quantizer, b).square()).sum()) for b in widths}
-        for diagonal, (name, (layer, quantizer)) in zip(fisher, layers.items(), strict=True)
-    }
+        squares = [gradient.detach().float().square() for gradient in _gradients(model, batch, loss_fn, layers)]
+        sums = [(g * change).sum() for g, row in zip(squares, changes, strict=True) for change in row]
+        scores = torch.stack(sums).double().cpu().reshape(len(layers), len(widths))
+        # the gradient of a mean over B samples has B times less variance than that of one sample
+        found.append((1, len(batch[1]) * scores))
+    return found
 
 
 def _true_fisher_scores(
     model: nn.Module, batches: list[Any], loss_fn: LossFn, widths: list[int], layers: Layers
-) -> Scores:
+) -> Found:
     # gradients under labels of the network's own distribution have mean zero, sample by sample: so B times the
     # squared gradient of a mean over B samples is unbiased here; targets that a network has learnt give nearly none
-    generator = torch.Generator().manual_seed(0)
+    numbers = count(*world())
 
     def own_loss(outputs: Any, _: Any) -> Tensor:
-        log_p = _log_softmax(outputs)
+        log_p, generator = _log_softmax(outputs), torch.Generator().manual_seed(next(numbers))
         labels = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator)[:, 0]
         return F.nll_loss(log_p, labels.to(log_p.device))
 
@@ -357,39 +378,39 @@ def _true_fisher_scores(
 
 
 @torch.enable_grad()
-def _hessian_scores(model: nn.Module, batches: list[Any], loss_fn: LossFn, widths: list[int], layers: Layers) -> Scores:
-    device = model_device(model)
-    generator = torch.Generator().manual_seed(0)
+def _hessian_scores(model: nn.Module, batches: list[Any], loss_fn: LossFn, widths: list[int], layers: Layers) -> Found:
     weights = [layer.weight for layer, _ in layers.values()]
-    traces = [0.0] * len(weights)
+    changes = [[float(change.sum()) / change.numel() for change in row] for row in _half_squares(layers, widths)]
+    per_trace = torch.tensor(changes, dtype=torch.float64)
+    found = []
     with _requiring_grad(weights):
-        for batch in batches:
+        for batch, number in zip(batches, count(*world()), strict=False):
             gradients = _gradients(model, batch, loss_fn, layers, create_graph=True)
-            curved = [i for i, gradient in enumerate(gradients) if gradient.requires_grad]  # others: constant slope
-            for _ in range(HUTCHINSON_PROBES if curved else 0):
-                signs = [
-                    (torch.randint(0, 2, w.shape, generator=generator) * 2 - 1).to(device, w.dtype) for w in weights
-                ]
-                product = torch.autograd.grad(
-                    [gradients[i] for i in curved],
-                    weights,
-                    [signs[i] for i in curved],
-                    retain_graph=True,
-                    allow_unused=True,
-                    materialize_grads=True,
-                )
-                for i, (v, hv) in enumerate(zip(signs, product, strict=True)):
-                    traces[i] += float((v * hv).sum()) / (HUTCHINSON_PROBES * len(batches))
-    return {
-        name: {
-            b: 0.5 * max(0.0, trace) / layer.weight.numel() * float(_change(layer, quantizer, b).square().sum())
-            for b in widths
-        }
-        for trace, (name, (layer, quantizer)) in zip(traces, layers.items(), strict=True)
-    }
+            traces = _traces(gradients, weights, torch.Generator().manual_seed(number))
+            found.append((1, traces[:, None] * per_trace))
+    return found
 
 
-_ESTIMATORS: dict[str, Callable[..., Scores]] = {
+def _traces(gradients: Sequence[Tensor], weights: list[Tensor], generator: torch.Generator) -> Tensor:
+    """Hutchinson's estimate of the Hessian's trace by weight, float64."""
+    traces = [0.0] * len(weights)
+    curved = [i for i, gradient in enumerate(gradients) if gradient.requires_grad]  # others: constant slope
+    for _ in range(HUTCHINSON_PROBES if curved else 0):
+        signs = [(torch.randint(0, 2, w.shape, generator=generator) * 2 - 1).to(w.device, w.dtype) for w in weights]
+        product = torch.autograd.grad(
+            [gradients[i] for i in curved],
+            weights,
+            [signs[i] for i in curved],
+            retain_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        for i, (v, hv) in enumerate(zip(signs, product, strict=True)):
+            traces[i] += float((v * hv).sum()) / HUTCHINSON_PROBES
+    return torch.tensor(traces, dtype=torch.float64)
+
+
+_ESTIMATORS: dict[str, Callable[..., Found]] = {
     "loss": _loss_scores,
     "fisher": _fisher_scores,
     "hessian": _hessian_scores,

@@ -71,6 +71,12 @@ def _failure(function: Callable[..., Any], folder: Path, codes: list[int | None]
     return "\n".join(texts)
 
 
+def _environment(rank: int, size: int) -> dict[str, str]:
+    """What torchrun tells its processes."""
+    ranks = {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{size}", "LOCAL_WORLD_SIZE": f"{size}"}
+    return {**ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+
+
 def _load(path: str) -> Any:
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     assert spec is not None
@@ -85,6 +91,7 @@ def _main(folder: Path, rank: int, size: int, path: str, name: str, arguments: t
         for stream in (1, 2):
             os.dup2(output.fileno(), stream)
         try:
+            os.environ.update(_environment(rank, size))
             function = getattr(_load(path), name)
             torch.set_num_threads(1)
             dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)

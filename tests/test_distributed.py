@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
-from networks import images, quantized
+from networks import images, net, quantized
 from processes import run
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -13,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import adq
 from adq import ADQConfig, WeightConfig
-from adq.distributed import from_main, gather, pool, share, share_of, world
+from adq.distributed import EveryNth, average_batch_norm_, from_main, gather, pool, share, share_of, world
 
 SIZES = (2, 4)
 GLOBAL_BATCH = 16
@@ -124,3 +131,125 @@ def test_evaluation_of_a_test_set_that_does_not_divide():
     assert 0 < alone[1] < 100
     for size in SIZES:
         assert run(evaluated, size) == [alone] * size
+
+
+def prepared(count: int) -> dict:
+    """A network after each step before training, and its tables; this process has its share of ``count`` batches."""
+    adq.calibrate.SAMPLES_PER_BATCH, adq.calibrate.MAX_SAMPLES = 100, 250  # fewer than there are
+    batches = [(images(i, 5 - i // 3), torch.arange(5 - i // 3) % 4) for i in range(count)]
+    own = list(EveryNth(batches))
+    model = adq.quantize_(net())
+    states, tables = [], []
+    for step in (adq.calibrate_, adq.correct_batch_norm_, adq.reestimate_batch_norm_):
+        step(model, iter(own))
+        states.append(copy.deepcopy(model.state_dict()))
+    for estimator in ("loss", "fisher", "hessian", "true_fisher", "kl"):
+        table = adq.sensitivity(model, iter(own), nn.functional.cross_entropy, (2, 3), estimator)
+        tables.append(table.to_dict())
+    return {"states": states, "tables": tables}
+
+
+@pytest.mark.parametrize("count", [7, 3])
+def test_calibration_and_scores_are_those_of_one_process_bit_for_bit(count):
+    (alone,) = run(prepared, 1, count)
+    start = net().state_dict()
+    assert all(not torch.equal(state["norm.running_mean"], start["norm.running_mean"]) for state in alone["states"])
+    for size in SIZES:
+        for found in run(prepared, size, count):
+            assert found["tables"] == alone["tables"]
+            for state, expected in zip(found["states"], alone["states"], strict=True):
+                assert [key for key in expected if not torch.equal(state[key], expected[key])] == []
+
+
+def test_no_batches_on_any_process_is_an_error_on_all():
+    assert (
+        run(without_batches, 2) == [["calibrate with", "correct batch-norm", "estimate batch-norm", "score with"]] * 2
+    )
+
+
+def without_batches() -> list[str]:
+    found, model = [], quantized()
+    calls = [
+        (lambda: adq.calibrate_(model, []), "calibrate with"),
+        (lambda: adq.correct_batch_norm_(model, []), "correct batch-norm"),
+        (lambda: adq.reestimate_batch_norm_(model, []), "estimate batch-norm"),
+        (lambda: adq.sensitivity(model, [], nn.functional.cross_entropy), "score with"),
+    ]
+    for call, words in calls:
+        with pytest.raises(ValueError, match=f"no batches to {words}"):
+            call()
+        found.append(words)
+    return found
+
+
+def averaged() -> list[Tensor]:
+    model, rank = net(), world()[0]
+    model.norm.running_mean.fill_(float(rank))
+    model.norm.running_var.fill_(2.0 + rank)
+    average_batch_norm_(model)
+    return [model.norm.running_mean, model.norm.running_var]
+
+
+def test_batch_norms_are_averaged():
+    for mean, var in run(averaged, 4):
+        assert torch.equal(mean, torch.full((8,), 1.5))
+        assert torch.equal(var, torch.full((8,), 3.5))
+
+
+# ---- adq train ---------------------------------------------------------------------------------------
+
+RUN = ["data.limit_train=256", "data.limit_test=90", "data.batch_size=16", "float.epochs=1", "qat.epochs=1"]
+
+
+def trained_by_recipe(folder: str) -> tuple[dict, dict]:
+    """The result of a run in this process group, and the weights that this process ends with."""
+    from adq.train.config import parse_assignment, resolve
+    from adq.train.run import Run
+
+    config = resolve("digits", [parse_assignment(text) for text in (*RUN, f"output={folder}", "engine.device=cpu")])
+    job, state = Run(config), {}
+    describe = job._result
+    job._result = lambda model, *rest: (state.update(model.state_dict()), describe(model, *rest))[1]
+    result = job.execute()
+    return {key: value for key, value in result.items() if key != "seconds"}, state
+
+
+def test_every_process_of_a_run_ends_with_the_same_bits(tmp_path):
+    pytest.importorskip("accelerate", reason="adq train needs the extra 'train'")
+    pytest.importorskip("sklearn", reason="the digits need scikit-learn")
+    (result, first), (other_result, other) = run(trained_by_recipe, 2, str(tmp_path / "run"))
+    assert result == other_result
+    assert [key for key in first if not torch.equal(first[key], other[key])] == []
+    saved = adq.load(tmp_path / "run" / "model.safetensors").state_dict()
+    assert [key for key in first if not torch.equal(first[key], saved[key])] == []
+
+
+def command(folder: Path, *arguments: str) -> str:
+    """What the command line writes; it must succeed."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    finished = subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return finished.stdout
+
+
+def test_torchrun_gives_what_one_process_gives_up_to_training(tmp_path):
+    pytest.importorskip("accelerate", reason="adq train needs the extra 'train'")
+    pytest.importorskip("sklearn", reason="the digits need scikit-learn")
+    sets = [argument for text in RUN for argument in ("--set", text)]
+    train = ["-m", "adq", "train", "--device", "cpu", *sets]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command(tmp_path, *torchrun, *train, "--output", "two")
+    command(tmp_path, *train, "--output", "one", "--weights", "two/float.safetensors", "--epochs", "0")
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert (one / "sensitivity.yaml").read_text() == (two / "sensitivity.yaml").read_text()
+    assert (one / "allocation.yaml").read_text() == (two / "allocation.yaml").read_text()
+    results = [json.loads((folder / "result.json").read_text()) for folder in (one, two)]
+    for key in ("float_top1", "calibrated_top1", "average_bits_network", "bytes_packed"):
+        assert results[0][key] == results[1][key]
+    sets = ["--set", "data.limit_test=90", "--set", "engine.device=cpu"]
+    assert f"top-1 {results[1]['quantized_top1']:.2f}" in command(tmp_path, "-m", "adq", "eval", "two", *sets)
+    rows = [json.loads(line)["phase"] for line in (two / "metrics.jsonl").read_text().splitlines()]
+    assert rows == ["float", "sensitivity", "calibrated", "qat", "result"]  # written once

@@ -25,7 +25,7 @@ from adq.calibrate import calibrate_
 from adq.config import dump_yaml, from_dict, load_yaml
 from adq.convert import quantize_, weight_quantizers
 from adq.distill import DistillationLoss
-from adq.distributed import from_main, share
+from adq.distributed import from_main, share, share_of
 from adq.report import report
 from adq.sensitivity import Estimator, SensitivityTable, reordered, sensitivity
 from adq.store import replacing, write_text
@@ -140,9 +140,10 @@ class Run:
         if self.resume:
             self.progress = self.checkpoints.recover(self.accelerator, self.display.say)
         data = build_data(self.config.data)
+        data = replace(data, test=share(data.test), calibration=share(data.calibration))
         model = self._create(data)
         self._start_folder()
-        train, test = self.accelerator.prepare(data.train), share(data.test)
+        train, test = self.accelerator.prepare(data.train), data.test
         model = self._float_phase(model, data, train, test)
         teacher = self._teacher(model, data)
         float_top1 = evaluate(model.to(self.accelerator.device), test)[1]
@@ -237,6 +238,7 @@ class Run:
         return model
 
     def _calibration(self, data: Data) -> Iterator[Any]:
+        """This process's share of the calibration batches."""
         device = self.accelerator.device
         return ((images.to(device), target.to(device)) for images, target in data.calibration)
 
@@ -285,7 +287,7 @@ class Run:
     def _score(self, model: nn.Module, data: Data, batches: int, estimator: Estimator) -> SensitivityTable:
         return sensitivity(
             model,
-            islice(self._calibration(data), batches),
+            islice(self._calibration(data), share_of(batches)),
             nn.functional.cross_entropy,
             bits=self.config.allocation.bits,
             estimator=estimator,
@@ -303,11 +305,11 @@ class Run:
         return model
 
     def _reestimate(self, model: nn.Module, data: Data) -> None:
-        """Batch-norm statistics over the first batches of one more epoch, the same ones on every process."""
+        """Batch-norm statistics over the first batches of one more epoch, a share of them on every process."""
         config, device = self.config.qat, self.accelerator.device
         if config.reestimate_batches:
             data.sampler.resume(config.epochs, 0)
-            batches = islice(data.train, config.reestimate_batches)
+            batches = islice(share(data.train), share_of(config.reestimate_batches))
             reestimate_batch_norm_(model, (images.to(device) for images, _ in batches))
 
     def _result(
