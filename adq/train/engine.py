@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -188,7 +189,10 @@ class Trainer:
         batches = len(self.train)
         updates = math.ceil(batches / accelerator.gradient_accumulation_steps)
         inner = build_optimizer(self.model, self.config)
-        model, optimizer, schedule = accelerator.prepare(self.model, inner, build_schedule(inner, self.config, updates))
+        with warnings.catch_warnings():  # torch 2.14 has another name for it, which Accelerate does not know yet
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            schedule = build_schedule(inner, self.config, updates)
+            model, optimizer, schedule = accelerator.prepare(self.model, inner, schedule)
         progress = Progress(self.phase, 0, 0, self.layout)
         if resume is not None:
             progress = self._resume(resume, schedule, updates)
