@@ -17,6 +17,7 @@ from adq.batch_norm import correct_batch_norm_, reestimate_batch_norm_
 from adq.calibrate import calibrate_
 from adq.config import ActivationConfig, ADQConfig, LayerConfig, WeightConfig
 from adq.convert import pack_, quantize_
+from adq.coreml import export_coreml
 from adq.distill import DistillationLoss
 from adq.integer import IntegerReport, to_integer
 from adq.models import create_model, load_float_weights, register_architecture
@@ -49,6 +50,7 @@ __all__ = [
     "correct_batch_norm_",
     "create_model",
     "export_aoti",
+    "export_coreml",
     "export_onnx",
     "export_program",
     "functional",

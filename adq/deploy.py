@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -66,12 +68,19 @@ def listed(problems: list[str], most: int = 5) -> str:
     return "; ".join(problems[:most]) + more
 
 
-def check_layers(model: nn.Module, target: str) -> None:
-    """Raise ValueError that names the layers which cannot be deployed, with the reason."""
+def first_line(error: Exception) -> str:
+    """What an error says first; of one that says nothing, its name."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def check_layers(
+    model: nn.Module, target: str, problem: Callable[[QuantizedLayer], str | None] = layer_problem
+) -> None:
+    """Raise ValueError that names the layers which cannot be deployed, with the reason that ``problem`` gives."""
     layers = quantized_layers(model)
     if not layers:
         raise ValueError(f"adq: the model is not quantized; {target} takes quantized models")
-    found = {name: layer_problem(layer) for name, layer in layers.items()}
-    problems = [f"layer {name!r}: {problem}" for name, problem in found.items() if problem]
+    found = {name: problem(layer) for name, layer in layers.items()}
+    problems = [f"layer {name!r}: {reason}" for name, reason in found.items() if reason]
     if problems:
         raise ValueError(f"adq: {target}: {listed(problems)}")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adq.deploy import check_layers
+from adq.deploy import check_layers, first_line
 from adq.parity import ExportReport, as_inputs, compare
 from adq.portable import portable
 from adq.store import replacing
@@ -22,21 +22,19 @@ from adq.store import replacing
 SUFFIX = ".pt2"
 
 
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
-    """The program of a model in evaluation mode; the first axis of every input is free, and the same.
+def trace(model: nn.Module, inputs: tuple[Tensor, ...], free_batch: bool = True) -> torch.export.ExportedProgram:
+    """The program of a model in evaluation mode; with ``free_batch`` of any length of the inputs' first axis.
 
     Raises:
         ValueError: torch cannot export the model.
     """
     batch = torch.export.Dim("batch")
     try:
-        program = torch.export.export(model, inputs, dynamic_shapes=tuple({0: batch} for _ in inputs))
+        program = torch.export.export(
+            model, inputs, dynamic_shapes=tuple({0: batch} for _ in inputs) if free_batch else None
+        )
     except Exception as error:  # of many types; whatever the model's code raises is among them
-        raise ValueError(f"adq: torch cannot export the model: {_first_line(error)}") from error
+        raise ValueError(f"adq: torch cannot export the model: {first_line(error)}") from error
     for node in list(program.graph.nodes):
         node.meta.pop("stack_trace", None)  # paths of this machine
         if node.target is torch.ops.aten._assert_tensor_metadata.default:  # holds by construction
@@ -111,7 +109,7 @@ def export_aoti(
     try:
         torch._inductor.aoti_compile_and_package(program, package_path=buffer)
     except Exception as error:  # of the compiler, or of what it is written in
-        raise RuntimeError(f"adq: AOTInductor cannot compile the model: {_first_line(error)}") from error
+        raise RuntimeError(f"adq: AOTInductor cannot compile the model: {first_line(error)}") from error
     with replacing(path) as temporary:
         size, parity = temporary.write_bytes(buffer.getbuffer()), None
         if batches is not None:

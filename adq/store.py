@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,32 @@ def replacing(path: str | Path) -> Iterator[Path]:
         _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_directory(path: str | Path) -> Iterator[Path]:
+    """Yield the name of a directory to make beside ``path``; it takes its place if the block ends without an error.
+
+    It has the same suffix: some writers go by it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary, old = (path.with_name(f".{path.stem}.{os.getpid()}.{kind}{path.suffix}") for kind in ("tmp", "old"))
+    try:
+        temporary.mkdir()
+        mode = (
+            temporary.stat().st_mode & 0o777
+        )  # as the user's umask wants it; some writers take the owner's rights alone
+        temporary.rmdir()
+        yield temporary
+        for entry in (temporary, *temporary.rglob("*")):
+            entry.chmod(mode if entry.is_dir() else mode & 0o666)
+        if path.exists():
+            os.rename(path, old)
+        publish_directory(temporary, path)
+    finally:
+        for directory in (temporary, old):
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def publish_directory(temporary: Path, path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from every import ACTIVATIONS, FLOAT, SNAPPED, STEP, every, sample
-from networks import images, quantized, train
+from networks import Block, centred, images, quantized
 from torch import Tensor, nn
 
 import adq
@@ -20,15 +20,6 @@ from adq import ActivationConfig, ADQConfig, WeightConfig, portable
 from adq.nn import ActivationQuantizer, PackedWeight, WeightQuantizer
 
 BATCH = ({0: torch.export.Dim("batch")},)
-
-
-def centred(model: nn.Module) -> nn.Module:
-    """Trained a little, with logits so close that each class is some image's top-1."""
-    model = train(model).eval()
-    with torch.no_grad():
-        model.head.bias -= model(images(1, 64)).mean(0)
-        assert model(images(1, 64)).argmax(1).unique().numel() > 1
-    return model
 
 
 @pytest.fixture
@@ -179,23 +170,6 @@ def test_a_failing_check_leaves_the_old_file(model, tmp_path, monkeypatch):
 needs_compiler = pytest.mark.skipif(
     not shutil.which(os.environ.get("CXX", "g++")), reason="AOTInductor needs a C++ compiler, and there is none here"
 )
-
-
-class Block(nn.Module):
-    """A residual block with a depthwise convolution, and a transposed one behind it."""
-
-    def __init__(self, num_classes: int = 4) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(1, 8, 3, padding=1)
-        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
-        self.norm = nn.BatchNorm2d(8)
-        self.up = nn.ConvTranspose2d(8, 6, 2, 2)
-        self.head = nn.Linear(6, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.stem(x))
-        x = torch.relu(x + self.norm(self.depthwise(x)))
-        return self.head(torch.relu(self.up(x)).mean((2, 3)))
 
 
 def packed_file(path: Path) -> nn.Module:

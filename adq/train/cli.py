@@ -14,6 +14,7 @@ import torch
 import typer
 
 from adq.__main__ import info as describe_backends
+from adq.coreml import export_coreml
 from adq.onnx import export_onnx
 from adq.parity import ExportReport
 from adq.program import export_aoti, export_program
@@ -26,7 +27,12 @@ app = typer.Typer(
     help="Quantization-aware training with adaptive codebooks and mixed precision.",
 )
 
-EXPORTS: dict[str, Callable[..., ExportReport]] = {"onnx": export_onnx, "torch": export_program, "aoti": export_aoti}
+EXPORTS: dict[str, Callable[..., ExportReport]] = {
+    "onnx": export_onnx,
+    "torch": export_program,
+    "aoti": export_aoti,
+    "coreml": export_coreml,
+}
 """What ``adq export --to`` writes for runtimes."""
 
 Set = Annotated[
@@ -254,7 +260,7 @@ def export(
         str,
         typer.Option(
             help="packed: codes of b bits, to ship; plain: float weights, to train on; "
-            "onnx, torch (torch.export), aoti (AOTInductor, for this CPU): for a runtime."
+            "onnx, torch (torch.export), aoti (AOTInductor, for this CPU), coreml: for a runtime."
         ),
     ] = "packed",
     data: DataName = None,
@@ -277,7 +283,7 @@ def export(
             recipe = config or (str(model / "config.yaml") if model.is_dir() else None)
             changes = [_nested(data__name=data, data__root=root), *(parse_assignment(text) for text in set_ or [])]
             if no_check:
-                typer.echo(EXPORTS[to](load(file), output, torch.zeros(2, *_sides(shape))))
+                typer.echo(EXPORTS[to](load(file), output, torch.zeros(1, *_sides(shape))))
             elif recipe is None and data is None:
                 raise ValueError(
                     f"no images to check --to {to} on: give a run folder, --data or --config, "
@@ -299,7 +305,9 @@ def _checked(
 
     network, bundle = load(file), build_data(config.data)
     check_classes(network, bundle)
-    example = torch.zeros(2, *bundle.input_shape)
+    example = torch.zeros(1, *bundle.input_shape)
+    if export is export_coreml:  # it reads the package back; nothing here runs it
+        return export(network, output, example)
     return export(network, output, example, chain(bundle.test, bundle.calibration), images)
 
 
