@@ -53,9 +53,43 @@ struct Tree<kEnd, kEnd> {
 
 constexpr int log2(int power) { return power == 1 ? 0 : 1 + log2(power / 2); }
 
+// As many cells as a register holds: the walk numbers them as it goes. Before it adds `half`, the number is a
+// multiple of 2 half, and the edge that decides is sorted[number + half - 1].
+template <int kCells, bool kRegister = (kCells <= kWidth)>
+class Cells {
+ public:
+    static constexpr int kSize = kCells;
+    using Table = CellTable<kCells>;
+
+    explicit ADQ_INLINE Cells(const EdgeTable& edges) : root_(fill(edges.sorted[kCells / 2 - 1])) {
+        unroll<kBelow>([&](auto i) ADQ_INLINE_LAMBDA {
+            below_[i.value] = load_floats(edges.sorted + half_at(i.value) - 1);
+        });
+    }
+
+    ADQ_INLINE Ints find(Floats u) const {
+        Ints cell = add_where(fill(0), greater(u, root_), fill(kCells / 2));
+        unroll<kBelow>([&](auto i) ADQ_INLINE_LAMBDA {
+            const Floats edge = permute(below_[i.value], cell);
+            cell = add_where(cell, greater(u, edge), fill(half_at(i.value)));
+        });
+        return cell;
+    }
+
+    ADQ_INLINE Ints number(Ints cell) const { return cell; }
+    ADQ_INLINE Floats pick(const Table& table, Floats, Ints cell) const { return table.pick(cell); }
+
+ private:
+    static constexpr int kBelow = log2(kCells) - 1;
+    static constexpr int half_at(int level) { return kCells >> (level + 2); }
+
+    const Floats root_;
+    Floats below_[kBelow];
+};
+
 // The first kWidth nodes, which are levels 0 .. log2(kWidth) - 1, share one register.
 template <int kCells>
-class Cells {
+class Cells<kCells, false> {
  public:
     static constexpr int kSize = kCells;
     using Table = CellTable<kCells>;

@@ -82,6 +82,32 @@ ADQ_INLINE Ints load_ints(const void* from) {
     std::memcpy(&out, from, sizeof out);
     return out;
 }
+ADQ_INLINE void store_ints(void* to, Ints a) { std::memcpy(to, &a, sizeof a); }
+
+// Numbers of 0 .. 255 as bytes, one vector after the other.
+template <int kVectors>
+ADQ_INLINE void narrow_all(std::uint8_t* to, const Ints* from) {
+#if defined(__AVX512F__)
+    static_assert(kVectors <= 4, "they fill one register at most");
+    __m512i part[4] = {};
+    unroll<kVectors>([&](auto v) ADQ_INLINE_LAMBDA { part[v.value] = (__m512i)from[v.value]; });
+    // Each quarter of `bytes` holds four bytes of every vector.
+    const __m512i bytes =
+        _mm512_packus_epi16(_mm512_packus_epi32(part[0], part[1]), _mm512_packus_epi32(part[2], part[3]));
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i sorted = _mm512_permutexvar_epi32(order, bytes);
+    if constexpr (kVectors == 4) {
+        _mm512_storeu_si512(to, sorted);
+    } else {
+        if constexpr (kVectors == 1) _mm_storeu_si128((__m128i*)to, _mm512_castsi512_si128(sorted));
+        if constexpr (kVectors >= 2) _mm256_storeu_si256((__m256i*)to, _mm512_castsi512_si256(sorted));
+        if constexpr (kVectors == 3)
+            _mm_storeu_si128((__m128i*)(to + 32), _mm512_extracti32x4_epi32(sorted, 2));
+    }
+#else
+    unroll<kVectors>([&](auto v) ADQ_INLINE_LAMBDA { narrow(to + kWidth * v.value, from[v.value]); });
+#endif
+}
 
 }  // namespace ADQ_ISA
 }  // namespace adq

@@ -342,11 +342,17 @@ class Convolver {
     void find_segment(const std::uint8_t* line, const std::uint8_t* outside, std::int64_t first,
                       std::int64_t last, std::int64_t offset, const std::uint8_t** to) const {
         const std::int64_t shift = offset + layout_.margin - args_.padding[1];
-        for (std::int64_t i = first; i < last; ++i) {
-            const std::int64_t column = i * args_.stride[1] + shift;
-            const bool inside = line != nullptr && column >= 0 && column < layout_.columns;
-            *to++ = inside ? line + column * layout_.pixel : outside;
-        }
+        const std::int64_t stride = args_.stride[1];
+        const auto clamped = [&](std::int64_t i) { return std::min(std::max(i, first), last); };
+        const std::int64_t begin =
+            line != nullptr ? clamped(divide_up(std::max<std::int64_t>(-shift, 0), stride)) : last;
+        const std::int64_t end =
+            line != nullptr ? clamped(divide_up(std::max<std::int64_t>(layout_.columns - shift, 0), stride))
+                            : last;
+        to = std::fill_n(to, begin - first, outside);
+        const std::uint8_t* at = line + (begin * stride + shift) * layout_.pixel;
+        for (std::int64_t i = begin; i < end; ++i, at += stride * layout_.pixel) *to++ = at;
+        std::fill_n(to, last - end, outside);
     }
 
     const Convolution& args_;

@@ -6,6 +6,9 @@
 // four taps at a time.
 #pragma once
 
+#include <algorithm>
+#include <type_traits>
+
 #include "bits.h"
 #include "cells.h"
 #include "dot.h"
@@ -111,44 +114,43 @@ void prepare(const PanelSource& source, void* to) {
 
 // ---- what follows the sums ---------------------------------------------------------------------------
 
-// Calls function(row, column, exists) for every block of 16 values of a tile; `exists` is less than 16 in the
-// last one of a row where the outputs end inside of it.
-template <class Function>
-ADQ_INLINE void for_blocks(const Epilogue& epilogue, int blocks, int pixels, Function&& function) {
-    for (int pixel = 0; pixel < pixels; ++pixel) {
-        for (int block = 0; block < blocks; ++block) {
-            const int left = epilogue.outputs - kBlockOutputs * block;
-            function(pixel, kBlockOutputs * block, left < kBlockOutputs ? left : kBlockOutputs);
-        }
-    }
-}
+// A tile, [pixels][kBlocks][16], holds the sums of some pixels of the strip, from `first` on, and then the
+// values that become of them.
+struct Tile {
+    int first;
+    int pixels;
+    float* values;
+};
 
-// Clamps as torch does: NaN stays, and `high` wins.
-ADQ_INLINE Floats clamp(Floats v, Floats low, Floats high) {
-    v = select(greater(low, v), low, v);
-    return select(greater(v, high), high, v);
-}
-
-// tile: [pixels][blocks][16]; of the strip's pixels from `first` on.
-void add_and_clamp(const Epilogue& epilogue, int blocks, int first, int pixels, float* tile) {
+// float(sum) * multiplier + bias + residual, clamped as torch does: NaN stays, and `high` wins.
+template <int kBlocks>
+void finish_sums(const Epilogue& epilogue, Tile tile) {
+    constexpr int kRow = kBlocks * kBlockOutputs;
+    // In registers: the compiler cannot know that the results lie elsewhere than the epilogue.
     const Floats low = fill(epilogue.low), high = fill(epilogue.high);
-    for_blocks(epilogue, blocks, pixels, [&](int pixel, int column, int exist) ADQ_INLINE_LAMBDA {
-        float* values = tile + pixel * blocks * kBlockOutputs + column;
-        const std::int64_t at = (first + pixel) * epilogue.stride + column;
-        float rest[kBlockOutputs] = {};
-        const float* residual = epilogue.residual != nullptr ? epilogue.residual + at : nullptr;
-        if (residual != nullptr && exist < kBlockOutputs) {
-            std::memcpy(rest, residual, exist * sizeof(float));
-            residual = rest;
-        }
-        unroll<kParts>([&](auto part) ADQ_INLINE_LAMBDA {
-            Floats v = load_floats(values + kWidth * part.value);
-            if (residual != nullptr) v = v + load_floats(residual + kWidth * part.value);
-            v = clamp(v, low, high);
-            std::memcpy(values + kWidth * part.value, &v, sizeof v);
+    const float *multiplier = epilogue.multiplier, *bias = epilogue.bias;
+    const std::int64_t stride = epilogue.stride;
+    const float* residual = epilogue.residual;
+    float* y = epilogue.y;
+    const bool whole = epilogue.outputs == kRow;
+    const std::size_t bytes = epilogue.outputs * sizeof(float);
+    float rest[kRow] = {};
+    for (int pixel = 0; pixel < tile.pixels; ++pixel) {
+        float* values = tile.values + pixel * kRow;
+        const std::int64_t at = (tile.first + pixel) * stride;
+        const float* added = residual != nullptr ? residual + at : nullptr;
+        if (!whole && added != nullptr) added = static_cast<float*>(std::memcpy(rest, added, bytes));
+        unroll<kBlocks * kParts>([&](auto v) ADQ_INLINE_LAMBDA {
+            constexpr int kAt = kWidth * v.value;
+            Floats value = to_float(load_ints(values + kAt)) * load_floats(multiplier + kAt);
+            value = value + load_floats(bias + kAt);
+            if (added != nullptr) value = value + load_floats(added + kAt);
+            value = smaller(high, larger(low, value));
+            std::memcpy(values + kAt, &value, sizeof value);
+            if (whole && y != nullptr) std::memcpy(y + at + kAt, &value, sizeof value);
         });
-        if (epilogue.y != nullptr) std::memcpy(epilogue.y + at, values, exist * sizeof(float));
-    });
+        if (!whole && y != nullptr) std::memcpy(y + at, values, bytes);
+    }
 }
 
 // The level of a value u of the quantizer's scale.
@@ -165,58 +167,52 @@ struct ClosedLevel {
     ADQ_INLINE Ints operator()(Floats u) const { return truncate(level.level(level.position(u))); }
 };
 
-template <class Level>
-void quantize(const Epilogue& epilogue, const QuantizerTable& table, int blocks, int first, int pixels,
-              const float* tile, std::uint8_t* to) {
+template <int kBlocks, class Level>
+void quantize(const Epilogue& epilogue, const QuantizerTable& table, Tile tile, std::uint8_t* to) {
+    constexpr int kRow = kBlocks * kBlockOutputs;
+    constexpr int kVectors = kBlocks * kParts;
     const Level level(table);
     const Floats scale = fill(table.closed.scale);
-    for_blocks(epilogue, blocks, pixels, [&](int pixel, int column, int exist) ADQ_INLINE_LAMBDA {
-        const float* values = tile + pixel * blocks * kBlockOutputs + column;
-        std::uint8_t* levels = to + (first + pixel) * epilogue.stride + column;
-        std::uint8_t rest[kBlockOutputs];
-        std::uint8_t* where = exist < kBlockOutputs ? rest : levels;
-        unroll<kParts>([&](auto part) ADQ_INLINE_LAMBDA {
-            const Floats v = load_floats(values + kWidth * part.value);
-            narrow(where + kWidth * part.value, level(scale * v));
+    const std::int64_t stride = epilogue.stride;
+    const bool whole = epilogue.outputs == kRow;
+    const std::size_t bytes = epilogue.outputs;
+    std::uint8_t rest[kRow];
+    to += tile.first * stride;
+    for (int pixel = 0; pixel < tile.pixels; ++pixel, to += stride) {
+        Ints levels[kVectors];
+        unroll<kVectors>([&](auto v) ADQ_INLINE_LAMBDA {
+            levels[v.value] = level(scale * load_floats(tile.values + pixel * kRow + kWidth * v.value));
         });
-        if (exist < kBlockOutputs) std::memcpy(levels, rest, exist);
-    });
+        narrow_all<kVectors>(whole ? to : rest, levels);
+        if (!whole) std::memcpy(to, rest, bytes);
+    }
 }
 
-void quantize_any(const Epilogue& epilogue, std::size_t index, int blocks, int first, int pixels,
-                  const float* tile) {
+template <int kBlocks>
+void quantize_any(const Epilogue& epilogue, std::size_t index, Tile tile) {
     const QuantizerTable& table = (*epilogue.tables)[index];
     std::uint8_t* to = epilogue.levels[index];
-    if (table.uniform) return quantize<ClosedLevel>(epilogue, table, blocks, first, pixels, tile, to);
+    if (table.uniform) return quantize<kBlocks, ClosedLevel>(epilogue, table, tile, to);
     switch (table.edges.cells) {
-        case 4: return quantize<EdgeLevel<4>>(epilogue, table, blocks, first, pixels, tile, to);
-        case 8: return quantize<EdgeLevel<8>>(epilogue, table, blocks, first, pixels, tile, to);
-        case 16: return quantize<EdgeLevel<16>>(epilogue, table, blocks, first, pixels, tile, to);
-        case 32: return quantize<EdgeLevel<32>>(epilogue, table, blocks, first, pixels, tile, to);
-        case 64: return quantize<EdgeLevel<64>>(epilogue, table, blocks, first, pixels, tile, to);
-        default: return quantize<EdgeLevel<256>>(epilogue, table, blocks, first, pixels, tile, to);
+        case 4: return quantize<kBlocks, EdgeLevel<4>>(epilogue, table, tile, to);
+        case 8: return quantize<kBlocks, EdgeLevel<8>>(epilogue, table, tile, to);
+        case 16: return quantize<kBlocks, EdgeLevel<16>>(epilogue, table, tile, to);
+        case 32: return quantize<kBlocks, EdgeLevel<32>>(epilogue, table, tile, to);
+        case 64: return quantize<kBlocks, EdgeLevel<64>>(epilogue, table, tile, to);
+        default: return quantize<kBlocks, EdgeLevel<256>>(epilogue, table, tile, to);
     }
 }
 
-void finish_tile(const Epilogue& epilogue, int blocks, int first, int pixels, float* tile) {
-    add_and_clamp(epilogue, blocks, first, pixels, tile);
-    for (std::size_t i = 0; i < epilogue.levels.size(); ++i) {
-        quantize_any(epilogue, i, blocks, first, pixels, tile);
-    }
-}
-
-// float(sum) * multiplier + bias.
-ADQ_INLINE void store_scaled(const Epilogue& epilogue, int channel, Ints sum, float* to) {
-    const Floats v =
-        to_float(sum) * load_floats(epilogue.multiplier + channel) + load_floats(epilogue.bias + channel);
-    std::memcpy(to, &v, sizeof v);
+template <int kBlocks>
+void finish_tile(const Epilogue& epilogue, Tile tile) {
+    finish_sums<kBlocks>(epilogue, tile);
+    for (std::size_t i = 0; i < epilogue.levels.size(); ++i) quantize_any<kBlocks>(epilogue, i, tile);
 }
 
 // ---- dense -------------------------------------------------------------------------------------------
 
-// The scaled sums of a tile, [kPixels][kBlocks][16].
 template <int kBlocks, int kPixels>
-void multiply_tile(const Strip& strip, int first, float* tile) {
+void multiply_tile(const Strip& strip, Tile tile) {
     constexpr int kVectors = kBlocks * kParts;
     Ints sum[kVectors][kPixels];
     unroll<kVectors>([&](auto v) ADQ_INLINE_LAMBDA {
@@ -226,8 +222,9 @@ void multiply_tile(const Strip& strip, int first, float* tile) {
     const Ints* weights = static_cast<const Ints*>(strip.panel);
     for (int tap = 0; tap < strip.taps; ++tap) {
         const std::uint8_t* input[kPixels];
-        unroll<kPixels>(
-            [&](auto p) ADQ_INLINE_LAMBDA { input[p.value] = strip.inputs[tap * kStrip + first + p.value]; });
+        unroll<kPixels>([&](auto p) ADQ_INLINE_LAMBDA {
+            input[p.value] = strip.inputs[tap * kStrip + tile.first + p.value];
+        });
         for (std::int64_t at = 0; at < 4 * strip.run; at += 4) {
             Ints weight[kVectors][kSplit];
             unroll<kVectors * kSplit>([&](auto i) ADQ_INLINE_LAMBDA {
@@ -245,18 +242,17 @@ void multiply_tile(const Strip& strip, int first, float* tile) {
     }
     unroll<kPixels>([&](auto p) ADQ_INLINE_LAMBDA {
         unroll<kVectors>([&](auto v) ADQ_INLINE_LAMBDA {
-            store_scaled(strip.epilogue, kWidth * v.value, sum[v.value][p.value],
-                         tile + kWidth * (p.value * kVectors + v.value));
+            store_ints(tile.values + kWidth * (p.value * kVectors + v.value), sum[v.value][p.value]);
         });
     });
 }
 
-// A tile of as many pixels as are asked for.
+// A tile of as many pixels as it has.
 template <int kBlocks, int kPixels>
-void multiply_pixels(const Strip& strip, int first, int pixels, float* tile) {
+void multiply_pixels(const Strip& strip, Tile tile) {
     if constexpr (kPixels > 0) {
-        if (pixels == kPixels) return multiply_tile<kBlocks, kPixels>(strip, first, tile);
-        multiply_pixels<kBlocks, kPixels - 1>(strip, first, pixels, tile);
+        if (tile.pixels == kPixels) return multiply_tile<kBlocks, kPixels>(strip, tile);
+        multiply_pixels<kBlocks, kPixels - 1>(strip, tile);
     }
 }
 
@@ -264,13 +260,13 @@ void multiply_pixels(const Strip& strip, int first, int pixels, float* tile) {
 template <int kBlocks>
 void dense_blocks(const Strip& strip) {
     constexpr int kPixels = kTilePixels[kBlocks];
-    alignas(64) float tile[kPixels * kBlocks * kBlockOutputs];
+    alignas(64) float values[kPixels * kBlocks * kBlockOutputs];
     const int tiles = (strip.pixels + kPixels - 1) / kPixels;
     for (int i = 0; i < tiles; ++i) {
         const int first = strip.pixels * i / tiles;
-        const int pixels = strip.pixels * (i + 1) / tiles - first;
-        multiply_pixels<kBlocks, kPixels>(strip, first, pixels, tile);
-        finish_tile(strip.epilogue, kBlocks, first, pixels, tile);
+        const Tile tile{first, strip.pixels * (i + 1) / tiles - first, values};
+        multiply_pixels<kBlocks, kPixels>(strip, tile);
+        finish_tile<kBlocks>(strip.epilogue, tile);
     }
 }
 
@@ -298,27 +294,38 @@ ADQ_INLINE Quads gather_taps(const Strip& strip, int group, int pixel, int chann
     return Quads(bytes);
 }
 
-void depthwise(const Strip& strip) {
+template <int kBlocks>
+void depthwise_blocks(const Strip& strip) {
     constexpr int kPixels = 4;
-    alignas(64) float tile[kPixels * kMaxBlocks * kBlockOutputs];
+    constexpr int kVectors = kBlocks * kParts;
+    alignas(64) float values[kPixels * kBlocks * kBlockOutputs];
     const int groups = (strip.taps + kBlockInputs - 1) / kBlockInputs;
-    const int vectors = strip.blocks * kParts;
     for (int first = 0; first < strip.pixels; first += kPixels) {
-        const int pixels = strip.pixels - first < kPixels ? strip.pixels - first : kPixels;
-        for (int p = 0; p < pixels; ++p) {
-            for (int v = 0; v < vectors; ++v) {
+        const Tile tile{first, std::min(kPixels, strip.pixels - first), values};
+        for (int p = 0; p < tile.pixels; ++p) {
+            for (int v = 0; v < kVectors; ++v) {
                 Ints sum = load_ints(strip.epilogue.initial + kWidth * v);
                 const Ints* weights = static_cast<const Ints*>(strip.panel) + kSplit * v;
                 for (int group = 0; group < groups; ++group) {
                     sum = gather_taps(strip, group, first + p, kWidth * v).add_dot(sum, weights);
-                    weights += vectors * kSplit;
+                    weights += kVectors * kSplit;
                 }
-                store_scaled(strip.epilogue, kWidth * v, sum, tile + kWidth * (p * vectors + v));
+                store_ints(values + kWidth * (p * kVectors + v), sum);
             }
         }
-        finish_tile(strip.epilogue, strip.blocks, first, pixels, tile);
+        finish_tile<kBlocks>(strip.epilogue, tile);
     }
 }
+
+template <int kBlocks>
+void depthwise_any(const Strip& strip) {
+    if constexpr (kBlocks > 0) {
+        if (strip.blocks == kBlocks) return depthwise_blocks<kBlocks>(strip);
+        depthwise_any<kBlocks - 1>(strip);
+    }
+}
+
+void depthwise(const Strip& strip) { depthwise_any<kPanelBlocks>(strip); }
 
 }  // namespace
 

@@ -45,6 +45,26 @@ ADQ_INLINE Floats load_floats(const float* from) {
     return out;
 }
 
+// The larger and the smaller one: b where they are equal or one of them is NaN.
+ADQ_INLINE Floats larger(Floats a, Floats b) {
+#if defined(__AVX512F__)
+    return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+    return _mm256_max_ps(a, b);
+#else
+    return select(greater(a, b), a, b);
+#endif
+}
+ADQ_INLINE Floats smaller(Floats a, Floats b) {
+#if defined(__AVX512F__)
+    return _mm512_min_ps(a, b);
+#elif defined(__AVX2__)
+    return _mm256_min_ps(a, b);
+#else
+    return select(greater(b, a), a, b);
+#endif
+}
+
 // The sum of the bytes, eight to a word.
 ADQ_INLINE Words byte_sums(ByteLanes a) {
 #if defined(__AVX512F__)
@@ -94,6 +114,15 @@ ADQ_INLINE ByteLanes look_up_bytes(const std::int8_t* table, ByteLanes index) {
     return (ByteLanes)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(pattern), (__m512i)index);
 #else
     return (ByteLanes)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(pattern), (__m256i)index);
+#endif
+}
+
+// table[index modulo kWidth].
+ADQ_INLINE Floats permute(Floats table, Ints index) {
+#if defined(__AVX512F__)
+    return _mm512_permutexvar_ps((__m512i)index, table);
+#else
+    return _mm256_permutevar8x32_ps(table, (__m256i)index);
 #endif
 }
 
