@@ -13,13 +13,15 @@ own weight.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from adq import sharded
 
 if TYPE_CHECKING:
     from adq.nn.layers import QuantizedLayer
@@ -72,7 +74,18 @@ def _update(layers: Iterable[QuantizedLayer], paces: dict[int, Pace] | None) -> 
     for steps in counted.values():
         torch._foreach_add_(steps, 1)
     for (device, pace), members in groups.items():
-        _step(device, pace, *zip(*members, strict=True))
+        whole = [member for member in members if not sharded.is_sharded(member[0])]
+        if whole:
+            _step(device, pace, *zip(*whole, strict=True))
+        if len(whole) < len(members):
+            parts = [member for member in members if sharded.is_sharded(member[0])]
+            sharded.step(parts, _rates(device, pace, [quantizer for _, quantizer in parts]))
+
+
+def _rates(device: torch.device, pace: Pace, quantizers: Sequence[WeightQuantizer]) -> Tensor:
+    """How far each codebook moves, float32 ``[layers]``."""
+    rates = _constant_rates(tuple(1.0 - quantizer.config.ema_decay for quantizer in quantizers), device)
+    return rates * (pace.to(device) if isinstance(pace, Tensor) else pace)
 
 
 def _step(
@@ -113,7 +126,8 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
     skipped = getattr(optimizer, "found_inf", None)
     if _LAYERS and not (skipped is not None and bool(skipped)):
         paces = {id(p): pace for group in optimizer.param_groups for pace in [_pace(group)] for p in group["params"]}
-        _update(list(_LAYERS), paces)
+        place = {key: i for i, key in enumerate(paces)}  # processes must agree on the order
+        _update(sorted((x for x in _LAYERS if id(x.weight) in place), key=lambda x: place[id(x.weight)]), paces)
 
 
 register_optimizer_step_post_hook(_after_step)

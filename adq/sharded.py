@@ -1,0 +1,152 @@
+"""Weights that FSDP2 has sharded: each process holds some rows, and a codebook needs the sums over all of them.
+
+A step takes the statistics of the process's own rows, adds those of all layers up over the processes in one reduction,
+and moves every codebook by the sums: on all processes by the same ones, so codebooks stay the same bits everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from adq.ops import scale_axis
+from adq.reference import decision_thresholds, ema_update, snap_codebook
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+    from adq.nn.weight import WeightQuantizer
+
+Member = tuple[Any, "WeightQuantizer"]
+"""A sharded weight and its quantizer."""
+
+
+def is_sharded(weight: Tensor) -> bool:
+    """Whether a weight is a DTensor; known without importing what makes them."""
+    return hasattr(weight, "device_mesh")
+
+
+def shard_quantizers_(model: nn.Module, **options: Any) -> nn.Module:
+    """Make the parameters of all quantizers one FSDP2 group, in float32 whatever the rest is computed in.
+
+    Call it before ``fully_shard``. A group has one dtype: without this, ``fully_shard`` refuses a model in bfloat16,
+    whose thresholds and scales are float32, and a ``MixedPrecisionPolicy`` would round them to 8 bits.
+
+    Args:
+        model: from :func:`adq.quantize_`, calibrated.
+        options: of ``torch.distributed.fsdp.fully_shard``, such as ``mesh``; not ``mp_policy``.
+
+    Returns:
+        The same model.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    from adq.convert import activation_quantizers, weight_quantizers
+
+    quantizers: list[nn.Module] = [
+        *activation_quantizers(model).values(),
+        *(quantizer for _, quantizer in weight_quantizers(model).values()),
+    ]
+    learned = [quantizer for quantizer in quantizers if next(quantizer.parameters(), None) is not None]
+    if learned:
+        fully_shard(learned, **{"reshard_after_forward": False, **options})
+    return model
+
+
+def step(members: Sequence[Member], rates: Tensor) -> None:
+    """One EMA step of the codebooks of sharded weights, and of their scales, as ``foreach_codebook_step_`` does it.
+
+    Args:
+        members: of one device.
+        rates: float32 ``[members]``, how far each codebook moves.
+
+    Raises:
+        ValueError: a weight is sharded in another way than ``fully_shard`` does it.
+    """
+    groups: dict[Any, list[int]] = {}
+    for i, (weight, _) in enumerate(members):
+        groups.setdefault((weight.device_mesh, weight.placements), []).append(i)
+    for (mesh, placements), which in groups.items():
+        _step([members[i] for i in which], rates[which], mesh, placements)
+
+
+def _step(members: list[Member], rates: Tensor, mesh: Any, placements: Sequence[Any]) -> None:
+    sums = [_sums(weight, quantizer) for weight, quantizer in members]
+    total = torch.cat(sums)
+    for dim, placement in enumerate(placements):
+        if not placement.is_replicate():
+            dist.all_reduce(total, group=mesh.get_group(dim))
+    parts = total.split([len(own) for own in sums])
+    by_shape: dict[Any, list[int]] = {}
+    for i, (_, quantizer) in enumerate(members):
+        by_shape.setdefault((quantizer.codebook.numel(), quantizer.config.snap), []).append(i)
+    for i, (weight, quantizer) in enumerate(members):
+        _move_scale(quantizer, scale_axis(weight.shape, quantizer.scale), parts[i], rates[i])
+    for which in by_shape.values():
+        _move_codebooks([members[i][1] for i in which], [parts[i] for i in which], rates[which])
+
+
+def _sums(weight: DTensor, quantizer: WeightQuantizer) -> Tensor:
+    """Of this process's part of a weight, float64 on its device: counts and totals ``[K]`` each and, where scales have
+    channels, the sums of ``w q`` and of ``q^2`` of each channel, zeros for those that lie elsewhere."""
+    local, scale, axis = weight.to_local().detach(), quantizer.scale, scale_axis(weight.shape, quantizer.scale)
+    first = _first(weight)
+    if axis is not None:
+        scale = scale.narrow(axis, first[axis], local.shape[axis])
+    v = local.float() / scale
+    q, _, count, total = torch.ops.adq.codebook_lookup_statistics(
+        v, quantizer.codebook, decision_thresholds(quantizer.codebook), False
+    )
+    sums = [count.double(), total.double()]
+    if axis is not None:
+        fit = torch.zeros(2, quantizer.scale.numel(), dtype=torch.float64, device=local.device)
+        own = fit.narrow(1, first[axis], local.shape[axis])
+        others = [d for d in range(local.dim()) if d != axis]
+        own[0], own[1] = (local * q).double().sum(others), q.double().square().sum(others)
+        sums += [*fit]
+    return torch.cat(sums)
+
+
+def _first(weight: DTensor) -> list[int]:
+    """Index of the first element of this process's part in the whole weight; parts are those of ``torch.chunk``."""
+    first, size, mesh = [0] * weight.dim(), list(weight.shape), weight.device_mesh
+    for dim, placement in enumerate(weight.placements):
+        if placement.is_shard():
+            axis = placement.dim  # type: ignore[attr-defined]
+            length = -(-size[axis] // mesh.size(dim))
+            begin = min(mesh.get_local_rank(dim) * length, size[axis])
+            first[axis], size[axis] = first[axis] + begin, min(length, size[axis] - begin)
+    if torch.Size(size) != weight.to_local().shape or not all(
+        p.is_shard() or p.is_replicate() for p in weight.placements
+    ):
+        raise ValueError(
+            f"adq: codebooks follow weights that fully_shard has sharded, this one of shape {tuple(weight.shape)} has "
+            f"the placements {weight.placements}"
+        )
+    return first
+
+
+def _move_scale(quantizer: WeightQuantizer, axis: int | None, sums: Tensor, rate: Tensor) -> None:
+    if axis is None:
+        return
+    product, norm = sums[2 * quantizer.codebook.numel() :].float().chunk(2)
+    scale, fitted = quantizer.scale, (product / norm).reshape(quantizer.scale.shape)
+    scale.add_(rate * (torch.where(fitted > 0, fitted, scale) - scale))
+
+
+def _move_codebooks(quantizers: list[WeightQuantizer], sums: Iterable[Tensor], rates: Tensor) -> None:
+    """By :func:`adq.reference.ema_update`, codebooks of one length at once."""
+    levels = quantizers[0].codebook.numel()
+    count, total = torch.stack([own[: 2 * levels].float() for own in sums]).split(levels, 1)
+    states = [[getattr(q, name) for q in quantizers] for name in ("codebook", "ema_count", "ema_total")]
+    update: Any = torch.func.vmap(ema_update)
+    moved = list(update(*map(torch.stack, states), count, total, rates))
+    if quantizers[0].config.snap:
+        snap: Any = torch.func.vmap(snap_codebook)
+        moved[0] = snap(moved[0])
+    for state, new in zip(states, moved, strict=True):
+        torch._foreach_copy_(state, list(new))

@@ -1,0 +1,182 @@
+"""Weights that FSDP2 has sharded: codebooks, scales and learned quantizers as in one process; saved and resharded."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint
+from processes import run
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+import adq
+from adq import ADQConfig, WeightConfig
+from adq.distributed import world
+from adq.sharded import shard_quantizers_
+
+STEPS, GLOBAL_BATCH = 12, 8
+
+
+class Net(nn.Module):
+    """Rows that 2 and 4 processes share unevenly, one row for some of them, and channels along another dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 5, 3)
+        self.block = nn.Sequential(nn.Conv2d(5, 6, 3), nn.Tanh(), nn.ConvTranspose2d(6, 5, 3))
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.block(torch.tanh(self.stem(x))).mean((2, 3)))
+
+
+def images(step: int) -> Tensor:
+    return torch.randn(GLOBAL_BATCH, 1, 8, 8, generator=torch.Generator().manual_seed(step))
+
+
+def quantized(**weight) -> nn.Module:
+    torch.manual_seed(0)
+    return adq.calibrate_(adq.quantize_(Net(), ADQConfig(weight=WeightConfig(**weight))), [images(0)])
+
+
+def shard(model: nn.Module) -> nn.Module:
+    fully_shard(model.block)
+    return fully_shard(model)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    rank, size = world()
+    for step in steps:
+        optimizer.zero_grad()
+        model(images(step)[rank::size]).square().mean().backward()
+        optimizer.step()
+
+
+def full_state(model: nn.Module) -> dict[str, Tensor]:
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    return {key: value.clone() for key, value in state.items()} if state else {}
+
+
+def trained(config: dict) -> dict:
+    """The whole state after some steps, this process's buffers, and how often adq communicated."""
+    model, reductions = quantized(**config), []
+    if world()[1] > 1:
+        shard(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    original = dist.all_reduce
+    dist.all_reduce = lambda *args, **kwargs: (reductions.append(args[0].numel()), original(*args, **kwargs))[1]
+    train(model, optimizer, range(STEPS))
+    dist.all_reduce = original
+    buffers = {key: value.clone() for key, value in model.named_buffers()}
+    return {"state": full_state(model), "buffers": buffers, "reductions": reductions}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"ema_decay": 0.9},
+        {"ema_decay": 0.9, "scale": "tensor", "snap": "int8"},
+        {"update": "gradient"},
+        {"update": "step", "levels": "symmetric"},
+    ],
+    ids=["channel", "tensor", "gradient", "step"],
+)
+@pytest.mark.parametrize("size", [2, 4])
+def test_sharded_training_is_that_of_one_process(config, size):
+    (alone,), found = run(trained, 1, config), run(trained, size, config)
+    for key, value in alone["state"].items():
+        torch.testing.assert_close(found[0]["state"][key], value, rtol=1e-4, atol=1e-5)
+    for other in found[1:]:
+        assert [k for k, value in found[0]["buffers"].items() if not torch.equal(value, other["buffers"][k])] == []
+    follows = config.get("update", "ema") == "ema"
+    assert [len(each["reductions"]) for each in found] == [STEPS if follows else 0] * size
+    start = quantized(**config).state_dict()
+    moved = {key for key, value in alone["state"].items() if not torch.equal(value, start[key])}
+    assert {f"{name}.weight_quantizer.steps" for name in ("stem", "block.0", "block.2", "head")} <= moved
+    assert ("block.2.weight_quantizer.codebook" in moved) == (config.get("update") != "step")
+
+
+# ---- dtypes ------------------------------------------------------------------------------------------
+
+
+def in_bfloat16(how: str) -> dict:
+    """Dtypes that the quantizers see, and the thresholds after a step, where the rest is computed in bfloat16."""
+    model, seen = quantized(), {}
+    if how == "model":
+        model = model.to(torch.bfloat16)
+    shard_quantizers_(model)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16) if how == "policy" else MixedPrecisionPolicy()
+    fully_shard(model.block, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+
+    def look(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen.update(weight=module.weight.dtype, start=module.input_quantizer.start.dtype, x=args[0].dtype)
+
+    model.block[0].register_forward_pre_hook(look)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    start = full_state(model)
+    for step in range(3):
+        optimizer.zero_grad()
+        model(images(step)[world()[0] :: world()[1]].to(torch.bfloat16)).square().mean().backward()
+        optimizer.step()
+    state = full_state(model)
+    return {"seen": {key: str(value) for key, value in seen.items()}, "start": start, "state": state}
+
+
+@pytest.mark.parametrize("how", ["policy", "model"])
+def test_quantizers_stay_float32_beside_bfloat16(how):
+    first, second = run(in_bfloat16, 2, how)
+    assert first["seen"] == {"weight": "torch.bfloat16", "start": "torch.float32", "x": "torch.bfloat16"}
+    for key in ("block.0.input_quantizer.interval", "block.0.weight_quantizer.codebook", "block.0.weight"):
+        assert not torch.equal(first["state"][key], first["start"][key])
+        assert torch.equal(first["state"][key], second["state"][key])
+
+
+# ---- saved and resharded -----------------------------------------------------------------------------
+
+
+def save_four(folder: str) -> tuple[dict, Tensor]:
+    model = shard(quantized())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    train(model, optimizer, range(4))
+    state = get_state_dict(model, optimizer)
+    torch.distributed.checkpoint.save(dict(zip(("model", "optimizer"), state, strict=True)), checkpoint_id=folder)
+    return full_state(model), evaluated(model)
+
+
+def load_two(folder: str) -> tuple[dict, Tensor, dict, Tensor]:
+    model = shard(quantized(ema_decay=0.99))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+    torch.distributed.checkpoint.load(state, checkpoint_id=folder)
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    loaded, outputs = full_state(model), evaluated(model)
+    train(model, optimizer, range(4, 6))
+    return loaded, outputs, full_state(model), evaluated(model)
+
+
+def evaluated(model: nn.Module) -> Tensor:
+    model.eval()
+    with torch.no_grad():
+        outputs = model(images(99))
+    model.train()
+    return outputs
+
+
+def test_a_checkpoint_of_four_processes_goes_on_in_two(tmp_path):
+    saved, outputs = run(save_four, 4, str(tmp_path))[0]
+    loaded, again, later, _ = run(load_two, 2, str(tmp_path))[0]
+    assert saved.keys() == loaded.keys()
+    assert [key for key in saved if not torch.equal(saved[key], loaded[key])] == []
+    assert torch.equal(outputs, again)
+    assert int(later["stem.weight_quantizer.steps"]) == 6
+    plain = quantized()
+    plain.load_state_dict(saved)
+    assert torch.equal(plain.eval()(images(99)), outputs)
