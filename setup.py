@@ -29,6 +29,7 @@ SOURCES = (
     "csrc/adq.cpp",
     "csrc/foreach.cpp",
     "csrc/integer.cpp",
+    "csrc/integer_taps.cpp",
     "csrc/isa.cpp",
     "csrc/pool.cpp",
 )

@@ -1,55 +1,23 @@
-// The integer convolution: where the taps of each pixel are, panels of weights, pixels and panels over the
-// threads.
-//
-// There is no im2col. An output pixel's reduction is a list of taps, each the address of a run of input
-// bytes: a pixel's channels in x itself, or a row of the level `zero` outside of the image. Where the
-// channels of a group are no multiple of four the rows that a chunk of pixels needs are copied first, with
-// zeros for the missing channels and the padding at both sides; then a row of the kernel, if it is not
-// dilated, is one run.
+// The integer convolution: panels of weights, pixels and panels over the threads.
 #include "integer.h"
 
-#include <cmath>
-#include <cstring>
-#include <memory>
-#include <new>
-#include <numeric>
+#include <algorithm>
+#include <iterator>
 
 #include "adq.h"
+#include "integer_layout.h"
+#include "integer_taps.h"
 #include "isa.h"
 #include "parallel.h"
+#include "scratch.h"
 #include "tables.h"
 
 namespace adq {
 namespace {
 
 constexpr std::int64_t kChunkPixels = 1024;  // that share a decoded panel
+constexpr std::int64_t kLeastPixels = 16;    // of a chunk
 constexpr std::int64_t kItems = 4;           // for each thread, at least, where they cannot be equally many
-
-std::int64_t divide_up(std::int64_t n, std::int64_t by) { return (n + by - 1) / by; }
-std::int64_t round_up(std::int64_t n, std::int64_t to) { return divide_up(n, to) * to; }
-
-// Memory that a thread keeps from call to call, aligned to a cache line.
-class Scratch {
- public:
-    ~Scratch() { release(); }
-    std::uint8_t* reserve(std::int64_t bytes) {
-        if (bytes > size_) {
-            release();
-            data_ = static_cast<std::uint8_t*>(::operator new(static_cast<std::size_t>(bytes), kLine));
-            size_ = bytes;
-        }
-        return data_;
-    }
-
- private:
-    static constexpr std::align_val_t kLine{64};
-    void release() {
-        if (data_ != nullptr) ::operator delete(data_, kLine);
-        data_ = nullptr, size_ = 0;
-    }
-    std::uint8_t* data_ = nullptr;
-    std::int64_t size_ = 0;
-};
 
 // Output blocks of one group that are computed together.
 struct Panel {
@@ -57,45 +25,6 @@ struct Panel {
     std::int64_t first;  // block
     int count;
 };
-
-// How the input is read.
-struct Layout {
-    bool depthwise;
-    bool copied;
-    bool merged;           // a row of the kernel is one tap
-    std::int64_t groups;   // 1 if depthwise
-    std::int64_t inputs;   // channels of a group
-    std::int64_t outputs;  // of a group
-    std::int64_t unit;     // bytes of a group's channels in a pixel
-    std::int64_t pixel;    // bytes of a pixel
-    std::int64_t margin;   // columns before the image
-    std::int64_t columns;  // of a row, margins included
-    std::int64_t taps;
-    std::int64_t run;     // blocks of four inputs that a tap has
-    std::int64_t steps;   // blocks of four inputs of the whole reduction
-    std::int64_t blocks;  // output blocks of a group
-};
-
-Layout find_layout(const Convolution& args) {
-    Layout out;
-    out.depthwise = args.groups > 1 && args.outputs == args.groups && args.channels == args.groups;
-    out.groups = out.depthwise ? 1 : args.groups;
-    out.inputs = args.channels / out.groups;
-    out.outputs = args.outputs / out.groups;
-    out.unit = round_up(out.inputs, out.depthwise ? kBlockOutputs : kBlockInputs);
-    out.copied = out.unit != out.inputs;
-    out.pixel = out.groups * out.unit;
-    out.margin = out.copied ? args.padding[1] : 0;
-    out.columns = args.width + 2 * out.margin;
-    const bool padded = args.padding[1] > out.margin;
-    out.merged = !out.depthwise && out.groups == 1 && args.dilation[1] == 1 && !padded;
-    const std::int64_t taps = args.kernel[0] * args.kernel[1];
-    out.taps = out.merged ? args.kernel[0] : taps;
-    out.run = out.unit / kBlockInputs * (taps / out.taps);
-    out.steps = out.depthwise ? divide_up(taps, kBlockInputs) : out.taps * out.run;
-    out.blocks = divide_up(out.outputs, kBlockOutputs);
-    return out;
-}
 
 // The parameters of a panel's outputs, filled up to whole blocks.
 struct Parameters {
@@ -110,32 +39,27 @@ void copy_filled(const T* from, int count, T (&to)[kMaxBlocks * kBlockOutputs]) 
     std::fill(to + count, std::end(to), T{});
 }
 
-// Rows of the input, counted over all images, from `first` on.
-struct Rows {
-    const std::uint8_t* data;
-    std::int64_t first;
-};
-
 class Convolver {
  public:
     Convolver(const Convolution& args, int threads)
         : args_(args),
           isa_(integer_kernels()),
           layout_(find_layout(args)),
+          taps_(args_, layout_),
           pixels_(args.batch * args.out_height * args.out_width) {
         find_panels();
-        find_chunk(threads);
-        fill_outside();
+        find_items(threads);
         for (const Convolution::Levels& level : args.levels)
             tables_.push_back(quantizer_table(level.quantizer));
     }
 
     void run(int threads) const {
-        const std::int64_t panels = static_cast<std::int64_t>(panels_.size());
-        for_chunks(divide_up(pixels_, chunk_) * panels, 1, threads,
+        for_chunks(divide_up(pixels_, chunk_) * splits_, 1, threads,
                    [&](std::int64_t, std::int64_t item, std::int64_t) {
-                       const std::int64_t begin = item / panels * chunk_;
-                       run_item(panels_[item % panels], begin, std::min(begin + chunk_, pixels_));
+                       const std::int64_t begin = item / splits_ * chunk_, split = item % splits_;
+                       const std::int64_t panels = static_cast<std::int64_t>(panels_.size());
+                       run_item(begin, std::min(begin + chunk_, pixels_), panels * split / splits_,
+                                panels * (split + 1) / splits_);
                    });
     }
 
@@ -162,46 +86,48 @@ class Convolver {
         }
     }
 
-    // Chunks of nearly equal size, so many that each thread gets as many items as the others, or several.
-    void find_chunk(int threads) {
+    // An item is a chunk of pixels times some of the panels. There are so many of nearly equal size that each
+    // thread gets as many as the others, or several; rather more chunks than splits of the panels.
+    void find_items(int threads) {
         const std::int64_t panels = static_cast<std::int64_t>(panels_.size());
         std::int64_t chunks = std::max<std::int64_t>(divide_up(pixels_, kChunkPixels), 1);
-        const std::int64_t most = std::max<std::int64_t>(pixels_ / 16, 1);
-        while (chunks < most && chunks * panels < kItems * threads && chunks * panels % threads != 0)
-            ++chunks;
+        const std::int64_t most = std::max<std::int64_t>(pixels_ / kLeastPixels, 1);
+        const auto uneven = [&] {
+            return chunks * splits_ < kItems * threads && chunks * splits_ % threads != 0;
+        };
+        while (chunks < most && uneven()) ++chunks;
+        while (splits_ < panels && uneven()) ++splits_;
         chunk_ = std::max<std::int64_t>(divide_up(pixels_, chunks), 1);
     }
 
-    // A tap outside of the image.
-    void fill_outside() {
-        const std::int64_t units = layout_.merged ? args_.kernel[1] : 1;
-        outside_.assign(units * layout_.unit, 0);
-        for (std::int64_t i = 0; i < units; ++i) {
-            std::fill_n(outside_.begin() + i * layout_.unit, layout_.inputs, args_.zero);
+    void run_item(std::int64_t begin, std::int64_t end, std::int64_t first_panel,
+                  std::int64_t end_panel) const {
+        thread_local Scratch weights, rows;
+        thread_local Chunk chunk;
+        taps_.find(begin, end, rows, chunk);
+        for (std::int64_t i = first_panel; i < end_panel; ++i) {
+            const Panel& panel = panels_[i];
+            void* prepared = weights.reserve(layout_.steps * panel.count * isa_.panel_bytes);
+            prepare(panel, prepared);
+            Parameters parameters;
+            Strip strip;
+            strip.panel = prepared;
+            strip.blocks = panel.count;
+            strip.run = layout_.run;
+            strip.channel = layout_.depthwise ? panel.first * kBlockOutputs : panel.group * layout_.unit;
+            strip.stride = end - begin;
+            set_epilogue(panel, begin, parameters, strip.epilogue);
+            for (const PixelGroup& group : chunk.groups) run_group(group, chunk, strip);
         }
     }
 
-    void run_item(const Panel& panel, std::int64_t begin, std::int64_t end) const {
-        thread_local Scratch weights, rows;
-        void* prepared = weights.reserve(layout_.steps * panel.count * isa_.panel_bytes);
-        prepare(panel, prepared);
-        const Rows input = layout_.copied ? copy_rows(begin, end, rows) : Rows{args_.x, 0};
-
-        std::vector<const std::uint8_t*> inputs(layout_.taps * kStrip);
-        Parameters parameters;
-        Strip strip;
-        strip.panel = prepared;
-        strip.blocks = panel.count;
-        strip.run = layout_.run;
-        strip.taps = static_cast<int>(layout_.taps);
-        strip.inputs = inputs.data();
-        set_parameters(panel, parameters, strip.epilogue);
-        for (std::int64_t at = begin; at < end; at += kStrip) {
-            strip.pixels = static_cast<int>(std::min<std::int64_t>(kStrip, end - at));
-            find_inputs(panel, input, at, strip.pixels, inputs.data());
-            set_results(panel, at, strip.epilogue);
-            layout_.depthwise ? isa_.depthwise(strip) : isa_.dense(strip);
-        }
+    void run_group(const PixelGroup& group, const Chunk& chunk, Strip& strip) const {
+        strip.taps = group.taps.data();
+        strip.tap_count = static_cast<int>(group.taps.size());
+        strip.inputs = chunk.inputs.data() + group.first;
+        strip.pixels = group.count;
+        strip.epilogue.places = chunk.places.data() + group.first;
+        layout_.depthwise ? isa_.depthwise(strip) : isa_.dense(strip);
     }
 
     void prepare(const Panel& panel, void* to) const {
@@ -247,7 +173,8 @@ class Convolver {
         return panel.group * layout_.outputs + panel.first * kBlockOutputs;
     }
 
-    void set_parameters(const Panel& panel, Parameters& parameters, Epilogue& epilogue) const {
+    void set_epilogue(const Panel& panel, std::int64_t pixel, Parameters& parameters,
+                      Epilogue& epilogue) const {
         const std::int64_t first = first_output(panel);
         epilogue.outputs = outputs_of(panel);
         copy_filled(args_.initial + first, epilogue.outputs, parameters.initial);
@@ -260,108 +187,20 @@ class Convolver {
         epilogue.high = args_.high;
         epilogue.stride = args_.outputs;
         epilogue.tables = &tables_;
-        epilogue.levels.resize(tables_.size());
-    }
-
-    void set_results(const Panel& panel, std::int64_t pixel, Epilogue& epilogue) const {
-        const std::int64_t at = pixel * args_.outputs + first_output(panel);
+        const std::int64_t at = pixel * args_.outputs + first;
         epilogue.residual = args_.residual != nullptr ? args_.residual + at : nullptr;
         epilogue.y = args_.y != nullptr ? args_.y + at : nullptr;
-        for (std::size_t i = 0; i < tables_.size(); ++i) epilogue.levels[i] = args_.levels[i].levels + at;
-    }
-
-    // The row of its image that kernel row `k` reads for output row `row`; it may lie outside.
-    std::int64_t image_row(std::int64_t row, std::int64_t k) const {
-        return row % args_.out_height * args_.stride[0] - args_.padding[0] + k * args_.dilation[0];
-    }
-
-    // The same, clamped to the image, counted over all images.
-    std::int64_t input_row(std::int64_t row, std::int64_t k) const {
-        const std::int64_t y = std::min(std::max<std::int64_t>(image_row(row, k), 0), args_.height - 1);
-        return row / args_.out_height * args_.height + y;
-    }
-
-    // Copies the rows that pixels begin .. end need.
-    Rows copy_rows(std::int64_t begin, std::int64_t end, Scratch& scratch) const {
-        const std::int64_t first = input_row(begin / args_.out_width, 0);
-        const std::int64_t last = input_row((end - 1) / args_.out_width, args_.kernel[0] - 1);
-        const std::int64_t bytes = layout_.columns * layout_.pixel;
-        std::uint8_t* rows = scratch.reserve((last + 1 - first) * bytes);
-        std::memset(rows, 0, (last + 1 - first) * bytes);
-        for (std::int64_t row = first; row <= last; ++row) copy_row(row, rows + (row - first) * bytes);
-        return {rows, first};
-    }
-
-    void copy_row(std::int64_t row, std::uint8_t* to) const {
-        const std::uint8_t* from = args_.x + row * args_.width * args_.channels;
-        const auto copy = [&](std::int64_t column) {
-            std::memcpy(to + column, outside_.data(), layout_.unit);
-        };
-        for (std::int64_t i = 0; i < layout_.margin * layout_.groups; ++i) {
-            copy(i * layout_.unit);
-            copy((layout_.columns * layout_.groups - 1 - i) * layout_.unit);
-        }
-        to += layout_.margin * layout_.pixel;
-        if (layout_.inputs == 3 && layout_.unit == 4) {
-            for (std::int64_t i = 0; i < args_.width * layout_.groups; ++i)
-                std::memcpy(to + 4 * i, from + 3 * i, 3);
-            return;
-        }
-        for (std::int64_t i = 0; i < args_.width * layout_.groups; ++i) {
-            std::memcpy(to + i * layout_.unit, from + i * layout_.inputs, layout_.inputs);
-        }
-    }
-
-    // Where the taps of `count` pixels from `begin` on are: inputs[tap][kStrip].
-    void find_inputs(const Panel& panel, const Rows& rows, std::int64_t begin, int count,
-                     const std::uint8_t** inputs) const {
-        const std::uint8_t* base =
-            rows.data + (layout_.depthwise ? panel.first * kBlockOutputs : panel.group * layout_.unit);
-        const std::uint8_t* outside = outside_.data() + (layout_.depthwise ? panel.first * kBlockOutputs : 0);
-        const std::int64_t width = args_.out_width;
-        for (std::int64_t at = begin; at < begin + count;) {
-            const std::int64_t row = at / width, first = at % width;
-            const std::int64_t last = std::min(width, first + begin + count - at);
-            const std::int64_t columns = layout_.merged ? 1 : args_.kernel[1];
-            for (std::int64_t k = 0; k < args_.kernel[0]; ++k) {
-                const std::int64_t y = image_row(row, k);
-                const std::uint8_t* line =
-                    y >= 0 && y < args_.height
-                        ? base + (input_row(row, k) - rows.first) * layout_.columns * layout_.pixel
-                        : nullptr;
-                for (std::int64_t l = 0; l < columns; ++l) {
-                    const std::uint8_t** to = inputs + (k * columns + l) * kStrip + (at - begin);
-                    find_segment(line, outside, first, last, l * args_.dilation[1], to);
-                }
-            }
-            at += last - first;
-        }
-    }
-
-    // The taps of columns first .. last of a row, `offset` columns into the kernel.
-    void find_segment(const std::uint8_t* line, const std::uint8_t* outside, std::int64_t first,
-                      std::int64_t last, std::int64_t offset, const std::uint8_t** to) const {
-        const std::int64_t shift = offset + layout_.margin - args_.padding[1];
-        const std::int64_t stride = args_.stride[1];
-        const auto clamped = [&](std::int64_t i) { return std::min(std::max(i, first), last); };
-        const std::int64_t begin =
-            line != nullptr ? clamped(divide_up(std::max<std::int64_t>(-shift, 0), stride)) : last;
-        const std::int64_t end =
-            line != nullptr ? clamped(divide_up(std::max<std::int64_t>(layout_.columns - shift, 0), stride))
-                            : last;
-        to = std::fill_n(to, begin - first, outside);
-        const std::uint8_t* at = line + (begin * stride + shift) * layout_.pixel;
-        for (std::int64_t i = begin; i < end; ++i, at += stride * layout_.pixel) *to++ = at;
-        std::fill_n(to, last - end, outside);
+        for (const Convolution::Levels& level : args_.levels) epilogue.levels.push_back(level.levels + at);
     }
 
     const Convolution& args_;
     const IntegerKernels& isa_;
     const Layout layout_;
+    const Taps taps_;
     const std::int64_t pixels_;
-    std::int64_t chunk_ = 1;
+    std::int64_t chunk_ = 1;   // pixels of an item
+    std::int64_t splits_ = 1;  // of the panels into items
     std::vector<Panel> panels_;
-    std::vector<std::uint8_t> outside_;
     std::vector<QuantizerTable> tables_;
 };
 

@@ -16,7 +16,6 @@ constexpr int kBlockOutputs = 16;
 constexpr int kBlockInputs = 4;
 constexpr int kBlockWeights = kBlockOutputs * kBlockInputs;
 constexpr int kMaxBlocks = 4;  // of a panel
-constexpr int kStrip = 96;     // most pixels of a call
 
 // How a quantizer decides: by edges, or by the closed form where one interval serves all steps.
 struct QuantizerTable {
@@ -35,8 +34,8 @@ struct PanelSource {
 };
 
 // What follows the sums of a panel's outputs: v = float(a) * multiplier + bias + residual, clamped, stored,
-// and its levels. Arrays of parameters hold 16 entries a block. Addresses are those of the strip's first
-// pixel and the panel's first output; from pixel to pixel they move on by `stride` elements.
+// and its levels. Arrays of parameters hold 16 entries a block. A pixel of the strip is places[pixel] *
+// stride elements from the addresses of residual, y and levels, which are those of the panel's first output.
 struct Epilogue {
     const std::int32_t* initial;
     const float* multiplier;
@@ -44,6 +43,7 @@ struct Epilogue {
     float low;
     float high;
     int outputs;  // that exist, at most 16 a block and more than 16 a block less one
+    const std::int32_t* places;
     std::int64_t stride;
     const float* residual;  // optional
     float* y;               // optional
@@ -51,15 +51,18 @@ struct Epilogue {
     std::vector<std::uint8_t*> levels;  // a result for each table
 };
 
-// Up to kStrip pixels times a panel.
+// Pixels that have the same taps, times a panel.
 struct Strip {
     const void* panel;
     int blocks;
     // Dense: a tap is a run of 4 `run` consecutive input bytes. Depthwise: a tap is the pixel's channels, and
-    // the panel's steps are the taps in fours; run is unused.
+    // the panel's steps are the taps in fours; run is unused, and there are all the taps.
     std::int64_t run;
-    int taps;
-    const std::uint8_t* const* inputs;  // [taps][kStrip]
+    const int* taps;  // their places in the panel, ascending
+    int tap_count;
+    const std::uint8_t* const* inputs;  // of tap t and pixel p: inputs[t * stride + p] + channel
+    std::int64_t stride;
+    std::int64_t channel;
     int pixels;
     Epilogue epilogue;
 };

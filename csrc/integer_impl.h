@@ -129,6 +129,7 @@ void finish_sums(const Epilogue& epilogue, Tile tile) {
     // In registers: the compiler cannot know that the results lie elsewhere than the epilogue.
     const Floats low = fill(epilogue.low), high = fill(epilogue.high);
     const float *multiplier = epilogue.multiplier, *bias = epilogue.bias;
+    const std::int32_t* places = epilogue.places + tile.first;
     const std::int64_t stride = epilogue.stride;
     const float* residual = epilogue.residual;
     float* y = epilogue.y;
@@ -137,7 +138,7 @@ void finish_sums(const Epilogue& epilogue, Tile tile) {
     float rest[kRow] = {};
     for (int pixel = 0; pixel < tile.pixels; ++pixel) {
         float* values = tile.values + pixel * kRow;
-        const std::int64_t at = (tile.first + pixel) * stride;
+        const std::int64_t at = places[pixel] * stride;
         const float* added = residual != nullptr ? residual + at : nullptr;
         if (!whole && added != nullptr) added = static_cast<float*>(std::memcpy(rest, added, bytes));
         unroll<kBlocks * kParts>([&](auto v) ADQ_INLINE_LAMBDA {
@@ -173,18 +174,19 @@ void quantize(const Epilogue& epilogue, const QuantizerTable& table, Tile tile, 
     constexpr int kVectors = kBlocks * kParts;
     const Level level(table);
     const Floats scale = fill(table.closed.scale);
+    const std::int32_t* places = epilogue.places + tile.first;
     const std::int64_t stride = epilogue.stride;
     const bool whole = epilogue.outputs == kRow;
     const std::size_t bytes = epilogue.outputs;
     std::uint8_t rest[kRow];
-    to += tile.first * stride;
-    for (int pixel = 0; pixel < tile.pixels; ++pixel, to += stride) {
+    for (int pixel = 0; pixel < tile.pixels; ++pixel) {
+        std::uint8_t* place = to + places[pixel] * stride;
         Ints levels[kVectors];
         unroll<kVectors>([&](auto v) ADQ_INLINE_LAMBDA {
             levels[v.value] = level(scale * load_floats(tile.values + pixel * kRow + kWidth * v.value));
         });
-        narrow_all<kVectors>(whole ? to : rest, levels);
-        if (!whole) std::memcpy(to, rest, bytes);
+        narrow_all<kVectors>(whole ? place : rest, levels);
+        if (!whole) std::memcpy(place, rest, bytes);
     }
 }
 
@@ -219,12 +221,12 @@ void multiply_tile(const Strip& strip, Tile tile) {
         const Ints initial = load_ints(strip.epilogue.initial + kWidth * v.value);
         unroll<kPixels>([&](auto p) ADQ_INLINE_LAMBDA { sum[v.value][p.value] = initial; });
     });
-    const Ints* weights = static_cast<const Ints*>(strip.panel);
-    for (int tap = 0; tap < strip.taps; ++tap) {
+    for (int i = 0; i < strip.tap_count; ++i) {
+        const int tap = strip.taps[i];
+        const Ints* weights = static_cast<const Ints*>(strip.panel) + tap * strip.run * kVectors * kSplit;
+        const std::uint8_t* const* inputs = strip.inputs + tap * strip.stride + tile.first;
         const std::uint8_t* input[kPixels];
-        unroll<kPixels>([&](auto p) ADQ_INLINE_LAMBDA {
-            input[p.value] = strip.inputs[tap * kStrip + tile.first + p.value];
-        });
+        unroll<kPixels>([&](auto p) ADQ_INLINE_LAMBDA { input[p.value] = inputs[p.value] + strip.channel; });
         for (std::int64_t at = 0; at < 4 * strip.run; at += 4) {
             Ints weight[kVectors][kSplit];
             unroll<kVectors * kSplit>([&](auto i) ADQ_INLINE_LAMBDA {
@@ -288,8 +290,9 @@ ADQ_INLINE Quads gather_taps(const Strip& strip, int group, int pixel, int chann
     Ints bytes = fill(0);
     unroll<kBlockInputs>([&](auto i) ADQ_INLINE_LAMBDA {
         const int tap = kBlockInputs * group + i.value;
-        const int real = tap < strip.taps ? tap : strip.taps - 1;
-        bytes = bytes | (widen(strip.inputs[real * kStrip + pixel] + channel) << (8 * i.value));
+        const int real = tap < strip.tap_count ? tap : strip.tap_count - 1;
+        const std::uint8_t* levels = strip.inputs[real * strip.stride + pixel] + strip.channel;
+        bytes = bytes | (widen(levels + channel) << (8 * i.value));
     });
     return Quads(bytes);
 }
@@ -299,7 +302,7 @@ void depthwise_blocks(const Strip& strip) {
     constexpr int kPixels = 4;
     constexpr int kVectors = kBlocks * kParts;
     alignas(64) float values[kPixels * kBlocks * kBlockOutputs];
-    const int groups = (strip.taps + kBlockInputs - 1) / kBlockInputs;
+    const int groups = (strip.tap_count + kBlockInputs - 1) / kBlockInputs;
     for (int first = 0; first < strip.pixels; first += kPixels) {
         const Tile tile{first, std::min(kPixels, strip.pixels - first), values};
         for (int p = 0; p < tile.pixels; ++p) {

@@ -72,6 +72,8 @@ CASES = {
     "groups": {"groups": 2, "outputs": 36, "inputs": 12, "values": 3},
     "depthwise": {"groups": 24, "outputs": 24, "inputs": 24},
     "depthwise-int8": {"groups": 37, "outputs": 37, "inputs": 37, "values": 250, "stride": (2, 1)},
+    "padded more than the kernel": {"padding": (4, 3), "size": (3, 9), "batch": 3},
+    "dilated, level 0 outside": {"dilation": (2, 3), "padding": (2, 3), "size": (9, 8)},
     "dilated": {"dilation": (2, 1), "padding": (2, 0), "zero": 5},
     "saturating": {"inputs": 64, "values": 1, "top": 255, "zero": 255},
     "residual": {"residual": True, "readers": (7, 3, 255, 1), "high": 1.0, "low": -1.0},
@@ -123,8 +125,8 @@ def test_by_hand():
     outputs=st.integers(1, 70), inputs=st.integers(1, 40), kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
     size=st.tuples(st.integers(3, 8), st.integers(3, 8)), values=st.sampled_from([1, 2, 3, 4, 7, 16, 17, 256]),
     stride=st.tuples(st.integers(1, 2), st.integers(1, 2)), padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
-    residual=st.booleans(), readers=st.sampled_from([(), (1,), (15, 3), (255,), (31, 7)]), zero=st.integers(0, 255),
-    seed=st.integers(0, 99),
+    residual=st.booleans(), readers=st.sampled_from([(), (1,), (15, 3), (255,), (31, 7)]), zero=st.just(0) | st.integers(0, 255),
+    batch=st.integers(1, 3), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_any_shape(**arguments):
     args, _ = make(**arguments)
