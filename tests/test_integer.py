@@ -125,8 +125,8 @@ def test_by_hand():
     outputs=st.integers(1, 70), inputs=st.integers(1, 40), kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
     size=st.tuples(st.integers(3, 8), st.integers(3, 8)), values=st.sampled_from([1, 2, 3, 4, 7, 16, 17, 256]),
     stride=st.tuples(st.integers(1, 2), st.integers(1, 2)), padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
-    residual=st.booleans(), readers=st.sampled_from([(), (1,), (15, 3), (255,), (31, 7)]), zero=st.just(0) | st.integers(0, 255),
-    batch=st.integers(1, 3), seed=st.integers(0, 99),
+    residual=st.booleans(), readers=st.sampled_from([(), (1,), (15, 3), (255,), (31, 7)]),
+    zero=st.just(0) | st.integers(0, 255), batch=st.integers(1, 3), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_any_shape(**arguments):
     args, _ = make(**arguments)
