@@ -19,6 +19,7 @@ from adq.config import ActivationConfig, ADQConfig, LayerConfig, WeightConfig
 from adq.convert import pack_, quantize_
 from adq.coreml import export_coreml
 from adq.distill import DistillationLoss
+from adq.fold import fold_batch_norm_
 from adq.integer import IntegerReport, to_integer
 from adq.models import create_model, load_float_weights, register_architecture
 from adq.onnx import export_onnx
@@ -53,6 +54,7 @@ __all__ = [
     "export_coreml",
     "export_onnx",
     "export_program",
+    "fold_batch_norm_",
     "functional",
     "load",
     "load_float_weights",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -16,6 +17,7 @@ from adq.config import ActivationConfig, LayerConfig, WeightConfig, from_dict, t
 from adq.container import check_shape
 from adq.convert import convert_layers_, convertible, pack_, packed_weights, quantized_layers, refuse_packed
 from adq.deploy import listed
+from adq.fold import attach_, fold_batch_norm_, fold_problem
 from adq.functional import code_bits, unpack
 from adq.models import rebuild
 from adq.nn.activation import ActivationQuantizer
@@ -48,6 +50,7 @@ class Header:
         layers: configuration of every quantized layer, by qualified name.
         shapes: weight shape of every layer stored as codes.
         aliases: state dict keys that share the tensor of another key.
+        folded: batch norms that are folded into a layer, by its name.
     """
 
     version: int
@@ -56,15 +59,17 @@ class Header:
     layers: dict[str, LayerConfig]
     shapes: dict[str, list[int]]
     aliases: dict[str, str]
+    folded: dict[str, str]
 
     def parts(self) -> dict[str, Any]:
         """What :mod:`adq.container` writes, by the names of :data:`adq.container.PARTS`."""
-        return {
+        parts = {
             "architecture": self.architecture,
             "layers": {name: to_dict(config) for name, config in self.layers.items()},
             "shapes": self.shapes,
             "aliases": self.aliases,
         }
+        return {**parts, "folded": self.folded} if self.folded else parts
 
     @classmethod
     def parse(cls, contents: container.Contents, path: Path) -> Header:
@@ -75,13 +80,14 @@ class Header:
             layers = {name: _layer_config(value) for name, value in values["layers"].items()}
             for name, shape in values["shapes"].items():
                 check_shape(name, shape)
-            if not all(isinstance(kept, str) for kept in values["aliases"].values()):
-                raise ValueError(f"aliases are {values['aliases']!r:.200}")
+            folded = values.get("folded", {})
+            for part, names in (("aliases", values["aliases"]), ("folded", folded)):
+                if not all(isinstance(name, str) for name in names.values()):
+                    raise ValueError(f"{part} is {names!r:.200}")
         except (KeyError, AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"adq: {path} has a damaged header: {error}") from error
-        return cls(
-            contents.version, contents.packed, values["architecture"], layers, values["shapes"], values["aliases"]
-        )
+        parts = values["architecture"], layers, values["shapes"], values["aliases"], folded
+        return cls(contents.version, contents.packed, *parts)
 
 
 def _check_architecture_record(record: Any) -> None:
@@ -162,7 +168,12 @@ def _without_aliases(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
 
 
 def save(
-    model: nn.Module, path: str | Path, *, packed: bool = False, architecture: dict[str, Any] | None = None
+    model: nn.Module,
+    path: str | Path,
+    *,
+    packed: bool = False,
+    fold_batch_norm: bool = False,
+    architecture: dict[str, Any] | None = None,
 ) -> Path:
     """Save a quantized model as one safetensors file, written to a temporary name and renamed.
 
@@ -170,6 +181,8 @@ def save(
         model: quantized model.
         path: file to write.
         packed: store codes of b bits instead of float weights, without the state of training: what ships.
+        fold_batch_norm: with ``packed``, without the batch norms that follow convolutions
+            (:func:`adq.fold_batch_norm_`); the model itself keeps them.
         architecture: ``{"name", "num_classes", "kwargs"}`` for :func:`adq.create_model`, so that the file alone
             rebuilds the model; default: what ``create_model`` noted on the model, if it came from there.
 
@@ -178,11 +191,14 @@ def save(
 
     Raises:
         ValueError: not quantized, a NaN or infinity in the model (the tensor is named), or a plain file of a model that
-            is packed.
+            is packed; batch norms cannot be folded.
     """
-    layers = _present_config(model)
-    if not layers:
+    if not quantized_layers(model):
         raise ValueError("adq: the model is not quantized; save float models with safetensors")
+    if fold_batch_norm:
+        if not packed:
+            raise ValueError("adq: batch norms are folded into packed files alone; pass packed=True")
+        model = fold_batch_norm_(copy.deepcopy(model))
     if not packed:
         refuse_packed(model, "a file to train on")
     state, shapes = packed_state(model) if packed else (dict(model.state_dict()), {})
@@ -193,7 +209,8 @@ def save(
             raise ValueError(f"adq: not saved: {key} holds NaN or infinity")
     tensors, aliases = _without_aliases(state)
     architecture = architecture or getattr(model, "adq_architecture", None)
-    header = Header(container.FORMAT_VERSION, packed, architecture, layers, shapes, aliases)
+    layers, folded = _present_config(model), getattr(model, "adq_folded", {})
+    header = Header(container.FORMAT_VERSION, packed, architecture, layers, shapes, aliases, folded)
     with replacing(path) as temporary:
         container.write(temporary, tensors, header.parts(), packed, installed_version())
     return Path(path)
@@ -232,6 +249,7 @@ def load(path: str | Path, model: nn.Module | None = None, *, device: str | torc
     convert_layers_(model, header.layers, fitted=False)
     if header.packed:
         pack_(model, {name: state[f"{_prefix(name)}{CODES}"].clone() for name in header.shapes})
+        attach_(model, header.folded)
     model.load_state_dict(state, strict=not header.packed)
     return model.eval().to(device)
 
@@ -289,10 +307,23 @@ def _check_architecture(model: nn.Module, header: Header, state: dict[str, Tenso
             if coded[name] is not None and shape != list(_weight(modules[name]).shape)
         ]
     if not problems:
+        problems = _fold_problems(modules, header)
+    if not problems:
         problems = _differences(_expected(model, header), state)
     if problems:
         raise ValueError(f"adq: {path} is of another architecture: {listed(sorted(problems))}")
     _check_codes(header, state, path)
+
+
+def _fold_problems(modules: Mapping[str, nn.Module], header: Header) -> list[str]:
+    """Why batch norms cannot have been folded as the file says."""
+    if len(set(header.folded.values())) < len(header.folded) or not header.folded.keys() <= header.shapes.keys():
+        return ["its folded batch norms do not have a layer of codes each"]
+    problems = []
+    for name, norm in header.folded.items():
+        problem = fold_problem(modules[name], modules[norm]) if norm in modules else "there is no such batch norm"
+        problems += [f"{norm} cannot be folded into {name}: {problem}"] if problem else []
+    return problems
 
 
 def _expected(model: nn.Module, header: Header) -> dict[str, Tensor]:
@@ -300,7 +331,10 @@ def _expected(model: nn.Module, header: Header) -> dict[str, Tensor]:
     expected = {key: tensor.to("meta") for key, tensor in model.state_dict().items()}
     if header.packed and header.version > 1:
         expected = {key: tensor for key, tensor in expected.items() if not key.endswith(COUNTER)}
-    layers = {name: model.get_submodule(name) for name in header.layers}
+    layers: dict[str, Any] = {name: model.get_submodule(name) for name in header.layers}
+    for name, norm in header.folded.items():
+        expected = {key: tensor for key, tensor in expected.items() if not key.startswith(_prefix(norm))}
+        expected[f"{_prefix(name)}bias"] = layers[name].weight.new_empty(layers[name].out_channels, device="meta")
     coded = {id(_weight(layers[name])) for name in header.shapes}
     for name, config in header.layers.items():
         prefix, layer = _prefix(name), layers[name]

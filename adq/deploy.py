@@ -1,12 +1,16 @@
-"""What every deployment target asks of a quantized layer: weights as integers on a grid, and the reasons to refuse."""
+"""What every deployment target asks of a quantized model: weights as integers on a grid, batch norms as a factor and a
+shift, the graph of its layers, and the reasons to refuse.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from adq.convert import quantized_layers
 from adq.nn.activation import ActivationQuantizer
@@ -28,6 +32,24 @@ def integer_levels(codebook: Tensor) -> tuple[Tensor, Tensor] | None:
             coarser = max(1, common & -common)  # the power of two in all of them: without it fewer bits may do
             return levels.int() // coarser, step * coarser
     return None
+
+
+def batch_norm_affine(norm: BatchNorm) -> tuple[Tensor, Tensor]:
+    """Factor and shift of a batch norm in evaluation, float64 ``[C]``."""
+    mean, var = cast(Tensor, norm.running_mean).double(), cast(Tensor, norm.running_var).double()
+    factor = (var + norm.eps).rsqrt()
+    if norm.affine:
+        factor = factor * norm.weight.detach().double()
+    shift = -mean * factor
+    return factor, shift + norm.bias.detach().double() if norm.affine else shift
+
+
+class LayerTracer(fx.Tracer):
+    """Traces a model down to its layers, quantized ones as they are."""
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        """Whether the graph shows a call of the module rather than what is in it."""
+        return isinstance(module, QuantizedLayer) or super().is_leaf_module(module, name)
 
 
 def activation_problem(quantizer: ActivationQuantizer) -> str | None:

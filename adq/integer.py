@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from adq.convert import quantized_layers, to_device
-from adq.deploy import integer_levels, layer_problem, listed
+from adq.deploy import LayerTracer, batch_norm_affine, integer_levels, layer_problem, listed
 from adq.nn.activation import ActivationQuantizer
 from adq.nn.integer import (
     Affine,
@@ -128,22 +128,7 @@ def _bias(layer: QuantizedLayer) -> Affine:
     return Affine(torch.ones_like(shift), shift)
 
 
-def _batch_norm(norm: BatchNorm) -> tuple[Tensor, Tensor]:
-    """Factor and shift of a batch norm in evaluation, float64 ``[C]``."""
-    mean, var = cast(Tensor, norm.running_mean).double(), cast(Tensor, norm.running_var).double()
-    factor = (var + norm.eps).rsqrt()
-    if norm.affine:
-        factor = factor * norm.weight.detach().double()
-    shift = -mean * factor
-    return factor, shift + norm.bias.detach().double() if norm.affine else shift
-
-
 # ---- the graph ---------------------------------------------------------------------------------------
-
-
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, QuantizedLayer) or super().is_leaf_module(module, name)
 
 
 @dataclass
@@ -234,7 +219,7 @@ class _Fuser:
             return
         if isinstance(fusion.layer, QLinear) and len(_shape(fusion.last) or ()) != 2:
             return  # its channels are another axis
-        fusion.affine = fusion.affine.then(*_batch_norm(module))
+        fusion.affine = fusion.affine.then(*batch_norm_affine(module))
         fusion.nodes.append(user)
 
     def _sum(self, fusion: _Fusion) -> None:
@@ -376,7 +361,7 @@ def to_integer(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...], *,
         return _reported(_integer_layer(model, _bias(model), Epilogue()), IntegerReport(names, 0, left, None))
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     try:
-        graph = _Tracer().trace(model)
+        graph = LayerTracer().trace(model)
     except Exception as error:  # whatever the model's code raises when it meets a proxy
         _replace_each(model, names)
         return _reported(model, IntegerReport(names, 0, left, f"torch.fx cannot trace the model: {error}"))

@@ -37,15 +37,14 @@ def _symbolic(name: str, inputs: tuple[Tensor, ...], shape: Any, dtype: torch.dt
 
 
 class _GridWeight(nn.Module):
-    """A weight whose levels lie on an int8 grid: ``scale * step * m``, as DequantizeLinear of the integers m."""
+    """A weight whose levels lie on an int8 grid: ``scale * m``, as DequantizeLinear of the integers m."""
 
     integer: Tensor
     scale: Tensor
 
-    def __init__(self, packed: PackedWeight, integer: Tensor, step: Tensor) -> None:
+    def __init__(self, packed: PackedWeight, integer: Tensor, scale: Tensor) -> None:
         super().__init__()
         self.register_buffer(INTEGER, integer.to(torch.int8))
-        scale = packed.scale * step
         self.register_buffer("scale", scale.reshape(()) if scale.numel() == 1 else scale.flatten())
         self.attributes = {} if scale.numel() == 1 else {"axis": packed.axis}
 
@@ -98,7 +97,11 @@ def _weight(packed: PackedWeight) -> nn.Module:
     if grid is None:
         return _CodebookWeight(packed, codes)
     levels, step = grid
-    return _GridWeight(packed, levels[codes.int()], step)
+    scale = packed.scale * step
+    integer = levels[codes.int()] * torch.where(scale < 0, -1, 1)  # a scale of DequantizeLinear is positive
+    if int(integer.max()) > 127:  # -128, turned round
+        return _CodebookWeight(packed, codes)
+    return _GridWeight(packed, integer, scale.abs())
 
 
 # ---- refusals ----------------------------------------------------------------------------------------

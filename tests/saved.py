@@ -114,6 +114,6 @@ def save_version_1(model: nn.Module, path: Path, packed: bool, architecture: dic
     if packed:
         for key in [key for key in aliases if key.endswith(".codes")]:
             del aliases[key]
-    parts = artifact.Header(1, packed, architecture, artifact._present_config(model), shapes, aliases).parts()
+    parts = artifact.Header(1, packed, architecture, artifact._present_config(model), shapes, aliases, {}).parts()
     metadata = {"format": "adq-model", "format_version": "1", "adq_version": "0.1.0", "packed": json.dumps(packed)}
     save_file(tensors, path, metadata=metadata | {key: json.dumps(part) for key, part in parts.items()})

@@ -35,15 +35,14 @@ def bounded_memory() -> Iterator[None]:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < MEMORY_KIB
 
 
+FORMS = {"plain": {}, "packed": {"packed": True}, "folded": {"packed": True, "fold_batch_norm": True}}
+
+
 @pytest.fixture(scope="module")
-def files(tmp_path_factory) -> dict[bool, bytes]:
-    """A plain and a packed file."""
-    path = tmp_path_factory.mktemp("files") / "m.safetensors"
-    model, found = trained(), {}
-    for packed in (False, True):
-        adq.save(model, path, packed=packed)
-        found[packed] = path.read_bytes()
-    return found
+def files(tmp_path_factory) -> dict[str, bytes]:
+    """A file of each form."""
+    path, model = tmp_path_factory.mktemp("files") / "m.safetensors", trained()
+    return {form: adq.save(model, path, **options).read_bytes() for form, options in FORMS.items()}
 
 
 def load(path: Path) -> bool:
@@ -80,22 +79,22 @@ def edited(data: bytes, changes: list[tuple[str, float, bytes]]) -> bytes:
     return data
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("form", FORMS)
 @FUZZ
 @given(changes=edits())
-def test_a_changed_file_is_refused(tmp_path, files, packed, changes):
+def test_a_changed_file_is_refused(tmp_path, files, form, changes):
     """Whatever the change: the digest covers every byte."""
     path = tmp_path / "m.safetensors"
-    path.write_bytes(edited(files[packed], changes))
-    assert load(path) == (path.read_bytes() == files[packed])
+    path.write_bytes(edited(files[form], changes))
+    assert load(path) == (path.read_bytes() == files[form])
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("form", FORMS)
 @FUZZ
 @given(changes=edits())
-def test_a_changed_file_whose_digest_is_right(tmp_path, files, packed, changes):
+def test_a_changed_file_whose_digest_is_right(tmp_path, files, form, changes):
     """What the digest would stop: the checks behind it stand alone."""
-    path, data = tmp_path / "m.safetensors", edited(files[packed], changes)
+    path, data = tmp_path / "m.safetensors", edited(files[form], changes)
     path.write_bytes(data)
     size = int.from_bytes(data[:8], "little")
     if size < len(data) and container._DIGEST.search(data[8 : 8 + size]):
@@ -135,17 +134,17 @@ def put(node: Any, path: tuple[Any, ...], value: Any, action: str) -> None:
         node[json.dumps(value)] = node[path[-1]]
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("form", FORMS)
 @FUZZ
 @given(data=st.data())
-def test_a_header_with_parts_changed(tmp_path, files, packed, data):
+def test_a_header_with_parts_changed(tmp_path, files, form, data):
     path = tmp_path / "m.safetensors"
-    path.write_bytes(files[packed])
+    path.write_bytes(files[form])
     header = copy.deepcopy(parts_of(path))
     for _ in range(data.draw(st.integers(1, 3))):
         where = data.draw(st.sampled_from(places(header)))
         put(header, where, data.draw(HOSTILE), data.draw(st.sampled_from(["replace", "replace", "remove", "add"])))
-    forge(path, files[packed], text=json.dumps(header))
+    forge(path, files[form], text=json.dumps(header))
     load(path)
 
 

@@ -263,6 +263,9 @@ def export(
             "onnx, torch (torch.export), aoti (AOTInductor, for this CPU), coreml: for a runtime."
         ),
     ] = "packed",
+    fold_batch_norm: Annotated[
+        bool, typer.Option("--fold-batch-norm", help="With --to packed: without batch norms that follow convolutions.")
+    ] = False,
     data: DataName = None,
     root: Root = None,
     config: Config = None,
@@ -278,6 +281,8 @@ def export(
         kinds = ("packed", "plain", *EXPORTS)
         if to not in kinds:
             raise ValueError(f"--to must be one of {', '.join(kinds)}, got {to!r}")
+        if fold_batch_norm and to != "packed":
+            raise ValueError(f"--fold-batch-norm is for --to packed, not {to}; runtimes fold by themselves")
         file = model / "model.safetensors" if model.is_dir() else model
         if to in EXPORTS:
             recipe = config or (str(model / "config.yaml") if model.is_dir() else None)
@@ -292,7 +297,7 @@ def export(
             else:
                 typer.echo(_checked(EXPORTS[to], file, output, resolve(recipe, changes), images))
             return
-        save(load(file), output, packed=to == "packed")
+        save(load(file), output, packed=to == "packed", fold_batch_norm=fold_batch_norm)
         typer.echo(f"{output}: {output.stat().st_size:,} bytes, from {file.stat().st_size:,}")
 
 

@@ -1,0 +1,109 @@
+"""Batch norms folded into the weights before them: fewer operations and fewer numbers where the model ships.
+
+``norm(conv(x, scale * c[code])) = conv(x, factor * scale * c[code]) + shift``: the codes and the codebook stay, the
+scale of each output channel takes the factor, whose sign it takes too, and the layer's bias the shift.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+
+from adq.convert import evaluating, pack_, packed_weights, quantized_layers
+from adq.deploy import LayerTracer, batch_norm_affine
+from adq.nn.layers import QuantizedLayer
+from adq.nn.packed import PackedWeight
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def fold_batch_norm_(model: nn.Module) -> nn.Module:
+    """Make a quantized model an inference model (:func:`adq.pack_`) without the batch norms that follow convolutions.
+
+    A batch norm is folded if it is all that reads the convolution's result, both run once in a forward pass, and the
+    convolution shares no weight; others, those of linear layers too, stay. Predictions are the same up to float
+    rounding, after which an activation close to a threshold may take the next level: this is why nobody folds unasked.
+
+    Args:
+        model: quantized, or packed already; its code must be one that :mod:`torch.fx` can trace.
+
+    Returns:
+        The same model, in evaluation mode; batch norms that are folded are ``nn.Identity``, and its attribute
+        ``adq_folded`` names them, by the name of their layer.
+
+    Raises:
+        ValueError: not quantized, not traceable, or without a batch norm to fold; the model is unchanged.
+    """
+    if not quantized_layers(model):
+        raise ValueError("adq: the model is not quantized; call adq.quantize_(model) first")
+    folded = _find(model)
+    if not folded:
+        raise ValueError("adq: there is no batch norm to fold: none follows a quantized convolution")
+    pack_(model)
+    modules = dict(model.named_modules())
+    affines = {name: batch_norm_affine(cast(BatchNorm, modules[norm])) for name, norm in folded.items()}
+    attach_(model, folded)
+    for name, affine in affines.items():
+        _fold_(cast(QuantizedLayer, modules[name]), *affine)
+    return model
+
+
+def _find(model: nn.Module) -> dict[str, str]:
+    """Batch norms that can be folded, by the name of their layer."""
+    try:
+        with evaluating(model):
+            graph = LayerTracer().trace(model)
+    except Exception as error:  # whatever the model's code raises when it meets a proxy
+        raise ValueError(f"adq: cannot fold batch norms: torch.fx cannot trace the model: {error}") from error
+    modules = dict(model.named_modules())
+    calls = [node for node in graph.nodes if node.op == "call_module"]
+    called = Counter(id(modules[str(node.target)]) for node in calls)
+    weights = packed_weights(model)
+    sharing = Counter(map(id, weights.values()))
+    found = {}
+    for node in calls:
+        name, users = str(node.target), list(node.users)
+        if name not in weights or sharing[id(weights[name])] > 1 or len(users) != 1 or users[0].op != "call_module":
+            continue
+        layer, norm = modules[name], modules[str(users[0].target)]
+        if called[id(layer)] == called[id(norm)] == 1 and fold_problem(layer, norm) is None:
+            found[name] = str(users[0].target)
+    return found
+
+
+def fold_problem(layer: nn.Module, norm: nn.Module) -> str | None:
+    """Why a batch norm cannot be folded into a layer, None if it can."""
+    if not isinstance(layer, _CONVOLUTIONS):
+        return f"{type(layer).__name__} is no convolution"
+    if not isinstance(norm, BatchNorm) or norm.running_mean is None or norm.num_features != layer.out_channels:
+        return f"{type(norm).__name__} is no batch norm of {layer.out_channels} channels with running statistics"
+    if layer.transposed and layer.groups > 1:
+        return "its output channels are no axis of its weight"
+    return None
+
+
+def attach_(model: nn.Module, folded: Mapping[str, str]) -> None:
+    """Give layers that take a batch norm a scale for each channel and a bias, and put an identity in its place."""
+    for name, norm in folded.items():
+        layer = cast(nn.Conv2d, model.get_submodule(name))
+        packed = cast(PackedWeight, layer.weight_quantizer)
+        packed.config = replace(packed.config, scale="channel")
+        shape = [n if axis == packed.axis else 1 for axis, n in enumerate(packed.shape)]
+        packed.scale = packed.scale.expand(shape).clone()
+        bias = packed.scale.new_zeros(layer.out_channels) if layer.bias is None else layer.bias.detach().clone()
+        layer.bias = nn.Parameter(bias.to(packed.dtype), requires_grad=False)
+        model.set_submodule(norm, nn.Identity())
+    model.adq_folded = {**getattr(model, "adq_folded", {}), **folded}  # type: ignore[assignment]
+
+
+@torch.no_grad()
+def _fold_(layer: QuantizedLayer, factor: Tensor, shift: Tensor) -> None:
+    packed, bias = cast(PackedWeight, layer.weight_quantizer), cast(Tensor, layer.bias)
+    packed.scale.copy_(packed.scale.double() * factor.view(packed.scale.shape))
+    bias.copy_(bias.double() * factor + shift)

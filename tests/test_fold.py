@@ -1,0 +1,270 @@
+"""Batch norms folded into packed weights: the same function, fewer numbers, and files that keep it so."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from saved import forge, parts_of, tensors_of
+from torch import Tensor, nn
+
+import adq
+from adq import ActivationConfig, ADQConfig, WeightConfig
+
+KINDS = {
+    "conv1d": (lambda: nn.Conv1d(4, 6, 3), nn.BatchNorm1d, (5, 4, 9)),
+    "conv2d": (lambda: nn.Conv2d(4, 6, 3, bias=False), nn.BatchNorm2d, (5, 4, 7, 7)),
+    "groups": (lambda: nn.Conv2d(4, 6, 3, groups=2), nn.BatchNorm2d, (5, 4, 7, 7)),
+    "conv3d": (lambda: nn.Conv3d(4, 6, 2, bias=False), nn.BatchNorm3d, (5, 4, 4, 4, 4)),
+    "transposed1d": (lambda: nn.ConvTranspose1d(4, 6, 3, bias=False), nn.BatchNorm1d, (5, 4, 9)),
+    "transposed2d": (lambda: nn.ConvTranspose2d(4, 6, 3), nn.BatchNorm2d, (5, 4, 7, 7)),
+    "transposed3d": (lambda: nn.ConvTranspose3d(4, 6, 2, bias=False), nn.BatchNorm3d, (5, 4, 4, 4, 4)),
+}
+
+
+def settled(norm: nn.Module) -> nn.Module:
+    """A batch norm as training leaves it: some factors are negative, one is zero."""
+    generator = torch.Generator().manual_seed(3)
+
+    def draw() -> Tensor:
+        return torch.randn(norm.num_features, generator=generator)
+
+    with torch.no_grad():
+        norm.running_mean.copy_(draw())
+        norm.running_var.copy_(draw().square() + 0.1)
+        if norm.affine:
+            norm.weight.copy_(draw())
+            norm.weight[1] = 0.0
+            norm.bias.copy_(draw())
+    return norm
+
+
+class Residual(nn.Module):
+    """Two blocks, one with a shortcut that has a batch norm of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1), settled(nn.BatchNorm2d(8))
+        self.body, self.body_norm = nn.Conv2d(8, 8, 3, padding=1, bias=False), settled(nn.BatchNorm2d(8))
+        self.short = nn.Sequential(nn.Conv2d(8, 8, 1, bias=False), settled(nn.BatchNorm2d(8, affine=False)))
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.stem(x)))
+        x = torch.relu(self.body_norm(self.body(x)) + self.short(x))
+        return self.head(x.mean((2, 3)))
+
+
+FOLDED = {"stem": "norm", "body": "body_norm", "short.0": "short.1"}
+X = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def residual(activation: int | None = 4, **weight) -> nn.Module:
+    torch.manual_seed(0)
+    config = ADQConfig(WeightConfig(**weight), None if activation is None else ActivationConfig(bits=activation))
+    model = adq.quantize_(Residual(), config)
+    return adq.calibrate_(model, [X], batch_norm=False).eval()
+
+
+@pytest.mark.parametrize("scale", ["tensor", "channel"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_weight_and_bias_take_factor_and_shift(kind, scale):
+    """Against the batch norm in float64."""
+    make, norm, shape = KINDS[kind]
+    torch.manual_seed(1)
+    model = nn.Sequential(make(), settled(norm(6)))
+    adq.quantize_(model, ADQConfig(WeightConfig(scale=scale), activation=None)).eval()
+    x = torch.randn(shape, dtype=torch.float64)
+    oracle = make()
+    oracle.load_state_dict({**model[0].state_dict(), "weight": model[0].quantized_weight()}, strict=False)
+    with torch.no_grad():
+        expected = copy.deepcopy(model[1]).double()(oracle.double()(x))
+        result = adq.fold_batch_norm_(model)(x.float())
+    assert type(model[1]) is nn.Identity and model.adq_folded == {"0": "1"}
+    torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-5)
+    assert bool((model[0].weight_quantizer.scale < 0).any()) and not any(p.requires_grad for p in model.parameters())
+
+
+def test_a_model_cast_to_bfloat16():
+    model = adq.quantize_(nn.Sequential(nn.Conv2d(4, 6, 3, bias=False), settled(nn.BatchNorm2d(6))))
+    adq.calibrate_(model, [torch.randn(4, 4, 7, 7)], batch_norm=False)
+    folded = adq.fold_batch_norm_(model.bfloat16())
+    assert folded[0].bias.dtype == folded[0].weight.dtype == torch.bfloat16
+    assert folded[0].weight_quantizer.scale.dtype == torch.float32
+
+
+def test_predictions_and_sizes():
+    model = residual()
+    before = model(X)
+    folded = adq.fold_batch_norm_(copy.deepcopy(model))
+    assert folded.adq_folded == FOLDED
+    assert not any("norm" in key or "short.1" in key for key in folded.state_dict())
+    off = (folded(X) - before).abs().amax(1)
+    assert (off <= 1e-4).float().mean() >= 0.9  # elsewhere an activation took the next level
+    assert torch.equal(folded(X).argmax(1), before.argmax(1))
+    exact, without = residual(activation=None), adq.fold_batch_norm_(residual(activation=None))
+    torch.testing.assert_close(without(X), exact(X), rtol=1e-5, atol=1e-5)
+    assert adq.summary(folded).average_bits_quantized == adq.summary(model).average_bits_quantized
+
+
+class Odd(nn.Module):
+    """Batch norms that must stay, each for a reason of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice, self.after_twice = nn.Conv2d(3, 3, 1), settled(nn.BatchNorm2d(3))
+        self.read_twice, self.after_read = nn.Conv2d(3, 3, 1), settled(nn.BatchNorm2d(3))
+        self.one, self.other, self.common = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), settled(nn.BatchNorm2d(3))
+        self.tied, self.after_tied = nn.Conv2d(3, 3, 1), settled(nn.BatchNorm2d(3))
+        self.with_tied = nn.Conv2d(3, 3, 1)
+        self.with_tied.weight = self.tied.weight
+        self.grouped, self.after_grouped = nn.ConvTranspose2d(3, 3, 1, groups=3), settled(nn.BatchNorm2d(3))
+        self.between, self.after_relu = nn.Conv2d(3, 3, 1), settled(nn.BatchNorm2d(3))
+        self.batch, self.after_batch = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, track_running_stats=False)
+        self.linear, self.after_linear = nn.Linear(3, 3), settled(nn.BatchNorm1d(3))
+        self.good, self.after_good = nn.Conv2d(3, 3, 1), settled(nn.BatchNorm2d(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.after_twice(self.twice(self.twice(x)))
+        y = self.read_twice(x)
+        x = self.after_read(y) + y
+        x = self.common(self.one(x)) + self.common(self.other(x))
+        x = self.after_tied(self.tied(x)) + self.with_tied(x)
+        x = self.after_grouped(self.grouped(x))
+        x = self.after_relu(self.between(x).relu())
+        x = self.after_batch(self.batch(x))
+        x = self.after_good(self.good(x))
+        return self.after_linear(self.linear(x.mean((2, 3))))
+
+
+def test_batch_norms_that_stay():
+    torch.manual_seed(0)
+    model = adq.quantize_(Odd(), ADQConfig(activation=None)).eval()
+    x = torch.randn(5, 3, 4, 4)
+    before = model(x)
+    assert adq.fold_batch_norm_(model).adq_folded == {"good": "after_good"}
+    torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-4)
+
+
+class Untraceable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x)) if x.sum() > 0 else x
+
+
+def test_refusals(tmp_path):
+    path = tmp_path / "m.safetensors"
+    plain = adq.quantize_(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()), ADQConfig(activation=None))
+    with pytest.raises(ValueError, match="no batch norm to fold: none follows a quantized convolution"):
+        adq.fold_batch_norm_(plain)
+    untraceable = adq.quantize_(Untraceable(), ADQConfig(activation=None))
+    with pytest.raises(ValueError, match=r"cannot fold batch norms: torch\.fx cannot trace the model"):
+        adq.save(untraceable, path, packed=True, fold_batch_norm=True)
+    for model in (plain, untraceable):
+        assert model.training and not adq.convert.is_packed(model)
+    with pytest.raises(ValueError, match="not quantized"):
+        adq.fold_batch_norm_(Residual())
+    with pytest.raises(ValueError, match="folded into packed files alone"):
+        adq.save(residual(), path, fold_batch_norm=True)
+    assert not list(tmp_path.iterdir())
+
+
+# ---- files -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def file(tmp_path) -> Path:
+    return adq.save(residual(), tmp_path / "m.safetensors", packed=True, fold_batch_norm=True)
+
+
+def test_a_file_goes_round(file):
+    """Loaded into the float network, batch norms and all; saved again, and loaded from there."""
+    model = residual()
+    adq.save(model, file, packed=True)
+    unfolded = file.stat().st_size
+    adq.save(model, file, packed=True, fold_batch_norm=True)
+    assert file.stat().st_size < unfolded and not adq.convert.is_packed(model)
+    folded = adq.fold_batch_norm_(model)
+    loaded = adq.load(file, Residual())
+    assert torch.equal(loaded(X), folded(X)) and loaded.adq_folded == FOLDED
+    again = adq.save(loaded, file.with_name("again.safetensors"), packed=True)
+    assert again.read_bytes() == file.read_bytes()
+
+
+def test_a_registered_architecture(tmp_path):
+    torch.manual_seed(0)
+    model = adq.quantize_(adq.create_model("resnet20"))
+    adq.calibrate_(model, [torch.randn(4, 3, 32, 32)])
+    file = adq.save(model, tmp_path / "m.safetensors", packed=True, fold_batch_norm=True)
+    assert not [key for key in tensors_of(file) if "bn" in key]
+    x = torch.randn(3, 3, 32, 32)
+    assert torch.equal(adq.load(file)(x), adq.fold_batch_norm_(model)(x))
+
+
+@pytest.mark.parametrize(
+    ("folded", "message"),
+    [
+        ({"stem": 3}, "damaged header: folded is"),
+        ([], "damaged header"),
+        ({"stem": "norm", "body": "norm"}, "folded batch norms do not have a layer of codes each"),
+        ({"norm": "stem"}, "do not have a layer of codes each"),
+        ({"stem": "head"}, "head cannot be folded into stem: Linear is no batch norm of 8 channels"),
+        ({"head": "norm"}, "norm cannot be folded into head: .*Linear is no convolution"),
+        ({"stem": "other"}, "other cannot be folded into stem: there is no such batch norm"),
+        ({"stem": "norm"}, "missing body_norm.bias"),
+    ],
+)
+def test_damaged_parts(file, folded, message):
+    forge(file, file.read_bytes(), folded=folded)
+    model = Residual()
+    with pytest.raises(ValueError, match=message):
+        adq.load(file, model)
+    assert isinstance(model.norm, nn.BatchNorm2d) and type(model.stem) is nn.Conv2d
+    assert parts_of(file)["folded"] == folded
+
+
+# ---- where it ships ----------------------------------------------------------------------------------
+
+
+def test_integers_of_a_folded_model():
+    model = adq.fold_batch_norm_(residual(snap="int8"))
+    integer = adq.to_integer(model, X)
+    assert len(integer.adq_integer.integer) == 4
+    assert ((integer(X) - model(X)).abs().amax(1) <= 1e-4).float().mean() >= 0.9
+
+
+@pytest.mark.parametrize("snap", ["int8", None])
+def test_onnx_of_a_folded_model(tmp_path, snap):
+    """Scales that became negative turn the integers round."""
+    pytest.importorskip("onnxruntime")
+    onnx = pytest.importorskip("onnx")
+    model = adq.fold_batch_norm_(residual(snap=snap))
+    report = adq.export_onnx(model, tmp_path / "m.onnx", X, [(X, torch.zeros(len(X)))], images=len(X))
+    assert report.parity.images + report.parity.undecided == len(X)
+    graph = onnx.load(report.path).graph
+    values = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    scales = [values[n.input[1]] for n in graph.node if n.op_type == "DequantizeLinear" and n.input[1] in values]
+    assert scales and all((scale >= 0).all() for scale in scales)
+
+
+def test_report_of_a_folded_model(tmp_path):
+    page = adq.report(adq.fold_batch_norm_(residual()), tmp_path / "r.html").read_text()
+    assert "PackedConv2d" in page and "nan" not in page
+
+
+def test_the_command_folds(tmp_path):
+    runner = pytest.importorskip("typer.testing").CliRunner()
+    from adq.train.cli import app
+
+    model = adq.quantize_(adq.create_model("digits_cnn", width=4))
+    file = adq.save(model, tmp_path / "m.safetensors")
+    out = tmp_path / "folded.safetensors"
+    result = runner.invoke(app, ["export", str(file), str(out), "--fold-batch-norm"])
+    assert result.exit_code == 0 and adq.load(out).adq_folded
+    refused = runner.invoke(app, ["export", str(file), str(tmp_path / "m.onnx"), "--to", "onnx", "--fold-batch-norm"])
+    assert refused.exit_code == 1 and "--fold-batch-norm is for --to packed" in refused.output
