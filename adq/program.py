@@ -7,6 +7,7 @@ loads the program must have imported. What is written here needs torch alone, or
 from __future__ import annotations
 
 import io
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,15 @@ def _program(model: nn.Module, path: str | Path, inputs: tuple[Tensor, ...], tar
     return trace(portable(model), inputs)
 
 
+def _deflated(archive: io.BytesIO) -> bytes:
+    """An archive of torch with its entries compressed; torch reads both, and writes programs as wordy text."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(archive) as source, zipfile.ZipFile(file, "w") as target:
+        for entry in source.infolist():
+            target.writestr(zipfile.ZipInfo(entry.filename), source.read(entry), zipfile.ZIP_DEFLATED)
+    return file.getvalue()
+
+
 def export_program(
     model: nn.Module,
     path: str | Path,
@@ -79,7 +89,7 @@ def export_program(
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
     with replacing(path) as temporary:
-        size, parity = temporary.write_bytes(buffer.getbuffer()), None
+        size, parity = temporary.write_bytes(_deflated(buffer)), None
         if batches is not None:
             with open(temporary, "rb") as file:
                 run = torch.export.load(file).module()
@@ -111,7 +121,7 @@ def export_aoti(
     except Exception as error:  # of the compiler, or of what it is written in
         raise RuntimeError(f"adq: AOTInductor cannot compile the model: {first_line(error)}") from error
     with replacing(path) as temporary:
-        size, parity = temporary.write_bytes(buffer.getbuffer()), None
+        size, parity = temporary.write_bytes(_deflated(buffer)), None
         if batches is not None:
             with open(temporary, "rb") as file:
                 run = torch._inductor.aoti_load_package(file)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from every import ACTIVATIONS, FLOAT, SNAPPED, STEP, Side, every, sample
-from saved import trained
+from saved import Net, trained
 from torch import Tensor, nn
 
 import adq
@@ -215,6 +215,14 @@ def test_the_model_stays_as_it_was(exported):
     model, batches = exported
     assert isinstance(model.body.weight_quantizer, adq.nn.WeightQuantizer)
     assert torch.equal(model(batches[0][0]), trained()(batches[0][0]))
+
+
+def test_a_packed_file_gives_the_same_file(tmp_path):
+    model = trained()
+    adq.save(model, tmp_path / "m.safetensors", packed=True)
+    for name, source in (("whole", model), ("packed", adq.load(tmp_path / "m.safetensors", Net()))):
+        adq.export_onnx(source, tmp_path / f"{name}.onnx", torch.zeros(1, 1, 6, 6))
+    assert (tmp_path / "packed.onnx").read_bytes() == (tmp_path / "whole.onnx").read_bytes()
 
 
 def test_a_failing_check_leaves_the_old_file(tmp_path, monkeypatch):

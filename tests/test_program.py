@@ -91,7 +91,7 @@ def test_every_layer_computes_the_same(tmp_path, weight, activation):
     config, signed = ACTIVATIONS[activation]
     model = every(weight, config, signed)
     report = adq.export_program(model, tmp_path / "m.pt2", sample(signed))
-    assert report.bytes == (tmp_path / "m.pt2").stat().st_size
+    assert report.bytes == (tmp_path / "m.pt2").stat().st_size < 40_000
     assert "parity: not checked" in str(report)
     program = torch.export.load(tmp_path / "m.pt2")
     for count in (1, 7):
