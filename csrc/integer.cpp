@@ -102,9 +102,9 @@ class Convolver {
 
     void run_item(std::int64_t begin, std::int64_t end, std::int64_t first_panel,
                   std::int64_t end_panel) const {
-        thread_local Scratch weights, rows;
+        thread_local Scratch weights;
         thread_local Chunk chunk;
-        taps_.find(begin, end, rows, chunk);
+        taps_.find(begin, end, chunk);
         for (std::int64_t i = first_panel; i < end_panel; ++i) {
             const Panel& panel = panels_[i];
             void* prepared = weights.reserve(layout_.steps * panel.count * isa_.panel_bytes);
@@ -113,18 +113,16 @@ class Convolver {
             Strip strip;
             strip.panel = prepared;
             strip.blocks = panel.count;
-            strip.run = layout_.run;
             strip.channel = layout_.depthwise ? panel.first * kBlockOutputs : panel.group * layout_.unit;
-            strip.stride = end - begin;
             set_epilogue(panel, begin, parameters, strip.epilogue);
             for (const PixelGroup& group : chunk.groups) run_group(group, chunk, strip);
         }
     }
 
     void run_group(const PixelGroup& group, const Chunk& chunk, Strip& strip) const {
-        strip.taps = group.taps.data();
-        strip.tap_count = static_cast<int>(group.taps.size());
-        strip.inputs = chunk.inputs.data() + group.first;
+        strip.runs = group.runs.data();
+        strip.run_count = static_cast<int>(group.runs.size());
+        strip.origins = chunk.origins.data() + group.first;
         strip.pixels = group.count;
         strip.epilogue.places = chunk.places.data() + group.first;
         layout_.depthwise ? isa_.depthwise(strip) : isa_.dense(strip);
@@ -154,7 +152,7 @@ class Convolver {
         std::vector<std::uint8_t> blocks(panel.count * layout_.steps * kBlockWeights);
         const std::int64_t first = panel.first * kBlockOutputs;
         const std::int64_t count = outputs_of(panel);
-        for (std::int64_t tap = 0; tap < args_.kernel[0] * args_.kernel[1]; ++tap) {
+        for (std::int64_t tap = 0; tap < layout_.taps; ++tap) {
             for (std::int64_t o = 0; o < count; ++o) {
                 const std::int64_t block = o / kBlockOutputs * layout_.steps + tap / kBlockInputs;
                 blocks[block * kBlockWeights + o % kBlockOutputs * kBlockInputs + tap % kBlockInputs] =

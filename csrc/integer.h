@@ -51,18 +51,21 @@ struct Epilogue {
     std::vector<std::uint8_t*> levels;  // a result for each table
 };
 
-// Pixels that have the same taps, times a panel.
+// Consecutive input bytes that are multiplied with consecutive steps of the panel. Depthwise: a tap.
+struct Run {
+    std::int64_t step;    // the first one
+    std::int64_t steps;   // 4 bytes each
+    std::int64_t offset;  // bytes from the pixel's origin
+};
+
+// Pixels that have the same runs, times a panel.
 struct Strip {
     const void* panel;
     int blocks;
-    // Dense: a tap is a run of 4 `run` consecutive input bytes. Depthwise: a tap is the pixel's channels, and
-    // the panel's steps are the taps in fours; run is unused, and there are all the taps.
-    std::int64_t run;
-    const int* taps;  // their places in the panel, ascending
-    int tap_count;
-    const std::uint8_t* const* inputs;  // of tap t and pixel p: inputs[t * stride + p] + channel
-    std::int64_t stride;
-    std::int64_t channel;
+    const Run* runs;
+    int run_count;
+    const std::uint8_t* const* origins;  // [pixels]
+    std::int64_t channel;                // bytes to the panel's first input
     int pixels;
     Epilogue epilogue;
 };

@@ -89,14 +89,14 @@ ADQ_INLINE void decode_block<8>(const std::uint8_t* bytes, const std::int8_t*, I
 
 // panel: [steps][count][kParts][kSplit].
 template <int kBits>
-void prepare_panel(const PanelSource& source, Ints* panel) {
+void prepare_panel(const PanelSource source, Ints* panel) {
     const std::int64_t stride = 8 * kBits * source.steps;
     for (std::int64_t step = 0; step < source.steps; ++step) {
-        for (int block = 0; block < source.count; ++block) {
+        const std::uint8_t* from = source.blocks + 8 * kBits * step;
+        for (int block = 0; block < source.count; ++block, from += stride, panel += kBlockVectors) {
             Ints bytes[kParts];
-            decode_block<kBits>(source.blocks + block * stride + step * 8 * kBits, source.table, bytes);
+            decode_block<kBits>(from, source.table, bytes);
             for (int part = 0; part < kParts; ++part) split_weights(bytes[part], panel + kSplit * part);
-            panel += kBlockVectors;
         }
     }
 }
@@ -221,13 +221,14 @@ void multiply_tile(const Strip& strip, Tile tile) {
         const Ints initial = load_ints(strip.epilogue.initial + kWidth * v.value);
         unroll<kPixels>([&](auto p) ADQ_INLINE_LAMBDA { sum[v.value][p.value] = initial; });
     });
-    for (int i = 0; i < strip.tap_count; ++i) {
-        const int tap = strip.taps[i];
-        const Ints* weights = static_cast<const Ints*>(strip.panel) + tap * strip.run * kVectors * kSplit;
-        const std::uint8_t* const* inputs = strip.inputs + tap * strip.stride + tile.first;
-        const std::uint8_t* input[kPixels];
-        unroll<kPixels>([&](auto p) ADQ_INLINE_LAMBDA { input[p.value] = inputs[p.value] + strip.channel; });
-        for (std::int64_t at = 0; at < 4 * strip.run; at += 4) {
+    const std::uint8_t* input[kPixels];
+    unroll<kPixels>([&](auto p) ADQ_INLINE_LAMBDA {
+        input[p.value] = strip.origins[tile.first + p.value] + strip.channel;
+    });
+    for (const Run* run = strip.runs; run != strip.runs + strip.run_count; ++run) {
+        const Ints* weights = static_cast<const Ints*>(strip.panel) + run->step * kVectors * kSplit;
+        const std::int64_t end = run->offset + kBlockInputs * run->steps;
+        for (std::int64_t at = run->offset; at < end; at += kBlockInputs) {
             Ints weight[kVectors][kSplit];
             unroll<kVectors * kSplit>([&](auto i) ADQ_INLINE_LAMBDA {
                 weight[i.value / kSplit][i.value % kSplit] = weights[i.value];
@@ -289,10 +290,9 @@ void dense(const Strip& strip) { dense_any<kPanelBlocks>(strip); }
 ADQ_INLINE Quads gather_taps(const Strip& strip, int group, int pixel, int channel) {
     Ints bytes = fill(0);
     unroll<kBlockInputs>([&](auto i) ADQ_INLINE_LAMBDA {
-        const int tap = kBlockInputs * group + i.value;
-        const int real = tap < strip.tap_count ? tap : strip.tap_count - 1;
-        const std::uint8_t* levels = strip.inputs[real * strip.stride + pixel] + strip.channel;
-        bytes = bytes | (widen(levels + channel) << (8 * i.value));
+        const Run& tap = strip.runs[std::min(kBlockInputs * group + i.value, strip.run_count - 1)];
+        const std::uint8_t* levels = strip.origins[pixel] + tap.offset + strip.channel + channel;
+        bytes = bytes | (widen(levels) << (8 * i.value));
     });
     return Quads(bytes);
 }
@@ -302,7 +302,7 @@ void depthwise_blocks(const Strip& strip) {
     constexpr int kPixels = 4;
     constexpr int kVectors = kBlocks * kParts;
     alignas(64) float values[kPixels * kBlocks * kBlockOutputs];
-    const int groups = (strip.tap_count + kBlockInputs - 1) / kBlockInputs;
+    const int groups = (strip.run_count + kBlockInputs - 1) / kBlockInputs;
     for (int first = 0; first < strip.pixels; first += kPixels) {
         const Tile tile{first, std::min(kPixels, strip.pixels - first), values};
         for (int p = 0; p < tile.pixels; ++p) {

@@ -12,20 +12,17 @@ inline std::int64_t round_up(std::int64_t n, std::int64_t to) { return divide_up
 struct Layout {
     bool depthwise;
     bool copied;
-    bool merged;             // a row of the kernel is one tap
-    std::int64_t groups;     // 1 if depthwise
-    std::int64_t inputs;     // channels of a group
-    std::int64_t outputs;    // of a group
-    std::int64_t unit;       // bytes of a group's channels in a pixel
-    std::int64_t pixel;      // bytes of a pixel
-    std::int64_t margin;     // columns before the image
-    std::int64_t columns;    // of a row, margins included
-    std::int64_t kernel[2];  // rows and columns of taps
-    std::int64_t run;        // blocks of four inputs that a tap has
-    std::int64_t steps;      // blocks of four inputs of the whole reduction
-    std::int64_t blocks;     // output blocks of a group
-
-    std::int64_t taps() const { return kernel[0] * kernel[1]; }
+    std::int64_t groups;   // 1 if depthwise
+    std::int64_t inputs;   // channels of a group
+    std::int64_t outputs;  // of a group
+    std::int64_t unit;     // bytes of a group's channels in a pixel
+    std::int64_t pixel;    // bytes of a pixel
+    std::int64_t margin;   // columns before the image
+    std::int64_t columns;  // of a row, margins included
+    std::int64_t taps;     // rows times columns of the kernel
+    std::int64_t run;      // blocks of four inputs that a tap has
+    std::int64_t steps;    // blocks of four inputs of the whole reduction
+    std::int64_t blocks;   // output blocks of a group
 };
 
 inline Layout find_layout(const Convolution& args) {
@@ -39,12 +36,9 @@ inline Layout find_layout(const Convolution& args) {
     out.pixel = out.groups * out.unit;
     out.margin = out.copied ? args.padding[1] : 0;
     out.columns = args.width + 2 * out.margin;
-    const bool padded = args.padding[1] > out.margin;
-    out.merged = !out.depthwise && out.groups == 1 && args.dilation[1] == 1 && !padded;
-    out.kernel[0] = args.kernel[0];
-    out.kernel[1] = out.merged ? 1 : args.kernel[1];
-    out.run = out.unit / kBlockInputs * (out.merged ? args.kernel[1] : 1);
-    out.steps = out.depthwise ? divide_up(out.taps(), kBlockInputs) : out.taps() * out.run;
+    out.taps = args.kernel[0] * args.kernel[1];
+    out.run = out.unit / kBlockInputs;
+    out.steps = out.depthwise ? divide_up(out.taps, kBlockInputs) : out.taps * out.run;
     out.blocks = divide_up(out.outputs, kBlockOutputs);
     return out;
 }

@@ -2,52 +2,66 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 namespace adq {
 namespace {
 
 constexpr int kSmallGroup = 4;  // pixels that fill no tile
+constexpr int kCopied = -1;
 
 }  // namespace
 
-Taps::Taps(const Convolution& args, const Layout& layout) : args_(args), layout_(layout) {
-    const std::int64_t units = layout.groups * (layout.merged ? args.kernel[1] : 1);
-    outside_.assign(units * layout.unit, 0);
-    for (std::int64_t i = 0; i < units; ++i)
+Taps::Taps(const Convolution& args, const Layout& layout)
+    : args_(args), layout_(layout), row_bytes_(layout.columns * layout.pixel), outside_(layout.pixel, 0) {
+    for (std::int64_t i = 0; i < layout.groups; ++i)
         std::fill_n(outside_.begin() + i * layout.unit, layout.inputs, args.zero);
-    const bool skip = args.zero == 0 && !layout.depthwise;
-    rows_ = find_axis(0, args.out_height, args.height, skip);
-    columns_ = find_axis(1, args.out_width, args.width, skip && !layout.merged);
+    rows_ = find_axis(0, args.out_height, args.height, 0);
+    columns_ = find_axis(1, args.out_width, layout.columns, layout.margin);
 }
 
-Taps::Axis Taps::find_axis(int axis, std::int64_t positions, std::int64_t size, bool skip) const {
+Taps::Axis Taps::find_axis(int axis, std::int64_t positions, std::int64_t size, std::int64_t margin) const {
     Axis out;
-    const int taps = static_cast<int>(layout_.kernel[axis]);
     for (std::int64_t i = 0; i < positions; ++i) {
-        Range range{0, taps};
-        const std::int64_t at = i * args_.stride[axis] - args_.padding[axis];
-        const auto inside = [&](int k) {
-            return at + k * args_.dilation[axis] >= 0 && at + k * args_.dilation[axis] < size;
+        Range range{0, static_cast<int>(args_.kernel[axis])};
+        const auto inside = [&](int tap) {
+            const std::int64_t at = i * args_.stride[axis] - args_.padding[axis] + margin;
+            return at + tap * args_.dilation[axis] >= 0 && at + tap * args_.dilation[axis] < size;
         };
-        while (skip && range.first < range.end && !inside(range.first)) ++range.first;
-        while (skip && range.first < range.end && !inside(range.end - 1)) --range.end;
+        while (range.first < range.end && !inside(range.first)) ++range.first;
+        while (range.first < range.end && !inside(range.end - 1)) --range.end;
         const auto found = std::find(out.kinds.begin(), out.kinds.end(), range);
         out.kind.push_back(static_cast<int>(found - out.kinds.begin()));
         if (found == out.kinds.end()) out.kinds.push_back(range);
     }
     out.end.assign(positions, static_cast<int>(positions));
-    for (std::int64_t i = positions - 2; i >= 0; --i) {
-        if (out.kind[i] != out.kind[i + 1])
-            out.end[i] = static_cast<int>(i + 1);
-        else
-            out.end[i] = out.end[i + 1];
-    }
+    for (std::int64_t i = positions - 2; i >= 0; --i)
+        out.end[i] = out.kind[i] == out.kind[i + 1] ? out.end[i + 1] : static_cast<int>(i + 1);
     return out;
 }
 
-// Calls function(row, first, last, kind) for the runs of columns of one kind.
+// The taps of some kernel rows and columns that lie `row_bytes` and `column_bytes` apart.
+std::vector<Run> Taps::find_runs(Range rows, Range columns, std::int64_t row_bytes,
+                                 std::int64_t column_bytes) const {
+    std::vector<Run> runs;
+    const std::int64_t bytes = kBlockInputs * layout_.run;
+    for (int k = rows.first; k < rows.end; ++k) {
+        for (int l = columns.first; l < columns.end; ++l) {
+            const std::int64_t step = (k * args_.kernel[1] + l) * layout_.run;
+            const std::int64_t offset = k * row_bytes + l * column_bytes;
+            const bool joins = !layout_.depthwise && l > columns.first && column_bytes == bytes;
+            if (joins)
+                runs.back().steps += layout_.run;
+            else
+                runs.push_back({step, layout_.run, offset});
+        }
+    }
+    return runs;
+}
+
+// Calls function(row, first, last, kind) for the pieces of rows whose columns are of one kind.
 template <class Function>
-void Taps::for_runs(std::int64_t begin, std::int64_t end, const Function& function) const {
+void Taps::for_pieces(std::int64_t begin, std::int64_t end, const Function& function) const {
     const std::int64_t width = args_.out_width;
     const int kinds = static_cast<int>(columns_.kinds.size());
     for (std::int64_t at = begin; at < end;) {
@@ -58,85 +72,76 @@ void Taps::for_runs(std::int64_t begin, std::int64_t end, const Function& functi
     }
 }
 
-// The group of each kind of pixels.
+// The group of each kind of pixels, or kCopied.
 std::vector<int> Taps::find_groups(std::int64_t begin, std::int64_t end, Chunk& chunk) const {
     const std::size_t columns = columns_.kinds.size();
-    std::vector<int> count(rows_.kinds.size() * columns), group(count.size());
-    for_runs(begin, end, [&](std::int64_t, std::int64_t first, std::int64_t last, int kind) {
+    std::vector<int> count(rows_.kinds.size() * columns), group(count.size(), kCopied);
+    for_pieces(begin, end, [&](std::int64_t, std::int64_t first, std::int64_t last, int kind) {
         count[kind] += static_cast<int>(last - first);
     });
+    const Range all[] = {{0, static_cast<int>(args_.kernel[0])}, {0, static_cast<int>(args_.kernel[1])}};
+    const bool skips = args_.zero == 0 && !layout_.depthwise;
     chunk.groups.clear();
-    int small = 0, first = 0;
+    int first = 0;
+    chunk.copied = 0;
     for (std::size_t kind = 0; kind < count.size(); ++kind) {
-        if (count[kind] <= kSmallGroup) {
-            small += count[kind];
-            group[kind] = -1;
-            continue;
-        }
         const Range rows = rows_.kinds[kind / columns], inside = columns_.kinds[kind % columns];
-        PixelGroup own{{}, first, count[kind]};
-        for (int k = rows.first; k < rows.end; ++k) {
-            for (int l = inside.first; l < inside.end; ++l)
-                own.taps.push_back(static_cast<int>(k * layout_.kernel[1] + l));
+        const bool whole = rows == all[0] && inside == all[1];
+        if (!whole && !(skips && count[kind] > kSmallGroup)) {
+            chunk.copied += count[kind];
+        } else if (count[kind] > 0) {
+            group[kind] = static_cast<int>(chunk.groups.size());
+            chunk.groups.push_back(
+                {find_runs(rows, inside, args_.dilation[0] * row_bytes_, args_.dilation[1] * layout_.pixel),
+                 first, count[kind]});
+            first += count[kind];
         }
-        group[kind] = static_cast<int>(chunk.groups.size());
-        chunk.groups.push_back(std::move(own));
-        first += count[kind];
     }
-    if (small == 0) return group;
-    PixelGroup rest{{}, first, small};
-    for (int tap = 0; tap < layout_.taps(); ++tap) rest.taps.push_back(tap);
-    std::replace(group.begin(), group.end(), -1, static_cast<int>(chunk.groups.size()));
-    chunk.groups.push_back(std::move(rest));
+    if (chunk.copied > 0)
+        chunk.groups.push_back(
+            {find_runs(all[0], all[1], args_.kernel[1] * layout_.pixel, layout_.pixel), first, chunk.copied});
     return group;
 }
 
-void Taps::find(std::int64_t begin, std::int64_t end, Scratch& scratch, Chunk& chunk) const {
-    const Rows rows = layout_.copied ? copy_rows(begin, end, scratch) : Rows{args_.x, 0};
+void Taps::find(std::int64_t begin, std::int64_t end, Chunk& chunk) const {
+    const Rows rows = layout_.copied ? copy_rows(begin, end, chunk.rows) : Rows{args_.x, 0};
     const std::vector<int> group = find_groups(begin, end, chunk);
     chunk.places.resize(end - begin);
-    chunk.inputs.resize(layout_.taps() * (end - begin));
+    chunk.origins.resize(end - begin);
     std::vector<int> next;
     for (const PixelGroup& each : chunk.groups) next.push_back(each.first);
-    std::int64_t place = 0;
-    for_runs(begin, end, [&](std::int64_t row, std::int64_t first, std::int64_t last, int kind) {
-        int& to = next[group[kind]];
-        find_run(rows, row, first, last, chunk.groups[group[kind]].taps, end - begin,
-                 chunk.inputs.data() + to);
-        for (std::int64_t i = first; i < last; ++i) chunk.places[to++] = static_cast<std::int32_t>(place++);
+    const std::int64_t patch_bytes = args_.kernel[0] * args_.kernel[1] * layout_.pixel;
+    std::uint8_t* patch = chunk.patches.reserve(chunk.copied * patch_bytes);
+    std::int32_t place = 0;
+    for_pieces(begin, end, [&](std::int64_t row, std::int64_t first, std::int64_t last, int kind) {
+        const bool copied = group[kind] == kCopied;
+        int& to = copied ? next.back() : next[group[kind]];
+        const std::int64_t step = args_.stride[1] * layout_.pixel;
+        const std::int64_t y = row / args_.out_height * args_.height + image_row(row, 0) - rows.first;
+        const std::uint8_t* origin =
+            rows.data + y * row_bytes_ + first * step - (args_.padding[1] - layout_.margin) * layout_.pixel;
+        for (std::int64_t i = first; i < last; ++i, ++to, origin += step) {
+            chunk.places[to] = place++;
+            chunk.origins[to] = copied ? patch : origin;
+            if (!copied) continue;
+            copy_patch(rows, row, i, patch);
+            patch += patch_bytes;
+        }
     });
 }
 
-// Taps of the columns first .. last of a row: to[tap * stride].
-void Taps::find_run(const Rows& rows, std::int64_t row, std::int64_t first, std::int64_t last,
-                    const std::vector<int>& taps, std::int64_t stride, const std::uint8_t** to) const {
-    for (const int tap : taps) {
-        const std::int64_t k = tap / layout_.kernel[1], l = tap % layout_.kernel[1];
+// All taps of a pixel.
+void Taps::copy_patch(const Rows& rows, std::int64_t row, std::int64_t column, std::uint8_t* to) const {
+    for (std::int64_t k = 0; k < args_.kernel[0]; ++k) {
         const std::int64_t y = image_row(row, k);
-        const bool inside = y >= 0 && y < args_.height;
-        const std::uint8_t* line =
-            inside ? rows.data + (input_row(row, k) - rows.first) * layout_.columns * layout_.pixel : nullptr;
-        find_tap(line, first, last, l * args_.dilation[1], to + tap * stride);
+        const std::uint8_t* line = rows.data + (input_row(row, k) - rows.first) * row_bytes_;
+        for (std::int64_t l = 0; l < args_.kernel[1]; ++l, to += layout_.pixel) {
+            const std::int64_t x =
+                column * args_.stride[1] + l * args_.dilation[1] + layout_.margin - args_.padding[1];
+            const bool inside = y >= 0 && y < args_.height && x >= 0 && x < layout_.columns;
+            std::memcpy(to, inside ? line + x * layout_.pixel : outside_.data(), layout_.pixel);
+        }
     }
-}
-
-// A tap `offset` columns into the kernel; the line is null outside of the image.
-void Taps::find_tap(const std::uint8_t* line, std::int64_t first, std::int64_t last, std::int64_t offset,
-                    const std::uint8_t** to) const {
-    const std::int64_t shift = offset + layout_.margin - args_.padding[1], stride = args_.stride[1];
-    if (line == nullptr) {
-        std::fill_n(to, last - first, outside_.data());
-        return;
-    }
-    // The first output column whose tap is input column `column` or a later one.
-    const auto reach = [&](std::int64_t column) {
-        return std::min(std::max(column > shift ? divide_up(column - shift, stride) : 0, first), last);
-    };
-    const std::int64_t begin = reach(0), end = reach(layout_.columns);
-    to = std::fill_n(to, begin - first, outside_.data());
-    const std::uint8_t* at = line + (begin * stride + shift) * layout_.pixel;
-    for (std::int64_t i = begin; i < end; ++i, at += stride * layout_.pixel) *to++ = at;
-    std::fill_n(to, last - end, outside_.data());
 }
 
 // The row of its image that kernel row `k` reads for output row `row`; it may lie outside.
@@ -154,19 +159,17 @@ std::int64_t Taps::input_row(std::int64_t row, std::int64_t k) const {
 Taps::Rows Taps::copy_rows(std::int64_t begin, std::int64_t end, Scratch& scratch) const {
     const std::int64_t first = input_row(begin / args_.out_width, 0);
     const std::int64_t last = input_row((end - 1) / args_.out_width, args_.kernel[0] - 1);
-    const std::int64_t bytes = layout_.columns * layout_.pixel;
-    std::uint8_t* rows = scratch.reserve((last + 1 - first) * bytes);
-    std::memset(rows, 0, (last + 1 - first) * bytes);
-    for (std::int64_t row = first; row <= last; ++row) copy_row(row, rows + (row - first) * bytes);
+    std::uint8_t* rows = scratch.reserve((last + 1 - first) * row_bytes_);
+    std::memset(rows, 0, (last + 1 - first) * row_bytes_);
+    for (std::int64_t row = first; row <= last; ++row) copy_row(row, rows + (row - first) * row_bytes_);
     return {rows, first};
 }
 
 void Taps::copy_row(std::int64_t row, std::uint8_t* to) const {
     const std::uint8_t* from = args_.x + row * args_.width * args_.channels;
-    const auto copy = [&](std::int64_t column) { std::memcpy(to + column, outside_.data(), layout_.unit); };
-    for (std::int64_t i = 0; i < layout_.margin * layout_.groups; ++i) {
-        copy(i * layout_.unit);
-        copy((layout_.columns * layout_.groups - 1 - i) * layout_.unit);
+    for (std::int64_t i = 0; i < layout_.margin; ++i) {
+        std::memcpy(to + i * layout_.pixel, outside_.data(), layout_.pixel);
+        std::memcpy(to + (layout_.columns - 1 - i) * layout_.pixel, outside_.data(), layout_.pixel);
     }
     to += layout_.margin * layout_.pixel;
     if (layout_.inputs == 3 && layout_.unit == 4) {
@@ -174,9 +177,8 @@ void Taps::copy_row(std::int64_t row, std::uint8_t* to) const {
             std::memcpy(to + 4 * i, from + 3 * i, 3);
         return;
     }
-    for (std::int64_t i = 0; i < args_.width * layout_.groups; ++i) {
+    for (std::int64_t i = 0; i < args_.width * layout_.groups; ++i)
         std::memcpy(to + i * layout_.unit, from + i * layout_.inputs, layout_.inputs);
-    }
 }
 
 }  // namespace adq

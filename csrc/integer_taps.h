@@ -1,10 +1,12 @@
 // Where the integer convolution finds its input.
 //
-// There is no im2col. An output pixel's reduction is a list of taps, each the address of a run of input
-// bytes: a pixel's channels in x itself, or a row of the level `zero` outside of the image. Where the
-// channels of a group are no multiple of four the rows that a chunk of pixels needs are copied first, with
-// zeros for the missing channels and the padding at both sides; then a row of the kernel, if it is not
-// dilated, is one run.
+// There is no im2col. The taps of an output pixel lie in x itself, at the same distances from each other for
+// all pixels; consecutive ones are one run of input bytes. What reaches beyond the image is left out where
+// level 0 lies there, which adds nothing: pixels with the same kernel rows and columns inside of the image
+// form a group. Otherwise, and where too few pixels are alike, their inputs are copied.
+//
+// Where the channels of a group are no multiple of four the rows that a chunk of pixels needs are copied
+// first, with zeros for the missing channels and the padding at both sides.
 #pragma once
 
 #include <vector>
@@ -14,9 +16,9 @@
 
 namespace adq {
 
-// Pixels of a chunk whose taps are the same ones.
+// Pixels of a chunk that have the same runs.
 struct PixelGroup {
-    std::vector<int> taps;
+    std::vector<Run> runs;
     int first;  // in the chunk's order of pixels
     int count;
 };
@@ -24,18 +26,18 @@ struct PixelGroup {
 // Some consecutive output pixels, counted over all images, in an order that puts groups together.
 struct Chunk {
     std::vector<PixelGroup> groups;
-    std::vector<std::int32_t> places;         // of each pixel, from the chunk's first one on
-    std::vector<const std::uint8_t*> inputs;  // [taps][pixels]; those that a pixel's group has
+    int copied;                                // pixels of the last group, if their input is copied
+    std::vector<std::int32_t> places;          // of each pixel, from the chunk's first one on
+    std::vector<const std::uint8_t*> origins;  // of each pixel: where its first tap is, or would be
+    Scratch rows, patches;                     // copied input
 };
 
-// If level 0 lies outside of the image, taps there add nothing: pixels with the same kernel rows and columns
-// inside form a group that has only these. Small groups, and everything otherwise, share one with all taps.
 class Taps {
  public:
     Taps(const Convolution& args, const Layout& layout);
 
-    // Pixels begin .. end; `rows` keeps the copied input, if there is one.
-    void find(std::int64_t begin, std::int64_t end, Scratch& rows, Chunk& chunk) const;
+    // Finds pixels begin .. end.
+    void find(std::int64_t begin, std::int64_t end, Chunk& chunk) const;
 
  private:
     // Kernel rows or columns that lie inside of the image.
@@ -55,14 +57,13 @@ class Taps {
         std::int64_t first;
     };
 
-    Axis find_axis(int axis, std::int64_t positions, std::int64_t size, bool skip) const;
-    template <class Function>
-    void for_runs(std::int64_t begin, std::int64_t end, const Function& function) const;
+    Axis find_axis(int axis, std::int64_t positions, std::int64_t size, std::int64_t margin) const;
+    std::vector<Run> find_runs(Range rows, Range columns, std::int64_t row_bytes,
+                               std::int64_t column_bytes) const;
     std::vector<int> find_groups(std::int64_t begin, std::int64_t end, Chunk& chunk) const;
-    void find_run(const Rows& rows, std::int64_t row, std::int64_t first, std::int64_t last,
-                  const std::vector<int>& taps, std::int64_t stride, const std::uint8_t** to) const;
-    void find_tap(const std::uint8_t* line, std::int64_t first, std::int64_t last, std::int64_t offset,
-                  const std::uint8_t** to) const;
+    template <class Function>
+    void for_pieces(std::int64_t begin, std::int64_t end, const Function& function) const;
+    void copy_patch(const Rows& rows, std::int64_t row, std::int64_t column, std::uint8_t* to) const;
     std::int64_t image_row(std::int64_t row, std::int64_t k) const;
     std::int64_t input_row(std::int64_t row, std::int64_t k) const;
     Rows copy_rows(std::int64_t begin, std::int64_t end, Scratch& scratch) const;
@@ -70,7 +71,8 @@ class Taps {
 
     const Convolution& args_;
     const Layout& layout_;
-    std::vector<std::uint8_t> outside_;  // a tap outside of the image
+    const std::int64_t row_bytes_;
+    std::vector<std::uint8_t> outside_;  // a pixel outside of the image
     Axis rows_, columns_;
 };
 
