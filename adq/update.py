@@ -114,12 +114,14 @@ def _layers_of(model: nn.Module) -> list[QuantizedLayer]:
     return [module for module in model.modules() if isinstance(module, QuantizedLayer) and not module.packed]
 
 
+@torch._disable_dynamo  # a compiled step leaves its graph for it, and need not be compiled anew for each learning rate
 @torch.no_grad()
 def step(model: nn.Module) -> None:
     """Update the codebooks of a model in training mode: for optimizers that are not torch's, after each step."""
     _update(_layers_of(model), None)
 
 
+@torch._disable_dynamo
 @torch.no_grad()
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     # a fused optimizer steps even when its gradient scaler has found an infinity, and then changes nothing
