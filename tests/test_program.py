@@ -174,7 +174,7 @@ needs_compiler = pytest.mark.skipif(
 
 def packed_file(path: Path) -> nn.Module:
     torch.manual_seed(0)
-    model = centred(adq.calibrate_(adq.quantize_(Block(), ADQConfig(first_last_bits=5)), [images()]))
+    model = centred(adq.calibrate_(adq.quantize_(Block(), ADQConfig()), [images()]))
     adq.save(model, path, packed=True)
     return model
 
