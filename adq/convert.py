@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from adq.nn.weight import WeightQuantizer
 from adq.update import prepare_together, unregister
 
 FilterFn = Callable[[nn.Module, str], bool]
+
+_FLOAT = LayerConfig(None, None)
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
@@ -56,38 +59,58 @@ def _matches(key: str, name: str, module: nn.Module) -> bool:
     return key == name
 
 
-def layer_configs(
-    model: nn.Module, config: ADQConfig, filter_fn: FilterFn | None = None
-) -> dict[str, tuple[nn.Module, LayerConfig]]:
-    """What each convertible layer of a float model would become; layers left in float are not listed.
+@dataclass(frozen=True)
+class Choice:
+    """What becomes of a layer: its configuration, and what decided it."""
+
+    module: nn.Module
+    config: LayerConfig
+    by: str
+
+
+def choose_layers(model: nn.Module, config: ADQConfig, filter_fn: FilterFn | None = None) -> dict[str, Choice]:
+    """What becomes of each convertible layer of a float model; some stay in float.
 
     Raises:
         ValueError: an override matches no layer.
     """
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if convertible(module) and (filter_fn is None or filter_fn(module, name))
-    }
-    names = list(layers)
+    layers = {name: module for name, module in model.named_modules() if convertible(module)}
+    chosen = {name: module for name, module in layers.items() if filter_fn is None or filter_fn(module, name)}
+    names = [name for name, module in chosen.items() if not _is_output(module) or _parent(name) in chosen]
     used: set[str] = set()
-    found: dict[str, tuple[nn.Module, LayerConfig]] = {}
+    found: dict[str, Choice] = {}
     for name, module in layers.items():
-        layer = LayerConfig(config.weight, config.activation)
+        layer, by = LayerConfig(config.weight, config.activation), "weight and activation are None"
+        if name not in chosen:
+            found[name] = Choice(module, _FLOAT, "excluded by filter_fn")
+            continue
         if name in (names[0], names[-1]):
-            bits = config.first_last_bits
-            layer = LayerConfig(None, None) if bits is None else with_bits(layer, bits)
+            bits, by = config.first_last_bits, "first_last_bits is None"
+            layer = _FLOAT if bits is None else with_bits(layer, bits)
         for key, override in config.overrides.items():
             if _matches(key, name, module):
                 used.add(key)
-                layer = merge_override(layer, override)
-        called = not isinstance(module, NonDynamicallyQuantizableLinear) or name.rpartition(".")[0] in found
-        if not layer.is_float and called:
-            found[name] = (module, layer)
+                layer, by = merge_override(layer, override), f"override {key!r}"
+        if _is_output(module) and _is_float(found.get(_parent(name))):
+            layer, by = _FLOAT, "its attention is in float"
+        found[name] = Choice(module, layer, by)
     unused = [key for key in config.overrides if key not in used]
     if unused:
         raise ValueError(f"adq: overrides match no layer: {', '.join(unused)}; layers: {', '.join(names)}")
     return found
+
+
+def _is_float(choice: Choice | None) -> bool:
+    return choice is None or choice.config.is_float
+
+
+def _is_output(module: nn.Module) -> bool:
+    """Whether a layer is the output projection of a ``MultiheadAttention``, which alone can call it."""
+    return isinstance(module, NonDynamicallyQuantizableLinear)
+
+
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def convertible(module: nn.Module | None) -> bool:
@@ -119,10 +142,15 @@ def quantize_(model: nn.Module, config: ADQConfig | None = None, filter_fn: Filt
     config = config or ADQConfig()
     if quantized_layers(model):
         raise ValueError("adq: the model is quantized already; quantize_ takes a float model")
-    targets = layer_configs(model, config, filter_fn)
+    choices = choose_layers(model, config, filter_fn)
+    targets = {name: choice.config for name, choice in choices.items() if not choice.config.is_float}
     if not targets:
         raise ValueError("adq: nothing to quantize: no Conv, ConvTranspose or Linear layer was selected")
-    return convert_layers_(model, {name: layer for name, (_, layer) in targets.items()})
+    convert_layers_(model, targets)
+    for choice in choices.values():
+        if choice.config.is_float:
+            choice.module.adq_in_float = choice.by  # type: ignore[assignment]
+    return model
 
 
 def convert_layers_(model: nn.Module, layers: Mapping[str, LayerConfig], *, fitted: bool = True) -> nn.Module:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from adq.allocate import FLOAT_BITS
 from adq.artifact import packed_bytes
@@ -136,9 +135,7 @@ def _reason(layer: Any) -> str:
         return f"{type(layer).__name__} has a forward of its own"
     if isinstance(layer, nn.MultiheadAttention) and (problem := QMultiheadAttention.problem(layer)):
         return problem
-    if isinstance(layer, NonDynamicallyQuantizableLinear):
-        return "its attention is in float, or by configuration"
-    return "by configuration"
+    return getattr(layer, "adq_in_float", "not among the layers of the file")
 
 
 def float_bytes(model: nn.Module) -> int:

@@ -22,6 +22,7 @@ pytest.importorskip("torchvision")
 
 from architectures import ARCHITECTURES, CLASSES, architecture
 
+SLOW = bool(os.environ.get("ADQ_TEST_SLOW"))
 BATCH = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0)), torch.arange(4)
 
 
@@ -128,6 +129,37 @@ def test_attention_takes_what_torch_takes(batched, mask):
             torch.testing.assert_close(found[1], weights)
 
 
+def test_the_first_layer_is_not_an_output_projection_left_in_float():
+    model = nn.Sequential(nn.MultiheadAttention(8, 2, add_zero_attn=True), *(nn.Linear(8, 8) for _ in range(3)))
+    adq.quantize_(model)
+    assert [layer.weight_quantizer.bits for layer in model[1:]] == [8, 3, 8]
+
+
+def test_encoder_and_decoder(tmp_path):
+    """Cross attention, causal and padding masks; evaluation without gradients takes no other path than training."""
+
+    def network() -> nn.Module:
+        return nn.Transformer(16, 2, 1, 1, 32, dropout=0.0, batch_first=True)
+
+    torch.manual_seed(0)
+    model, source, target = network(), torch.randn(3, 7, 16), torch.randn(3, 5, 16)
+    inputs = {
+        "src": source,
+        "tgt": target,
+        "tgt_mask": nn.Transformer.generate_square_subsequent_mask(5),
+        "tgt_is_causal": True,
+        "src_key_padding_mask": torch.arange(7).expand(3, 7) >= torch.tensor([[7], [5], [6]]),
+    }
+    adq.calibrate_(adq.quantize_(model), [inputs])
+    model(**inputs).square().mean().backward()
+    assert all(bool(layer.weight.grad.any()) for layer, _ in convert.weight_quantizers(model).values())
+    adq.save(model, tmp_path / "m.safetensors", packed=True)
+    expected = model.eval()(**inputs)
+    for other in (model, adq.load(tmp_path / "m.safetensors", network())):
+        with torch.no_grad():
+            torch.testing.assert_close(other(**inputs), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_attention_uses_its_quantizers():
     torch.manual_seed(0)
     x, attention = torch.randn(4, 5, 8), nn.MultiheadAttention(8, 2, batch_first=True)
@@ -204,12 +236,43 @@ def test_integers_within_attention():
     assert_near(integer(images), model.eval()(images))
 
 
-EXPORTED = ARCHITECTURES if os.environ.get("ADQ_TEST_ALL_EXPORTS") else ["vit", "swin"]
+FULL_SIZE = [
+    ("resnet18", {}),
+    ("mobilenet_v2", {}),
+    ("efficientnet_b0", {}),
+    ("convnext_tiny", {}),
+    ("vit_b_16", {"image_size": 64}),
+    ("swin_t", {}),
+    ("timm/vit_tiny_patch16_224", {"img_size": 64}),
+]
+
+
+@pytest.mark.skipif(not SLOW, reason="ADQ_TEST_SLOW is not set")
+@pytest.mark.parametrize(("name", "options"), FULL_SIZE, ids=[name for name, _ in FULL_SIZE])
+def test_full_size(name, options, tmp_path):
+    """The networks as they are published, ImageNet's classes; heads that start at zero get weights."""
+    torch.manual_seed(0)
+    model, images = adq.create_model(name, 1000, **options), torch.randn(2, 3, 64, 64)
+    for parameter in model.parameters():
+        if parameter.dim() > 1 and not parameter.any():
+            nn.init.normal_(parameter, std=0.02)
+    adq.reestimate_batch_norm_(model, [images])
+    adq.calibrate_(adq.quantize_(model), [images])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    model.train()(images).square().mean().backward()
+    optimizer.step()
+    assert all(quantizer.steps == 1 for _, quantizer in convert.weight_quantizers(model).values())
+    adq.save(model.eval(), tmp_path / "m.safetensors", packed=True)
+    with torch.no_grad():
+        assert torch.equal(adq.load(tmp_path / "m.safetensors")(images), model(images))
+
+
+EXPORTED = ARCHITECTURES if SLOW else ["vit", "swin"]
 
 
 @pytest.mark.parametrize("name", EXPORTED)
 def test_export(name, tmp_path):
-    """All of them with ADQ_TEST_ALL_EXPORTS=1: torch's exporter takes about a second for five layers."""
+    """All of them with ADQ_TEST_SLOW=1: torch's exporter takes about a second for five layers."""
     pytest.importorskip("onnxruntime")
     model, images = quantized(name).eval(), BATCH[0]
     adq.export_onnx(model, tmp_path / "model.onnx", images[:1])

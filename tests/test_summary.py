@@ -84,7 +84,7 @@ def test_totals_by_hand():
 def test_what_is_left_in_float_and_why():
     assert adq.summary(quantized()).left_in_float == {
         "norm": "BatchNorm2d is no layer that adq quantizes",
-        "extra": "by configuration",
+        "extra": "override 'extra'",
         "custom": "Custom has a forward of its own",
     }
 
@@ -97,12 +97,15 @@ def test_attention_that_is_left_in_float_and_why():
             self.zero = nn.MultiheadAttention(6, 2, add_zero_attn=True)
             self.bias = nn.MultiheadAttention(6, 2, add_bias_kv=True)
             self.sizes = nn.MultiheadAttention(6, 2, kdim=4)
+            self.overridden = nn.MultiheadAttention(6, 2)
             self.excluded = nn.MultiheadAttention(6, 2)
             self.head = nn.Linear(6, 3)
+            self.last = nn.Linear(3, 3)
 
-    model = adq.quantize_(Attention(), ADQConfig(overrides={"excluded": None}))
+    config = ADQConfig(overrides={"overridden": None}, first_last_bits=None)
+    model = adq.quantize_(Attention(), config, lambda module, name: not name.startswith("excluded"))
     extra = "it adds a learned or zero key (add_bias_kv, add_zero_attn)"
-    output = "its attention is in float, or by configuration"
+    output = "its attention is in float"
     assert adq.summary(model).left_in_float == {
         "token": "a parameter of Attention itself",
         "zero": extra,
@@ -111,9 +114,20 @@ def test_attention_that_is_left_in_float_and_why():
         "bias.out_proj": output,
         "sizes": "its query, key and value have projections of their own",
         "sizes.out_proj": output,
-        "excluded": "by configuration",
-        "excluded.out_proj": output,
+        "overridden": "override 'overridden'",
+        "overridden.out_proj": output,
+        "excluded": "excluded by filter_fn",
+        "excluded.out_proj": "excluded by filter_fn",
+        "last": "first_last_bits is None",
     }
+
+
+def test_a_loaded_model_names_what_is_in_float_too(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    adq.quantize_(model, ADQConfig(activation=None, overrides={"1": None}))
+    adq.save(model, tmp_path / "m.safetensors")
+    loaded = adq.load(tmp_path / "m.safetensors", nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)))
+    assert adq.summary(loaded).left_in_float == {"1": "not among the layers of the file"}
 
 
 def test_weights_in_float():

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
-from adq.convert import layer_configs
+from adq.convert import choose_layers
 from adq.models import create_model
 from adq.store import write_text
 from adq.train.ablation_config import Ablation, Row, check_seeds, read_ablation
@@ -199,7 +199,7 @@ def _check_runnable(config: RunConfig) -> None:
     if config.data.root is not None:
         _ = config.data.folder
     network = create_model(config.model.name, 10, **config.model.kwargs)
-    layer_configs(network, config.quantization)
+    choose_layers(network, config.quantization)
 
 
 # ---- running -----------------------------------------------------------------------------------------
