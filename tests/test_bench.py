@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from adq.bench import check, comparisons, fit, integer, layers, network, operators, peers, small, step
+from adq.bench import check, comparisons, distributed, fit, integer, layers, network, operators, peers, small, step
 from adq.bench.case import ADQ, COPY, Case, Setting, Target, Unavailable, faster_than, overhead, quick_setting, ratio
 from adq.bench.data import activations, codes, convolution, weights
 from adq.bench.environment import cpu_model, environment, slug
@@ -33,7 +33,7 @@ def cases_of(*parts) -> list:
 # ---- every case ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", cases_of(operators, comparisons, small, network, layers, integer, step))
+@pytest.mark.parametrize("case", cases_of(operators, comparisons, small, network, layers, integer, step, distributed))
 def test_every_case_gives_a_row_for_each_contender(case):
     rows, figures = measure(case, TINY)
     assert sorted(row.contender for row in rows) == sorted(case.contenders)

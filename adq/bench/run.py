@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from adq.bench import comparisons, fit, integer, layers, network, operators, small, step
+from adq.bench import comparisons, distributed, fit, integer, layers, network, operators, small, step
 from adq.bench.case import ADQ, COPY, Call, Case, Setting, Target, Unavailable, full_setting, quick_setting, ratio
 from adq.bench.check import checks
 from adq.bench.environment import environment, slug
@@ -32,6 +32,7 @@ PARTS: dict[str, Callable[[Setting], Iterator[Case]]] = {
     "layers": layers.cases,
     "integer": integer.cases,
     "step": step.cases,
+    "distributed": distributed.cases,
 }
 CHECK = "check"
 GPU_SECONDS = {
@@ -44,6 +45,7 @@ GPU_SECONDS = {
     "layers": 80,
     "integer": 0,
     "step": 140,
+    "distributed": 25,
 }
 """Time of each part on a GPU, under 10 minutes in all; what one leaves, the next one may use."""
 TOO_LATE = "the time for this part is spent"

@@ -328,7 +328,10 @@ def bench(
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
     only: Annotated[
         str | None,
-        typer.Option(help="Parts, comma-separated: check, operators, peers, small, fit, network, layers, step."),
+        typer.Option(
+            help="Parts, comma-separated: check, operators, peers, small, fit, network, layers, integer, step, "
+            "distributed."
+        ),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder of the results. Default: runs/bench-DEVICE.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Tiny sizes: shows that everything runs.")] = False,
