@@ -15,27 +15,29 @@ pytest.importorskip("sklearn", reason="the digits need scikit-learn")
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from adq.train.checkpoint import CheckpointError, Checkpoints, Layout, Progress
+from adq.train.checkpoint import Checkpoints, Layout, Progress
 from adq.train.config import PhaseConfig
 from adq.train.data import DataConfig, build_data
 from adq.train.display import Display
 from adq.train.engine import Trainer
 from adq.train.metrics import MetricsLog
+from adq.train.together import Departure, SharedError
 
+MODEL = nn.Linear(2, 2)
 ONE = Layout(processes=1, batch_size=16, accumulation=1)
 
 
 @pytest.fixture
 def accelerator():
     accelerator = Accelerator(cpu=True)
-    accelerator.prepare(nn.Linear(2, 2))
+    accelerator.prepare(MODEL)
     yield accelerator
     accelerator.free_memory()
 
 
 def write(checkpoints, accelerator, count, top1=()):
     for epoch, value in zip(range(count), itertools.chain(top1, itertools.repeat(None)), strict=False):
-        checkpoints.save(accelerator, Progress("qat", epoch, 0, ONE, top1=value), metrics_size=epoch)
+        checkpoints.save(accelerator, MODEL, Progress("qat", epoch, 0, ONE, top1=value), metrics_size=epoch)
 
 
 def names(folder):
@@ -68,7 +70,7 @@ def test_a_damaged_checkpoint_is_named_and_the_older_one_used(tmp_path, accelera
     write(checkpoints, accelerator, 3)
     newest = checkpoints.latest().path
     damage(newest / file)
-    found = checkpoints.recover(accelerator, said.append)
+    found = checkpoints.recover(said.append)
     assert (found.epoch, found.metrics_size) == (1, 1)
     assert len(said) == 1 and f"checkpoint {newest} is damaged: {cause}" in said[0]
     assert not newest.exists() and newest.with_name(f"{newest.name}.damaged").is_dir()
@@ -78,12 +80,12 @@ def test_a_damaged_checkpoint_is_named_and_the_older_one_used(tmp_path, accelera
 
 def test_nothing_but_damaged_checkpoints_is_an_error(tmp_path, accelerator):
     checkpoints = Checkpoints(tmp_path)
-    assert checkpoints.recover(accelerator, print) is None
+    assert checkpoints.recover(print) is None
     write(checkpoints, accelerator, 2)
     for item in checkpoints.all():
         flip_a_bit(item.path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"all are damaged: 000002-qat-0001-000000\.damaged, 000001"):
-        checkpoints.recover(accelerator, lambda text: None)
+    with pytest.raises(SharedError, match=r"all are damaged: 000002-qat-0001-000000\.damaged, 000001"):
+        checkpoints.recover(lambda text: None)
 
 
 def test_the_last_and_the_best_are_kept(tmp_path, accelerator):
@@ -91,7 +93,7 @@ def test_the_last_and_the_best_are_kept(tmp_path, accelerator):
     write(checkpoints, accelerator, 6, top1=[50.0, 90.0, 90.0, 70.0, 80.0, None])
     assert names(tmp_path) == ["000003-qat-0002-000000", "000005-qat-0004-000000", "000006-qat-0005-000000"]
     assert checkpoints.best().epoch == 2
-    checkpoints.save(accelerator, Progress("late", 0, 0, ONE), 0)
+    checkpoints.save(accelerator, MODEL, Progress("late", 0, 0, ONE), 0)
     assert names(tmp_path) == ["000006-qat-0005-000000", "000007-late-0000-000000"]
 
 
@@ -104,11 +106,11 @@ def test_a_full_disk_is_named_and_the_older_checkpoints_stay(tmp_path, accelerat
         raise OSError(errno.ENOSPC, "No space left on device", folder)
 
     monkeypatch.setattr(accelerator, "save_state", fail)
-    with pytest.raises(CheckpointError, match=r"cannot write a checkpoint in .* bytes are free there.*No space left"):
-        checkpoints.save(accelerator, Progress("qat", 1, 0, ONE), 0)
+    with pytest.raises(SharedError, match=r"cannot write a checkpoint in .*: .*No space left"):
+        checkpoints.save(accelerator, MODEL, Progress("qat", 1, 0, ONE), 0)
     assert names(tmp_path) == ["000001-qat-0000-000000"]
     monkeypatch.undo()
-    assert checkpoints.recover(accelerator, pytest.fail).epoch == 0
+    assert checkpoints.recover(pytest.fail).epoch == 0
 
 
 def test_the_place_in_an_epoch_is_counted_in_images():
@@ -133,7 +135,7 @@ def trainer(folder, accumulation=1, steps=None, said=None):
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation, step_scheduler_with_optimizer=False)
     set_seed(7)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, 10))
-    train, test = accelerator.prepare(data.train, data.test)
+    train, test = accelerator.prepare(data.train), data.test
     done = itertools.count(1)
 
     def loss(logits, images, target):
@@ -147,7 +149,8 @@ def trainer(folder, accumulation=1, steps=None, said=None):
     folder.mkdir(exist_ok=True)
     return Trainer(
         accelerator, "float", PhaseConfig(epochs=2), model, loss, train, test, data.sampler,
-        Checkpoints(folder / "checkpoints"), MetricsLog(folder / "metrics.jsonl"), display, checkpoint_steps=2,
+        Checkpoints(folder / "checkpoints"), MetricsLog(folder / "metrics.jsonl"), display, Departure(60.0),
+        checkpoint_steps=2,
     )  # fmt: skip
 
 
@@ -157,7 +160,7 @@ def test_resumed_inside_an_epoch_dropout_draws_the_same_numbers(tmp_path):
     with pytest.raises(Stop):
         broken.run()
     resumed = trainer(tmp_path / "broken")
-    progress = resumed.checkpoints.recover(resumed.accelerator, pytest.fail)
+    progress = resumed.checkpoints.recover(pytest.fail)
     assert (progress.epoch, progress.batch) == (0, 4)
     weights = resumed.run(progress).state_dict()
     assert all(torch.equal(weights[key], value) for key, value in whole.state_dict().items())
@@ -168,7 +171,7 @@ def test_another_layout_goes_on_at_the_same_place_and_says_so(tmp_path):
         trainer(tmp_path, steps=6).run()
     said = []
     resumed = trainer(tmp_path, accumulation=2, said=said)
-    resumed.run(resumed.checkpoints.recover(resumed.accelerator, pytest.fail))
+    resumed.run(resumed.checkpoints.recover(pytest.fail))
     assert any("goes on at the same place" in text and "not with the same bits" in text for text in said)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2]

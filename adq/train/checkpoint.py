@@ -6,6 +6,7 @@ a run leaves whole checkpoints only. What happens to the bytes afterwards is fou
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -14,13 +15,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
+from adq.distributed import from_main, world
 from adq.store import check_seal, publish_directory, read_seal, seal_directory
+from adq.train.together import SharedError, together
 
-
-class CheckpointError(OSError):
-    """A checkpoint could not be written, on some process; the message says why."""
+Sums = tuple[float, int, int]
+"""Loss, correct answers and samples."""
 
 
 @dataclass(frozen=True)
@@ -40,15 +43,15 @@ class Layout:
 class Progress:
     """A point in a run: ``batch`` micro-batches of epoch ``epoch`` (from 0) of a phase are done.
 
-    ``sums`` are the epoch's loss, correct answers and samples so far, over all processes; ``top1`` is the test
-    accuracy in percent, where it has just been measured.
+    ``sums`` are the epoch's loss, correct answers and samples so far, of each process; ``top1`` is the test accuracy
+    in percent, where it has just been measured.
     """
 
     phase: str
     epoch: int
     batch: int
     layout: Layout
-    sums: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    sums: tuple[Sums, ...] = ()
     top1: float | None = None
     metrics_size: int = 0
     path: Path | None = None
@@ -59,7 +62,17 @@ class Progress:
             return self
         step = layout.batch_size * layout.accumulation
         steps = self.batch * self.layout.batch_size // step
-        return replace(self, batch=steps * layout.accumulation, layout=layout)
+        sums = (self.total, *[(0.0, 0, 0)] * (layout.processes - 1))
+        return replace(self, batch=steps * layout.accumulation, layout=layout, sums=sums)
+
+    @property
+    def total(self) -> Sums:
+        """``sums`` over all processes."""
+        return (
+            math.fsum(loss for loss, _, _ in self.sums),
+            sum(correct for _, correct, _ in self.sums),
+            sum(samples for _, _, samples in self.sums),
+        )
 
 
 class Checkpoints:
@@ -95,22 +108,20 @@ class Checkpoints:
         measured = [item for item in found if item.phase == found[-1].phase and item.top1 is not None]
         return max(reversed(measured), key=lambda item: item.top1 or 0.0, default=None)
 
-    def recover(self, accelerator: Accelerator, say: Callable[[str], None]) -> Progress | None:
+    def kept(self) -> str:
+        """In words, what a run that stops leaves to go on from."""
+        latest = self.latest()
+        return f"the last good checkpoint is {latest.path}" if latest else "no checkpoint had been written yet"
+
+    def recover(self, say: Callable[[str], None]) -> Progress | None:
         """The newest checkpoint that is whole, every byte of it read; every process calls this, and gets the same.
 
         Damaged ones are named and set aside as ``NAME.damaged``.
 
         Raises:
-            CheckpointError: there are checkpoints, and all are damaged.
+            SharedError: there are checkpoints, and all are damaged.
         """
-        found: list[Progress | None] = [None]
-
-        def search() -> None:
-            found[0] = self._newest_whole(say)
-
-        together(accelerator, search if accelerator.is_main_process else None)
-        broadcast_object_list(found)
-        return found[0]
+        return from_main(lambda: self._newest_whole(say))
 
     def _newest_whole(self, say: Callable[[str], None]) -> Progress | None:
         damaged = []
@@ -123,14 +134,14 @@ class Checkpoints:
                 say(f"checkpoint {path} is damaged: {error}; it is set aside as {damaged[-1]}, an older one is used")
                 path.rename(path.with_name(damaged[-1]))
         if damaged:
-            raise CheckpointError(f"no checkpoint in {self.folder} can be used, all are damaged: {', '.join(damaged)}")
+            raise SharedError(f"no checkpoint in {self.folder} can be used, all are damaged: {', '.join(damaged)}")
         return None
 
-    def save(self, accelerator: Accelerator, progress: Progress, metrics_size: int) -> None:
+    def save(self, accelerator: Accelerator, model: nn.Module, progress: Progress, metrics_size: int) -> None:
         """Write a checkpoint aside, rename it into place, then drop old ones. Every process calls this.
 
         Raises:
-            CheckpointError: it could not be written, on every process with the same message; those written
+            SharedError: it could not be written, on every process with the same message; those written
                 before are untouched.
         """
         temporary = self.folder / ".writing"
@@ -140,6 +151,11 @@ class Checkpoints:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
 
+        def write() -> None:
+            accelerator.save_state(str(temporary), safe_serialization=True)
+            if progress.layout.processes > 1:
+                save_file(_running_statistics(model), temporary / _own_statistics())
+
         def finish() -> None:
             about = asdict(replace(progress, metrics_size=metrics_size))
             del about["path"]
@@ -148,15 +164,13 @@ class Checkpoints:
             self._drop_old()
 
         try:
-            together(accelerator, begin if main else None)
-            together(accelerator, lambda: accelerator.save_state(str(temporary), safe_serialization=True))
-            together(accelerator, finish if main else None)
-        except CheckpointError as error:
-            free = shutil.disk_usage(_existing(self.folder)).free
+            together(begin if main else None)
+            together(write)
+            together(finish if main else None)
+        except SharedError as error:
+            cause = _why_not(self.folder) or str(error)
             shutil.rmtree(temporary, ignore_errors=True)
-            raise CheckpointError(
-                f"cannot write a checkpoint in {self.folder} ({free:,} bytes are free there): {error}"
-            ) from error
+            raise SharedError(f"cannot write a checkpoint in {self.folder}: {cause}") from error
 
     def _name(self, progress: Progress) -> str:
         number = max((int(path.name.split("-")[0]) for path in self.folder.glob("[0-9]*-*")), default=0) + 1
@@ -174,37 +188,49 @@ class Checkpoints:
                 os.rename(old.path, trash)  # at once: what has a checkpoint's name is whole
                 shutil.rmtree(trash, ignore_errors=True)
 
-    def restore(self, accelerator: Accelerator, progress: Progress) -> None:
+    def restore(self, accelerator: Accelerator, model: nn.Module, progress: Progress, layout: Layout) -> None:
         """Bring model, optimizer, schedule, scaler and random states back to a checkpoint.
+
+        In the layout that it was written in every process also gets its own batch-norm statistics, which differ inside
+        an epoch; in another they all get those of the first process.
 
         Raises:
             ValueError: the checkpoint is of another model; it is named.
         """
         try:
             accelerator.load_state(str(progress.path))
+            if progress.path is not None and layout == progress.layout and layout.processes > 1:
+                model.load_state_dict(load_file(progress.path / _own_statistics()), strict=False)
         except Exception as error:
             raise ValueError(f"adq: cannot resume from {progress.path}: {error}") from error
 
 
-def together(accelerator: Accelerator, action: Callable[[], object] | None) -> None:
-    """Do something here (None: nothing) and wait for every process; what fails on one is raised on all."""
-    cause: Exception | None = None
+def _why_not(folder: Path) -> str | None:
+    """Why nothing can be written in a folder, tried with a file of 1 MiB: torch and safetensors seldom say it."""
+    probe = folder / f".probe-{world()[0]}"
     try:
-        if action is not None:
-            action()
-    except Exception as error:
-        cause = error
-    problems: list[str | None] = gather_object([None if cause is None else str(cause)])
-    first = next((problem for problem in problems if problem is not None), None)
-    if first is not None:
-        raise CheckpointError(first) from cause
+        with probe.open("wb") as file:
+            file.write(bytes(2**20))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error.strerror
+    finally:
+        if probe.is_file():
+            probe.unlink()
+    return None
+
+
+def _running_statistics(model: nn.Module) -> dict[str, Tensor]:
+    return {name: buffer for name, buffer in model.named_buffers() if name.endswith(("running_mean", "running_var"))}
+
+
+def _own_statistics() -> str:
+    """Name of the file of this process's batch-norm statistics."""
+    return f"batch_norm_{world()[0]}.safetensors"
 
 
 def _progress(path: Path) -> Progress:
     values = read_seal(path)
-    values.update(sums=tuple(values["sums"]), layout=Layout(**values["layout"]), path=path)
-    return Progress(**values)
-
-
-def _existing(folder: Path) -> Path:
-    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    sums = tuple((loss, correct, samples) for loss, correct, samples in values.pop("sums"))
+    return Progress(**{**values, "sums": sums, "layout": Layout(**values["layout"]), "path": path})

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+import torch.distributed as dist
 import typer
 
 from adq.__main__ import info as describe_backends
@@ -53,9 +54,18 @@ def _plain_errors() -> Iterator[None]:
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         if os.environ.get("ADQ_DEBUG"):
             raise
+        from adq.train.together import ProcessLost, TrainingStopped
+
         text = str(error)
-        typer.echo(f"error: {text.removeprefix('adq: ')}", err=True)
+        if not (isinstance(error, TrainingStopped) and os.environ.get("RANK", "0") != "0"):  # the first says it
+            typer.echo(f"error: {text.removeprefix('adq: ')}", err=True)
+        if isinstance(error, ProcessLost):
+            sys.stdout.flush()
+            os._exit(1)  # to shut the process groups down would be to wait for the lost one
         raise typer.Exit(1) from error
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()  # torch aborts a process that ends with it
 
 
 def _nested(**values: Any) -> dict[str, Any]:

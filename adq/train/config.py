@@ -164,6 +164,7 @@ class EngineConfig:
         checkpoint_steps: also write a checkpoint every so many optimizer steps inside an epoch; 0: at the end of
             epochs only.
         keep: checkpoints to keep: the last so many, and the one of the best test top-1 besides.
+        timeout: seconds after which a process that does not answer counts as lost.
         tensorboard: also write TensorBoard events (extra ``tensorboard``).
     """
 
@@ -174,10 +175,13 @@ class EngineConfig:
     compile: bool = False
     checkpoint_steps: int = 0
     keep: int = 2
+    timeout: float = 600.0
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
         check_choices(self)
+        if self.timeout <= 0:
+            raise ValueError(f"engine.timeout must be positive, got {self.timeout}")
         if self.accumulation < 1 or self.keep < 1 or self.checkpoint_steps < 0:
             raise ValueError("accumulation and keep must be at least 1, checkpoint_steps not negative")
 

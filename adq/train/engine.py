@@ -6,7 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,23 +17,20 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 from adq.convert import model_device, to_device
-from adq.distributed import average_batch_norm_, pool
+from adq.distributed import average_batch_norm_, gather, pool
 from adq.nn.activation import ActivationQuantizer
 from adq.nn.weight import WeightQuantizer
-from adq.train.checkpoint import Checkpoints, Layout, Progress
+from adq.train.checkpoint import Checkpoints, Layout, Progress, Sums
 from adq.train.config import PhaseConfig
 from adq.train.data import EpochSampler
 from adq.train.display import Display
 from adq.train.metrics import MetricsLog
+from adq.train.together import Departure, Preempted, TrainingStopped, together
 
 CHECK_EVERY = 20
 """On a GPU the loss is read back, and checked, every so many micro-batches; on a CPU at each one."""
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-class TrainingStopped(RuntimeError):
-    """Training could not go on; the message says why and where the last good checkpoint is."""
 
 
 def parameter_groups(model: nn.Module, config: PhaseConfig) -> list[dict[str, Any]]:
@@ -108,18 +105,15 @@ class Totals:
         self.correct += (logits.detach().argmax(1) == target).sum()
         self.samples += len(target)
 
-    def sums(self, accelerator: Accelerator) -> tuple[float, float, float]:
-        """Loss, correct answers and samples, summed over all processes."""
-        samples = torch.tensor(self.samples, device=self.loss.device)
-        own = torch.stack([part.double() for part in (self.loss, self.correct, samples)])
-        loss, correct, count = accelerator.reduce(own, "sum").tolist()
-        return loss, correct, count
+    def of_processes(self) -> tuple[Sums, ...]:
+        """Loss, correct answers and samples of each process, on every process."""
+        return tuple(gather(lambda: (self.loss.item(), int(self.correct), self.samples)))
 
-    def restore(self, sums: tuple[float, float, float]) -> None:
-        """Go on from the sums of a checkpoint."""
+    def restore(self, sums: Sums) -> None:
+        """Go on from this process's sums in a checkpoint."""
         self.loss += sums[0]
-        self.correct += int(sums[1])
-        self.samples += int(sums[2])
+        self.correct += sums[1]
+        self.samples += sums[2]
 
 
 @torch.no_grad()
@@ -165,6 +159,7 @@ class Trainer:
         test: loader of this process's share.
         sampler: of ``train``.
         checkpoints, metrics, display: where things go.
+        departure: tells when to leave before the end.
         checkpoint_steps: optimizer steps between checkpoints inside an epoch, 0 for none.
         compiled: run the model through ``torch.compile``.
     """
@@ -180,6 +175,7 @@ class Trainer:
     checkpoints: Checkpoints
     metrics: MetricsLog
     display: Display
+    departure: Departure
     checkpoint_steps: int = 0
     compiled: bool = False
 
@@ -217,7 +213,7 @@ class Trainer:
     def _resume(self, saved: Progress, schedule: Any, updates: int) -> Progress:
         """Restore a checkpoint: exactly, or into another layout as near as that can be."""
         accelerator = self.accelerator
-        self.checkpoints.restore(accelerator, saved)
+        self.checkpoints.restore(accelerator, self.model, saved, self.layout)
         if saved.layout == self.layout:
             return saved
         progress = saved.in_layout(self.layout)
@@ -241,8 +237,8 @@ class Trainer:
         accelerator, epoch, start = self.accelerator, begin.epoch, begin.batch
         model.train()
         totals, began = Totals.zeros(accelerator.device), time.perf_counter()
-        if accelerator.is_main_process:
-            totals.restore(begin.sums)
+        if begin.sums:
+            totals.restore(begin.sums[accelerator.process_index])
         exact_check = 1 if accelerator.device.type == "cpu" else CHECK_EVERY
         last = len(self.train) - 1
         with self.display.epoch(self.phase, epoch, self.config.epochs, last + 1, start) as bar:
@@ -263,19 +259,39 @@ class Trainer:
                 if checked:
                     self._check(totals.loss, images, epoch, index)
                     bar.update(index + 1, totals, schedule.get_last_lr()[0])
-                if self._is_checkpoint(index, last):
-                    self._check(totals.loss, images, epoch, index)
-                    average_batch_norm_(self.accelerator.unwrap_model(self.model))
-                    self._save(Progress(self.phase, epoch, index + 1, self.layout, totals.sums(accelerator)))
+                if accelerator.sync_gradients:
+                    self._end_step(totals, images, epoch, index)
         self._finish_epoch(model, totals, begin, time.perf_counter() - began, schedule)
 
-    def _is_checkpoint(self, index: int, last: int) -> bool:
+    def _end_step(self, totals: Totals, images: Tensor, epoch: int, index: int) -> None:
+        """Between two optimizer steps: leave if a process must, and save where it is due."""
+        last = index == len(self.train) - 1
         every = self.checkpoint_steps * self.accelerator.gradient_accumulation_steps
-        return every > 0 and (index + 1) % every == 0 and index != last
+        due = every > 0 and (index + 1) % every == 0 and not last
+        if due:
+            self._check(totals.loss, images, epoch, index)
+        leave = self._told_to_leave(now=due or last)  # nothing is saved or measured before all have agreed
+        if leave or due:
+            self._save(Progress(self.phase, epoch, index + 1, self.layout, totals.of_processes()))
+        if leave:
+            self._leave(epoch, index + 1)
+
+    def _told_to_leave(self, now: bool) -> bool:
+        leave, failure = self.departure.agreed(now)
+        if failure is not None:
+            self._stop(failure)
+        return leave
+
+    def _leave(self, epoch: int, batches: int) -> None:
+        self.display.say(
+            f"stopped by {self.departure.heard} after epoch {epoch + 1}, batch {batches} of {self.phase}; "
+            f"{self.checkpoints.kept()}; go on with the same command and --resume"
+        )
+        raise Preempted
 
     def _finish_epoch(self, model: nn.Module, totals: Totals, begin: Progress, seconds: float, schedule: Any) -> None:
-        epoch, seen_before = begin.epoch, begin.sums[2]
-        loss, correct, samples = totals.sums(self.accelerator)
+        epoch, seen_before = begin.epoch, begin.total[2]
+        loss, correct, samples = replace(begin, sums=totals.of_processes()).total
         average_batch_norm_(self.accelerator.unwrap_model(self.model))
         test_loss, test_top1 = evaluate(model, self.test)
         row = {
@@ -289,25 +305,25 @@ class Trainer:
             "seconds": seconds,
             "images_per_second": (samples - seen_before) / max(1e-9, seconds),
         }
-        self.metrics.write(row)
+        together(lambda: self.metrics.write(row))
         self.display.row(row, self.config.epochs)
         self._save(Progress(self.phase, epoch + 1, 0, self.layout, top1=test_top1))
+        if self._told_to_leave(now=True):
+            self._leave(epoch, len(self.train))
 
     def _save(self, progress: Progress) -> None:
         bad = first_non_finite(self.accelerator.unwrap_model(self.model))
         if bad:
             self._stop(f"{bad} holds NaN or infinity at epoch {progress.epoch + 1}")
-        self.checkpoints.save(self.accelerator, progress, self.metrics.size())
+        self.checkpoints.save(self.accelerator, self.model, progress, self.metrics.size())
 
     def _check(self, total_loss: Tensor, images: Tensor, epoch: int, index: int) -> None:
         if not math.isfinite(total_loss.item()):
             where = blame(self.accelerator.unwrap_model(self.model), images)
-            self._stop(f"the loss is not finite at epoch {epoch + 1}, batch {index + 1}: {where}")
+            self.departure.fail(f"the loss is not finite at epoch {epoch + 1}, batch {index + 1}: {where}")
 
     def _stop(self, reason: str) -> None:
-        kept = self.checkpoints.latest()
-        last = f"the last good checkpoint is {kept.path}" if kept else "no checkpoint had been written yet"
-        raise TrainingStopped(f"adq: training stopped: {reason}; {last}")
+        raise TrainingStopped(f"adq: training stopped: {reason}; {self.checkpoints.kept()}")
 
 
 def first_non_finite(model: nn.Module) -> str | None:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import set_seed
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -37,6 +38,7 @@ from adq.train.data import Data, build_data, check_classes
 from adq.train.display import Display
 from adq.train.engine import Trainer, evaluate
 from adq.train.metrics import MetricsLog
+from adq.train.together import Departure, Preempted, ProcessLost, TrainingStopped, is_loss_of_process, together
 
 RESULT = "result.json"
 
@@ -93,13 +95,17 @@ class Run:
     def __init__(self, config: RunConfig, resume: bool = False, display: Display | None = None) -> None:
         engine = config.engine
         self.accelerator = Accelerator(
-            cpu=engine.device == "cpu",
+            cpu=engine.device == "cpu" or not torch.cuda.is_available(),  # else Accelerate has no processes on CPUs
             mixed_precision=engine.mixed_precision,
             gradient_accumulation_steps=engine.accumulation,
             step_scheduler_with_optimizer=False,
             # codebooks are the same on every process by construction
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(broadcast_buffers=False),
+                InitProcessGroupKwargs(timeout=timedelta(seconds=engine.timeout)),
+            ],
         )
+        self.departure = Departure(engine.timeout)
         main = self.accelerator.is_main_process
         self.display = display or Display()
         self.display.active = main
@@ -130,7 +136,38 @@ class Run:
         return SummaryWriter(self.folder.path / "tensorboard")
 
     def execute(self) -> dict[str, Any]:
-        """Do the job, or what is left of it; returns the result, which is also in ``result.json``."""
+        """Do the job, or what is left of it; returns the result, which is also in ``result.json``.
+
+        Raises:
+            Preempted: SIGTERM or SIGINT told the run to stop, and it has saved (exit status 0).
+            TrainingStopped: it cannot go on: a loss that is not finite, a disk that takes no more.
+            ProcessLost: another process does not answer.
+        """
+        try:
+            with self.departure:
+                return self._execute()
+        except TrainingStopped:
+            raise
+        except OSError as error:
+            if self.checkpoints.latest() is None:
+                raise
+            raise TrainingStopped(f"adq: training stopped: {error}; {self.checkpoints.kept()}") from error
+        except RuntimeError as error:
+            if self.accelerator.num_processes == 1 or not is_loss_of_process(error):
+                raise
+            raise ProcessLost(
+                f"adq: process {self.accelerator.process_index} stopped: another process of the run is lost ({error}); "
+                f"{self.checkpoints.kept()}"
+            ) from error
+
+    def _leave_if_told(self) -> None:
+        """Between the parts of the job, where everything worth keeping is written already."""
+        if self.departure.agreed(now=True)[0]:
+            how = f"{self.checkpoints.kept()}; go on with the same command and --resume"
+            self.display.say(f"stopped by {self.departure.heard}; {how}")
+            raise Preempted
+
+    def _execute(self) -> dict[str, Any]:
         if self.resume and self.folder.result.exists():
             self.display.say(f"{self.folder.path} is complete")
             result: dict[str, Any] = json.loads(self.folder.result.read_text())
@@ -138,13 +175,14 @@ class Run:
             return result
         began = time.perf_counter()
         if self.resume:
-            self.progress = self.checkpoints.recover(self.accelerator, self.display.say)
+            self.progress = self.checkpoints.recover(self.display.say)
         data = build_data(self.config.data)
         data = replace(data, test=share(data.test), calibration=share(data.calibration))
         model = self._create(data)
         self._start_folder()
         train, test = self.accelerator.prepare(data.train), data.test
         model = self._float_phase(model, data, train, test)
+        self._leave_if_told()
         teacher = self._teacher(model, data)
         float_top1 = evaluate(model.to(self.accelerator.device), test)[1]
         self.display.say(f"float top-1 {float_top1:.2f}")
@@ -153,15 +191,14 @@ class Run:
         self.display.say(f"top-1 after calibration, before training {calibrated_top1:.2f}")
         if self._saved("qat") is None:
             self.metrics.write({"phase": "calibrated", "float_top1": float_top1, "calibrated_top1": calibrated_top1})
+        self._leave_if_told()
         shown = figures.shown_layer(model)
         before = figures.codebook_view(model, shown)
         model = self._qat_phase(model, teacher, data, train, test)
         quantized_top1 = evaluate(model, test)[1]
         result = self._result(model, data, float_top1, calibrated_top1, quantized_top1)
         result["seconds"] = time.perf_counter() - began
-        if self.accelerator.is_main_process:
-            self._write(model, result, allocation, shown, before)
-        self.accelerator.wait_for_everyone()
+        self._on_main(lambda: self._write(model, result, allocation, shown, before))
         self.display.result(result)
         self.display.say(f"run folder: {self.folder.path}")
         return result
@@ -185,12 +222,17 @@ class Run:
         teacher = copy.deepcopy(float_model) if other is None else self._network(other, data)
         return teacher.eval().requires_grad_(False).to(self.accelerator.device)
 
+    def _on_main(self, action: Callable[[], object]) -> None:
+        """Do something on the first process while the others wait; what fails there is raised on all."""
+        together(action if self.accelerator.is_main_process else None)
+
     def _start_folder(self) -> None:
-        if self.accelerator.is_main_process:
+        def start() -> None:
             self.folder.path.mkdir(parents=True, exist_ok=True)
             write_text(self.folder.config, dump_yaml(replace(self.config, output=str(self.folder.path))))
             self.metrics.truncate(self.progress.metrics_size if self.progress else 0)
-        self.accelerator.wait_for_everyone()
+
+        self._on_main(start)
 
     def _saved(self, phase: str) -> Progress | None:
         """The checkpoint that this run goes on from, if it is of that phase."""
@@ -210,6 +252,7 @@ class Run:
             checkpoints=self.checkpoints,
             metrics=self.metrics,
             display=self.display,
+            departure=self.departure,
             checkpoint_steps=engine.checkpoint_steps,
             compiled=engine.compile,
         )
@@ -231,10 +274,12 @@ class Run:
 
         trainer = self._trainer("float", model, loss, data, train, test)
         model = trainer.run(saved)
-        if self.accelerator.is_main_process:
+
+        def write() -> None:
             with replacing(self.folder.float_weights) as temporary:
                 save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, temporary)
-        self.accelerator.wait_for_everyone()
+
+        self._on_main(write)
         return model
 
     def _calibration(self, data: Data) -> Iterator[Any]:
@@ -250,8 +295,7 @@ class Run:
         allocation = self._allocation(model, data)
         apply_allocation_(model, allocation)
         correct_batch_norm_(model, self._calibration(data))
-        if self.accelerator.is_main_process:
-            allocation.save(self.folder.allocation)
+        self._on_main(lambda: allocation.save(self.folder.allocation))
         self.display.say(
             f"allocation: {allocation.average_quantized:.3f} bits over the quantized layers, "
             f"{allocation.average_network:.3f} over the whole network"
@@ -278,8 +322,7 @@ class Run:
         table = self._score(model, data, config.batches, config.estimator)
         seconds = time.perf_counter() - began
         self.metrics.write({"phase": "sensitivity", "estimator": config.estimator, "seconds": seconds})
-        if self.accelerator.is_main_process:
-            write_text(self.folder.sensitivity, dump_yaml(table.to_dict()))
+        self._on_main(lambda: write_text(self.folder.sensitivity, dump_yaml(table.to_dict())))
         if config.order != "ranked":
             table = reordered(table, config.order, self.config.seed)
         return allocate(table, Budget(weight_bits=config.weight_bits))
