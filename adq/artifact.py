@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,16 @@ from torch import Tensor, nn
 from adq import container
 from adq.config import ActivationConfig, LayerConfig, WeightConfig, from_dict, to_dict
 from adq.container import check_shape
-from adq.convert import convert_layers_, convertible, pack_, packed_weights, quantized_layers, refuse_packed
+from adq.convert import (
+    convert_layers_,
+    convertible,
+    float_reasons,
+    note_reason,
+    pack_,
+    packed_weights,
+    quantized_layers,
+    refuse_packed,
+)
 from adq.deploy import listed
 from adq.fold import attach_, fold_batch_norm_, fold_problem
 from adq.functional import code_bits, unpack
@@ -39,6 +48,10 @@ def installed_version() -> str:
         return "unknown"
 
 
+OPTIONAL = ("folded", "in_float")
+"""Parts of the header that are left out where there is nothing to say."""
+
+
 @dataclass(frozen=True)
 class Header:
     """What a model file says of its model.
@@ -51,6 +64,7 @@ class Header:
         shapes: weight shape of every layer stored as codes.
         aliases: state dict keys that share the tensor of another key.
         folded: batch norms that are folded into a layer, by its name.
+        in_float: why layers were left in float, by their names.
     """
 
     version: int
@@ -60,6 +74,7 @@ class Header:
     shapes: dict[str, list[int]]
     aliases: dict[str, str]
     folded: dict[str, str]
+    in_float: dict[str, str] = field(default_factory=dict)
 
     def parts(self) -> dict[str, Any]:
         """What :mod:`adq.container` writes, by the names of :data:`adq.container.PARTS`."""
@@ -69,7 +84,7 @@ class Header:
             "shapes": self.shapes,
             "aliases": self.aliases,
         }
-        return {**parts, "folded": self.folded} if self.folded else parts
+        return parts | {name: getattr(self, name) for name in OPTIONAL if getattr(self, name)}
 
     @classmethod
     def parse(cls, contents: container.Contents, path: Path) -> Header:
@@ -80,13 +95,13 @@ class Header:
             layers = {name: _layer_config(value) for name, value in values["layers"].items()}
             for name, shape in values["shapes"].items():
                 check_shape(name, shape)
-            folded = values.get("folded", {})
-            for part, names in (("aliases", values["aliases"]), ("folded", folded)):
+            optional = [values.get(part, {}) for part in OPTIONAL]
+            for part, names in zip(("aliases", *OPTIONAL), (values["aliases"], *optional), strict=True):
                 if not all(isinstance(name, str) for name in names.values()):
                     raise ValueError(f"{part} is {names!r:.200}")
         except (KeyError, AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"adq: {path} has a damaged header: {error}") from error
-        parts = values["architecture"], layers, values["shapes"], values["aliases"], folded
+        parts = values["architecture"], layers, values["shapes"], values["aliases"], *optional
         return cls(contents.version, contents.packed, *parts)
 
 
@@ -210,7 +225,8 @@ def save(
     tensors, aliases = _without_aliases(state)
     architecture = architecture or getattr(model, "adq_architecture", None)
     layers, folded = _present_config(model), getattr(model, "adq_folded", {})
-    header = Header(container.FORMAT_VERSION, packed, architecture, layers, shapes, aliases, folded)
+    in_float = float_reasons(model)
+    header = Header(container.FORMAT_VERSION, packed, architecture, layers, shapes, aliases, folded, in_float)
     with replacing(path) as temporary:
         container.write(temporary, tensors, header.parts(), packed, installed_version())
     return Path(path)
@@ -250,6 +266,8 @@ def load(path: str | Path, model: nn.Module | None = None, *, device: str | torc
     if header.packed:
         pack_(model, {name: state[f"{_prefix(name)}{CODES}"].clone() for name in header.shapes})
         attach_(model, header.folded)
+    for name, reason in header.in_float.items():
+        note_reason(model.get_submodule(name), reason)
     model.load_state_dict(state, strict=not header.packed)
     return model.eval().to(device)
 
@@ -298,6 +316,7 @@ def _check_architecture(model: nn.Module, header: Header, state: dict[str, Tenso
     """Compare layers, names, shapes and kinds with the file, and then the codes, before the model is touched."""
     modules = dict(model.named_modules())
     problems = [f"no layer {name!r} to quantize" for name in header.layers if not convertible(modules.get(name))]
+    problems += [f"no module {name!r} that is in float" for name in header.in_float if name not in modules]
     if not problems:
         coded = {name: header.layers.get(name, LayerConfig(None, None)).weight for name in header.shapes}
         problems += [f"no quantized layer {name!r} for the codes" for name, config in coded.items() if config is None]

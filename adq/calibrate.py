@@ -116,7 +116,11 @@ def calibrate_(model: nn.Module, batches: Iterable[Any], *, batch_norm: bool = T
     samples = {name: sampler.pooled() for name, sampler in samplers.items()}
     unseen = [name for name, values in samples.items() if values is None]
     if unseen:
-        warnings.warn(f"adq: not calibrated, never reached by the batches: {', '.join(unseen)}", stacklevel=2)
+        warnings.warn(
+            f"adq: not calibrated, never reached by the batches: {', '.join(unseen)}; a layer whose weight is read by "
+            "another module, and which is not called itself, is not quantized there",
+            stacklevel=2,
+        )
     for name, values in samples.items():
         if values is not None:
             quantizers[name].calibrate_(values.to(quantizers[name].start.device))

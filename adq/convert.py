@@ -149,8 +149,19 @@ def quantize_(model: nn.Module, config: ADQConfig | None = None, filter_fn: Filt
     convert_layers_(model, targets)
     for choice in choices.values():
         if choice.config.is_float:
-            choice.module.adq_in_float = choice.by  # type: ignore[assignment]
+            note_reason(choice.module, choice.by)
     return model
+
+
+def note_reason(module: nn.Module, reason: str) -> None:
+    """Remember why a module was left in float."""
+    module.adq_in_float = reason  # type: ignore[assignment]
+
+
+def float_reasons(model: nn.Module) -> dict[str, str]:
+    """Why :func:`quantize_` left layers in float, by their names."""
+    reasons = {name: getattr(module, "adq_in_float", None) for name, module in model.named_modules()}
+    return {name: reason for name, reason in reasons.items() if isinstance(reason, str)}
 
 
 def convert_layers_(model: nn.Module, layers: Mapping[str, LayerConfig], *, fitted: bool = True) -> nn.Module:

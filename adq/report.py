@@ -333,7 +333,9 @@ def _signed(quantizer: ActivationQuantizer) -> str:
 
 
 def _in_float(found: Summary, parameters: int) -> str:
-    items = "".join(f"<li>{_name(name)}: {escape(reason)}</li>" for name, reason in found.left_in_float.items())
+    items = "".join(
+        f"<li>{escape(reason)}: {', '.join(map(_name, names))}</li>" for reason, names in found.float_by_reason.items()
+    )
     listed = f"<ul>{items}</ul>" if items else "<p>Every convolution and linear layer is quantized.</p>"
     return (
         f"<h2>Left in float</h2>\n{listed}\n"

@@ -60,14 +60,23 @@ class Summary:
     bytes_float: int
     bytes_packed: int
 
+    @property
+    def float_by_reason(self) -> dict[str, list[str]]:
+        """Names of what is left in float, by the reason."""
+        found: dict[str, list[str]] = {}
+        for name, reason in self.left_in_float.items():
+            found.setdefault(reason, []).append(name)
+        return found
+
     def __str__(self) -> str:
+        width = max(len(layer.name) for layer in self.layers)
+        kind = max(len(layer.kind) for layer in self.layers)
         header = (
-            f"{'layer':<32} {'type':<16} {'weights':>9} {'W bits':>6} {'A bits':>6} "
+            f"{'layer':<{width}} {'type':<{kind}} {'weights':>9} {'W bits':>6} {'A bits':>6} "
             f"{'levels':>9} {'SQNR dB':>8} {'bytes':>9}"
         )
-        lines = [header, *(_row(layer) for layer in self.layers)]
-        for reason in dict.fromkeys(self.left_in_float.values()):
-            names = [name for name, its in self.left_in_float.items() if its == reason]
+        lines = [header, *(_row(layer, width, kind) for layer in self.layers)]
+        for reason, names in self.float_by_reason.items():
             lines += wrap(f"in float, {reason}: {', '.join(names)}", WIDTH, subsequent_indent="    ", **_WHOLE_NAMES)
         lines.append(
             f"average bits: {self.average_bits_quantized:.3f} over the quantized layers, "
@@ -80,11 +89,11 @@ class Summary:
         return "\n".join(lines)
 
 
-def _row(layer: LayerSummary) -> str:
+def _row(layer: LayerSummary, width: int, kind: int) -> str:
     levels = "-" if layer.levels is None else f"{layer.levels_used}/{layer.levels}"
     quality = "-" if layer.sqnr_db is None else f"{layer.sqnr_db:.2f}"
     return (
-        f"{layer.name:<32} {layer.kind:<16} {layer.weights:>9,} {layer.weight_bits or 'float':>6} "
+        f"{layer.name:<{width}} {layer.kind:<{kind}} {layer.weights:>9,} {layer.weight_bits or 'float':>6} "
         f"{layer.activation_bits or 'float':>6} {levels:>9} {quality:>8} {layer.bytes:>9,}"
     )
 
@@ -135,7 +144,7 @@ def _reason(layer: Any) -> str:
         return f"{type(layer).__name__} has a forward of its own"
     if isinstance(layer, nn.MultiheadAttention) and (problem := QMultiheadAttention.problem(layer)):
         return problem
-    return getattr(layer, "adq_in_float", "not among the layers of the file")
+    return getattr(layer, "adq_in_float", "it was not asked for")
 
 
 def float_bytes(model: nn.Module) -> int:

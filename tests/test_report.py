@@ -148,7 +148,7 @@ def test_every_layer_has_the_numbers_of_the_summary(model, tmp_path):
     assert rows["quantized weights"][7] == f"{size:,}"
     assert rows["whole network"][4] == f"{found.average_bits_network:.3f}"
     assert rows["whole network"][7] == f"{found.bytes_packed:,}"
-    assert "plain: by configuration" in seen.text
+    assert "override 'plain': plain" in seen.text
     assert f"{found.bytes_float:,} in float: a ratio of {found.bytes_float / found.bytes_packed:.2f}" in seen.text
 
 
