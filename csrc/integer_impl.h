@@ -122,37 +122,70 @@ struct Tile {
     float* values;
 };
 
-// float(sum) * multiplier + bias + residual, clamped as torch does: NaN stays, and `high` wins.
+// A tile's values, pixel by pixel: float(sum) * multiplier + bias + residual, clamped as torch does (NaN
+// stays, and `high` wins). They go to y, and in place of the sums where `kept`. The members are copies: the
+// compiler cannot know that the results lie elsewhere than the epilogue.
 template <int kBlocks>
-void finish_sums(const Epilogue& epilogue, Tile tile) {
-    constexpr int kRow = kBlocks * kBlockOutputs;
-    // In registers: the compiler cannot know that the results lie elsewhere than the epilogue.
-    const Floats low = fill(epilogue.low), high = fill(epilogue.high);
-    const float *multiplier = epilogue.multiplier, *bias = epilogue.bias;
-    const std::int32_t* places = epilogue.places + tile.first;
-    const std::int64_t stride = epilogue.stride;
-    const float* residual = epilogue.residual;
-    float* y = epilogue.y;
-    const bool whole = epilogue.outputs == kRow;
-    const std::size_t bytes = epilogue.outputs * sizeof(float);
-    float rest[kRow] = {};
-    for (int pixel = 0; pixel < tile.pixels; ++pixel) {
-        float* values = tile.values + pixel * kRow;
-        const std::int64_t at = places[pixel] * stride;
-        const float* added = residual != nullptr ? residual + at : nullptr;
-        if (!whole && added != nullptr) added = static_cast<float*>(std::memcpy(rest, added, bytes));
+class FinishedSums {
+ public:
+    static constexpr int kRow = kBlocks * kBlockOutputs;
+
+    ADQ_INLINE FinishedSums(const Epilogue& epilogue, Tile tile, bool kept)
+        : low_(fill(epilogue.low)),
+          high_(fill(epilogue.high)),
+          multiplier_(epilogue.multiplier),
+          bias_(epilogue.bias),
+          residual_(epilogue.residual),
+          y_(epilogue.y),
+          values_(tile.values),
+          bytes_(epilogue.outputs * sizeof(float)),
+          whole_(epilogue.outputs == kRow),
+          kept_(kept || (y_ != nullptr && !whole_)) {}
+
+    // at: of the pixel in residual and y.
+    ADQ_INLINE void row(int pixel, std::int64_t at, Floats* to) {
+        float* values = values_ + pixel * kRow;
+        const float* added = residual_ != nullptr ? residual_ + at : nullptr;
+        float rest[kRow];
+        if (!whole_ && added != nullptr) {
+            std::fill(rest, rest + kRow, 0.0f);
+            added = static_cast<float*>(std::memcpy(rest, added, bytes_));
+        }
         unroll<kBlocks * kParts>([&](auto v) ADQ_INLINE_LAMBDA {
             constexpr int kAt = kWidth * v.value;
-            Floats value = to_float(load_ints(values + kAt)) * load_floats(multiplier + kAt);
-            value = value + load_floats(bias + kAt);
+            Floats value = to_float(load_ints(values + kAt)) * load_floats(multiplier_ + kAt);
+            value = value + load_floats(bias_ + kAt);
             if (added != nullptr) value = value + load_floats(added + kAt);
-            value = smaller(high, larger(low, value));
-            std::memcpy(values + kAt, &value, sizeof value);
-            if (whole && y != nullptr) std::memcpy(y + at + kAt, &value, sizeof value);
+            value = smaller(high_, larger(low_, value));
+            if (kept_) std::memcpy(values + kAt, &value, sizeof value);
+            if (whole_ && y_ != nullptr) std::memcpy(y_ + at + kAt, &value, sizeof value);
+            to[v.value] = value;
         });
-        if (!whole && y != nullptr) std::memcpy(y + at, values, bytes);
+        if (!whole_ && y_ != nullptr) std::memcpy(y_ + at, values, bytes_);
     }
-}
+
+ private:
+    const Floats low_, high_;
+    const float *const multiplier_, *const bias_, *const residual_;
+    float *const y_, *const values_;
+    const std::size_t bytes_;
+    const bool whole_, kept_;
+};
+
+// The same values once more.
+template <int kBlocks>
+class KeptValues {
+ public:
+    ADQ_INLINE KeptValues(const Epilogue&, Tile tile, bool) : values_(tile.values) {}
+    ADQ_INLINE void row(int pixel, std::int64_t, Floats* to) const {
+        unroll<kBlocks * kParts>([&](auto v) ADQ_INLINE_LAMBDA {
+            to[v.value] = load_floats(values_ + pixel * kBlocks * kBlockOutputs + kWidth * v.value);
+        });
+    }
+
+ private:
+    const float* const values_;
+};
 
 // The level of a value u of the quantizer's scale.
 template <int kCells>
@@ -168,47 +201,61 @@ struct ClosedLevel {
     ADQ_INLINE Ints operator()(Floats u) const { return truncate(level.level(level.position(u))); }
 };
 
-template <int kBlocks, class Level>
-void quantize(const Epilogue& epilogue, const QuantizerTable& table, Tile tile, std::uint8_t* to) {
+// The values, and their levels by one of the tables.
+template <int kBlocks, class Values, class Level>
+void quantize(const Epilogue& epilogue, std::size_t index, Tile tile) {
     constexpr int kRow = kBlocks * kBlockOutputs;
     constexpr int kVectors = kBlocks * kParts;
+    const QuantizerTable& table = (*epilogue.tables)[index];
+    Values values(epilogue, tile, epilogue.levels.size() > 1);
     const Level level(table);
     const Floats scale = fill(table.closed.scale);
+    std::uint8_t* to = epilogue.levels[index];
     const std::int32_t* places = epilogue.places + tile.first;
     const std::int64_t stride = epilogue.stride;
     const bool whole = epilogue.outputs == kRow;
     const std::size_t bytes = epilogue.outputs;
     std::uint8_t rest[kRow];
     for (int pixel = 0; pixel < tile.pixels; ++pixel) {
-        std::uint8_t* place = to + places[pixel] * stride;
+        const std::int64_t at = places[pixel] * stride;
+        Floats row[kVectors];
         Ints levels[kVectors];
-        unroll<kVectors>([&](auto v) ADQ_INLINE_LAMBDA {
-            levels[v.value] = level(scale * load_floats(tile.values + pixel * kRow + kWidth * v.value));
-        });
-        narrow_all<kVectors>(whole ? place : rest, levels);
-        if (!whole) std::memcpy(place, rest, bytes);
+        values.row(pixel, at, row);
+        unroll<kVectors>([&](auto v) ADQ_INLINE_LAMBDA { levels[v.value] = level(scale * row[v.value]); });
+        narrow_all<kVectors>(whole ? to + at : rest, levels);
+        if (!whole) std::memcpy(to + at, rest, bytes);
+    }
+}
+
+template <int kBlocks, class Values>
+void quantize_any(const Epilogue& epilogue, std::size_t index, Tile tile) {
+    const QuantizerTable& table = (*epilogue.tables)[index];
+    if (table.uniform) return quantize<kBlocks, Values, ClosedLevel>(epilogue, index, tile);
+    switch (table.edges.cells) {
+        case 4: return quantize<kBlocks, Values, EdgeLevel<4>>(epilogue, index, tile);
+        case 8: return quantize<kBlocks, Values, EdgeLevel<8>>(epilogue, index, tile);
+        case 16: return quantize<kBlocks, Values, EdgeLevel<16>>(epilogue, index, tile);
+        case 32: return quantize<kBlocks, Values, EdgeLevel<32>>(epilogue, index, tile);
+        case 64: return quantize<kBlocks, Values, EdgeLevel<64>>(epilogue, index, tile);
+        default: return quantize<kBlocks, Values, EdgeLevel<256>>(epilogue, index, tile);
     }
 }
 
 template <int kBlocks>
-void quantize_any(const Epilogue& epilogue, std::size_t index, Tile tile) {
-    const QuantizerTable& table = (*epilogue.tables)[index];
-    std::uint8_t* to = epilogue.levels[index];
-    if (table.uniform) return quantize<kBlocks, ClosedLevel>(epilogue, table, tile, to);
-    switch (table.edges.cells) {
-        case 4: return quantize<kBlocks, EdgeLevel<4>>(epilogue, table, tile, to);
-        case 8: return quantize<kBlocks, EdgeLevel<8>>(epilogue, table, tile, to);
-        case 16: return quantize<kBlocks, EdgeLevel<16>>(epilogue, table, tile, to);
-        case 32: return quantize<kBlocks, EdgeLevel<32>>(epilogue, table, tile, to);
-        case 64: return quantize<kBlocks, EdgeLevel<64>>(epilogue, table, tile, to);
-        default: return quantize<kBlocks, EdgeLevel<256>>(epilogue, table, tile, to);
+void finish_alone(const Epilogue& epilogue, Tile tile) {
+    FinishedSums<kBlocks> values(epilogue, tile, false);
+    for (int pixel = 0; pixel < tile.pixels; ++pixel) {
+        Floats row[kBlocks * kParts];
+        values.row(pixel, epilogue.places[tile.first + pixel] * epilogue.stride, row);
     }
 }
 
 template <int kBlocks>
 void finish_tile(const Epilogue& epilogue, Tile tile) {
-    finish_sums<kBlocks>(epilogue, tile);
-    for (std::size_t i = 0; i < epilogue.levels.size(); ++i) quantize_any<kBlocks>(epilogue, i, tile);
+    if (epilogue.levels.empty()) return finish_alone<kBlocks>(epilogue, tile);
+    quantize_any<kBlocks, FinishedSums<kBlocks>>(epilogue, 0, tile);
+    for (std::size_t i = 1; i < epilogue.levels.size(); ++i)
+        quantize_any<kBlocks, KeptValues<kBlocks>>(epilogue, i, tile);
 }
 
 // ---- dense -------------------------------------------------------------------------------------------
