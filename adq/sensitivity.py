@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from adq.batch_norm import float_network
 from adq.config import check_bits
@@ -383,7 +384,7 @@ def _hessian_scores(model: nn.Module, batches: list[Any], loss_fn: LossFn, width
     changes = [[float(change.sum()) / change.numel() for change in row] for row in _half_squares(layers, widths)]
     per_trace = torch.tensor(changes, dtype=torch.float64)
     found = []
-    with _requiring_grad(weights):
+    with _requiring_grad(weights), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
         for batch, number in zip(batches, count(*world()), strict=False):
             gradients = _gradients(model, batch, loss_fn, layers, create_graph=True)
             traces = _traces(gradients, weights, torch.Generator().manual_seed(number))

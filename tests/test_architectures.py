@@ -135,6 +135,15 @@ def test_the_first_layer_is_not_an_output_projection_left_in_float():
     assert [layer.weight_quantizer.bits for layer in model[1:]] == [8, 3, 8]
 
 
+@pytest.mark.parametrize("name", ["vit", "timm-vit"])
+def test_the_hessian_of_attention(name):
+    """Fused attention kernels have no second derivative, so another one must serve."""
+    if name.startswith("timm"):
+        pytest.importorskip("timm")
+    table = adq.sensitivity(quantized(name), [BATCH], F.cross_entropy, bits=(3,), estimator="hessian")
+    assert sum(layer.scores[min(layer.scores)] for layer in table.layers) > 0
+
+
 def test_encoder_and_decoder(tmp_path):
     """Cross attention, causal and padding masks; evaluation without gradients takes no other path than training."""
 

@@ -56,7 +56,8 @@ class Classifier(lightning.LightningModule):
         }
 
     def train_dataloader(self) -> DataLoader:
-        order = DistributedSampler(self.data, 1, 0)  # tells its order by the epoch: a resumed run sees the same batches
+        # its order is told by the epoch alone: a resumed run sees the same batches
+        order = DistributedSampler(self.data, self.trainer.world_size, self.trainer.global_rank)
         return DataLoader(self.data, batch_size=64, sampler=order, drop_last=True)
 
 
