@@ -96,8 +96,9 @@ def share_of(count: int) -> int:
 def share(loader: DataLoader[T]) -> DataLoader[T]:
     """A loader of this process's share of the batches of ``loader``; only those are read and decoded.
 
-    Every process must have the same loader, in the same order. The shares differ by a batch at most, and no sample is
-    repeated. The batches of an iterable dataset are all read, as nobody else knows where they are.
+    Every process must have the same loader in the same order, not one that deals out shares already, as Accelerate's
+    and those with a ``DistributedSampler`` do. The shares differ by a batch at most, and no sample is repeated. The
+    batches of an iterable dataset are all read, as nobody else knows where they are.
     """
     if world()[1] == 1:
         return loader
