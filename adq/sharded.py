@@ -6,7 +6,7 @@ and moves every codebook by the sums: on all processes by the same ones, so code
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -75,40 +75,46 @@ def step(members: Sequence[Member], rates: Tensor) -> None:
 
 
 def _step(members: list[Member], rates: Tensor, mesh: Any, placements: Sequence[Any]) -> None:
-    sums = [_sums(weight, quantizer) for weight, quantizer in members]
-    total = torch.cat(sums)
+    quantizers = [quantizer for _, quantizer in members]
+    axes = [scale_axis(weight.shape, quantizer.scale) for weight, quantizer in members]
+    channels = [0 if axis is None else q.scale.numel() for axis, q in zip(axes, quantizers, strict=True)]
+    sizes = [2 * quantizer.codebook.numel() for quantizer in quantizers]
+    sums = torch.zeros(sum(sizes) + 2 * sum(channels), dtype=torch.float64, device=rates.device)
+    cells, products, norms = sums.split([sum(sizes), sum(channels), sum(channels)])
+    parts = zip(cells.split(sizes), products.split(channels), norms.split(channels), strict=True)
+    for (weight, quantizer), axis, part in zip(members, axes, parts, strict=True):
+        _add_up(weight, quantizer, axis, *part)
     for dim, placement in enumerate(placements):
         if not placement.is_replicate():
-            dist.all_reduce(total, group=mesh.get_group(dim))
-    parts = total.split([len(own) for own in sums])
-    by_shape: dict[Any, list[int]] = {}
-    for i, (_, quantizer) in enumerate(members):
-        by_shape.setdefault((quantizer.codebook.numel(), quantizer.config.snap), []).append(i)
-    for i, (weight, quantizer) in enumerate(members):
-        _move_scale(quantizer, scale_axis(weight.shape, quantizer.scale), parts[i], rates[i])
-    for which in by_shape.values():
-        _move_codebooks([members[i][1] for i in which], [parts[i] for i in which], rates[which])
+            dist.all_reduce(sums, group=mesh.get_group(dim))
+    _move_scales(quantizers, channels, products, norms, rates)
+    statistics, alike = cells.float().split(sizes), dict[Any, list[int]]()
+    for i, quantizer in enumerate(quantizers):
+        alike.setdefault((sizes[i], quantizer.config.snap), []).append(i)
+    for which in alike.values():
+        _move_codebooks([quantizers[i] for i in which], [statistics[i] for i in which], rates[which])
 
 
-def _sums(weight: DTensor, quantizer: WeightQuantizer) -> Tensor:
-    """Of this process's part of a weight, float64 on its device: counts and totals ``[K]`` each and, where scales have
-    channels, the sums of ``w q`` and of ``q^2`` of each channel, zeros for those that lie elsewhere."""
-    local, scale, axis = weight.to_local().detach(), quantizer.scale, scale_axis(weight.shape, quantizer.scale)
-    first = _first(weight)
+def _add_up(
+    weight: DTensor, quantizer: WeightQuantizer, axis: int | None, cells: Tensor, products: Tensor, norms: Tensor
+) -> None:
+    """Write what this process's part of a weight adds to the sums, float64.
+
+    Args:
+        weight, quantizer: of a layer with K levels; axis: of its C scales, None for one scale.
+        cells: ``[2 K]``, counts and totals of the cells.
+        products, norms: ``[C]``, sums of ``w q`` and of ``q^2`` of each channel; those of channels elsewhere stay.
+    """
+    local, scale, codebook, first = weight.to_local().detach(), quantizer.scale, quantizer.codebook, _first(weight)
     if axis is not None:
         scale = scale.narrow(axis, first[axis], local.shape[axis])
     v = local.float() / scale
-    q, _, count, total = torch.ops.adq.codebook_lookup_statistics(
-        v, quantizer.codebook, decision_thresholds(quantizer.codebook), False
-    )
-    sums = [count.double(), total.double()]
+    q, _, count, total = torch.ops.adq.codebook_lookup_statistics(v, codebook, decision_thresholds(codebook), False)
+    cells[: len(codebook)], cells[len(codebook) :] = count, total
     if axis is not None:
-        fit = torch.zeros(2, quantizer.scale.numel(), dtype=torch.float64, device=local.device)
-        own = fit.narrow(1, first[axis], local.shape[axis])
         others = [d for d in range(local.dim()) if d != axis]
-        own[0], own[1] = (local * q).double().sum(others), q.double().square().sum(others)
-        sums += [*fit]
-    return torch.cat(sums)
+        here = slice(first[axis], first[axis] + local.shape[axis])
+        products[here], norms[here] = torch.mul(local, q, out=v).sum(others), q.mul_(q).sum(others)
 
 
 def _first(weight: DTensor) -> list[int]:
@@ -130,18 +136,23 @@ def _first(weight: DTensor) -> list[int]:
     return first
 
 
-def _move_scale(quantizer: WeightQuantizer, axis: int | None, sums: Tensor, rate: Tensor) -> None:
-    if axis is None:
+def _move_scales(
+    quantizers: list[WeightQuantizer], channels: list[int], products: Tensor, norms: Tensor, rates: Tensor
+) -> None:
+    """Towards the factors of least squared error, as :func:`adq.reference.least_squares_scale` has them."""
+    scales = [quantizer.scale for quantizer, count in zip(quantizers, channels, strict=True) if count]
+    if not scales:
         return
-    product, norm = sums[2 * quantizer.codebook.numel() :].float().chunk(2)
-    scale, fitted = quantizer.scale, (product / norm).reshape(quantizer.scale.shape)
-    scale.add_(rate * (torch.where(fitted > 0, fitted, scale) - scale))
+    rate = torch.cat([rates[i].expand(count) for i, count in enumerate(channels)])
+    old, fitted = torch.cat([scale.flatten() for scale in scales]), products.float() / norms.float()
+    new = old + rate * (torch.where(fitted > 0, fitted, old) - old)
+    parts = new.split([scale.numel() for scale in scales])
+    torch._foreach_copy_(scales, [part.view_as(scale) for part, scale in zip(parts, scales, strict=True)])
 
 
-def _move_codebooks(quantizers: list[WeightQuantizer], sums: Iterable[Tensor], rates: Tensor) -> None:
+def _move_codebooks(quantizers: list[WeightQuantizer], cells: list[Tensor], rates: Tensor) -> None:
     """By :func:`adq.reference.ema_update`, codebooks of one length at once."""
-    levels = quantizers[0].codebook.numel()
-    count, total = torch.stack([own[: 2 * levels].float() for own in sums]).split(levels, 1)
+    count, total = torch.stack(cells).chunk(2, 1)
     states = [[getattr(q, name) for q in quantizers] for name in ("codebook", "ema_count", "ema_total")]
     update: Any = torch.func.vmap(ema_update)
     moved = list(update(*map(torch.stack, states), count, total, rates))
