@@ -19,6 +19,7 @@ from adq.config import ActivationConfig, ADQConfig, LayerConfig, WeightConfig
 from adq.convert import pack_, quantize_
 from adq.coreml import export_coreml
 from adq.distill import DistillationLoss
+from adq.executorch import export_executorch
 from adq.fold import fold_batch_norm_
 from adq.integer import IntegerReport, to_integer
 from adq.models import create_model, load_float_weights, register_architecture
@@ -52,6 +53,7 @@ __all__ = [
     "create_model",
     "export_aoti",
     "export_coreml",
+    "export_executorch",
     "export_onnx",
     "export_program",
     "fold_batch_norm_",

@@ -52,7 +52,14 @@ def to_integer(model: nn.Module, path: Path, example: Tensor, batches: Batches |
 
 def export_coreml(model: nn.Module, path: Path, example: Tensor, batches: Batches | None, images: int) -> ExportReport:
     """A package that has not run: it is made where Core ML is not."""
-    return adq.export_coreml(model, path, example[:1])
+    return adq.export_coreml(model, path, example)
+
+
+def export_executorch(
+    model: nn.Module, path: Path, example: Tensor, batches: Batches | None, images: int
+) -> ExportReport:
+    """On a tenth of the images: kernels for every machine take long for each."""
+    return adq.export_executorch(model, path, example, batches, images // 10)
 
 
 FORMS: dict[str, tuple[str, Callable[..., ExportReport]]] = {
@@ -61,6 +68,7 @@ FORMS: dict[str, tuple[str, Callable[..., ExportReport]]] = {
     "onnx": (".onnx", adq.export_onnx),
     "torch": (".pt2", adq.export_program),
     "aoti": (".pt2", adq.export_aoti),
+    "executorch": (".pte", export_executorch),
     "coreml": (".mlpackage", export_coreml),
 }
 
@@ -86,7 +94,7 @@ def measure(model: nn.Module, example: Tensor, batches: Batches | None, images: 
         with TemporaryDirectory() as folder:
             try:
                 report = export(model, Path(folder) / f"model{suffix}", example, batches, images)
-            except ValueError as error:
+            except (ValueError, ImportError) as error:
                 yield {"form": form, "refused": str(error).removeprefix("adq: ")}
                 continue
         parity = None if report.parity is None else asdict(report.parity)

@@ -165,6 +165,13 @@ def test_a_failing_check_leaves_the_old_file(model, tmp_path, monkeypatch):
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"old"]
 
 
+def test_executorch_is_missing(model, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "executorch", None)
+    with pytest.raises(ImportError, match=r"ExecuTorch export: .*executorch.*: pip install 'adq\[executorch\]'"):
+        adq.export_executorch(model, tmp_path / "m.pte", images())
+    assert list(tmp_path.iterdir()) == []
+
+
 # ---- AOTInductor -------------------------------------------------------------------------------------
 
 needs_compiler = pytest.mark.skipif(
@@ -219,6 +226,6 @@ def test_the_command_line(tmp_path):
     assert result.exit_code == 0, result.output
     assert "parity: top-1 identical on 1,000 images in torch.export" in result.output
     assert "largest difference of the logits 0\n" in result.output
-    result = testing.CliRunner().invoke(app, [*arguments, "executorch"])
+    result = testing.CliRunner().invoke(app, [*arguments, "tensorrt"])
     assert result.exit_code == 1
-    assert "--to must be one of packed, plain, onnx, torch, aoti" in result.output
+    assert "--to must be one of packed, plain, onnx, torch, aoti, executorch, coreml" in result.output

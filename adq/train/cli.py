@@ -16,6 +16,7 @@ import typer
 
 from adq.__main__ import info as describe_backends
 from adq.coreml import export_coreml
+from adq.executorch import export_executorch
 from adq.onnx import export_onnx
 from adq.parity import ExportReport
 from adq.program import export_aoti, export_program
@@ -32,6 +33,7 @@ EXPORTS: dict[str, Callable[..., ExportReport]] = {
     "onnx": export_onnx,
     "torch": export_program,
     "aoti": export_aoti,
+    "executorch": export_executorch,
     "coreml": export_coreml,
 }
 """What ``adq export --to`` writes for runtimes."""
@@ -270,7 +272,7 @@ def export(
         str,
         typer.Option(
             help="packed: codes of b bits, to ship; plain: float weights, to train on; "
-            "onnx, torch (torch.export), aoti (AOTInductor, for this CPU), coreml: for a runtime."
+            "onnx, torch (torch.export), aoti (AOTInductor, for this CPU), executorch, coreml: for a runtime."
         ),
     ] = "packed",
     fold_batch_norm: Annotated[
