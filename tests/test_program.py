@@ -112,6 +112,15 @@ def test_it_decomposes_to_the_core_operators(model, tmp_path):
     assert [str(operator) for operator in found if torch.Tag.core not in operator.tags] == []
 
 
+def test_folded_batch_norms_stay_folded(tmp_path):
+    torch.manual_seed(0)
+    model = adq.fold_batch_norm_(centred(adq.calibrate_(adq.quantize_(Block(), ADQConfig()), [images()])))
+    adq.export_program(model, tmp_path / "m.pt2", images())
+    program = torch.export.load(tmp_path / "m.pt2")
+    assert torch.equal(program.module()(images(3, 5)), model(images(3, 5)))
+    assert "batch_norm" not in str(program.graph)
+
+
 def test_a_program_runs_without_adq(model, tmp_path):
     batches = [(images(seed, 32), None) for seed in range(3)]
     report = adq.export_program(adq.pack_(model), tmp_path / "m.pt2", images(0, 1), batches, images=90)
