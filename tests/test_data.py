@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import pickle
+import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +19,11 @@ from torch.utils.data import DataLoader
 
 from adq.models import create_model
 from adq.train.data import Data, DataConfig, EpochSampler, build_data, check_classes
+from adq.train.data.decoding import BrokenImages, broken_images
 from adq.train.data.folder import open_rgb
 from adq.train.data.memory import CropFlip, MemoryDataset, identity
 from adq.train.data.sampler import stratified_order
+from adq.train.pace import Pace
 
 ROOT = os.environ.get("ADQ_TEST_DATA")
 needs_data = pytest.mark.skipif(not ROOT, reason="ADQ_TEST_DATA is not set (folder with weights/ and cifar10/)")
@@ -500,3 +505,167 @@ def test_real_cifar10_folder():
     assert np.bincount(data.train.dataset.labels).tolist() == [50] * 10
     images = torch.cat([images for images, _ in data.test])
     assert images.isfinite().all() and images.mean().abs() < 0.3 and 0.7 < images.std() < 1.4
+
+
+# ---- at ImageNet's size ------------------------------------------------------------------------------
+
+
+def settle(root: Path) -> None:
+    """Make folders look as if nothing had happened to them for a minute."""
+    for path in (root, *root.rglob("*")):
+        past = time.time() - 60
+        os.utime(path, (past, past))
+
+
+def listings(monkeypatch) -> list[str]:
+    """Folders that are gone through from now on."""
+    seen, walk = [], os.walk
+    monkeypatch.setattr("os.walk", lambda top, **options: (seen.append(str(top)), walk(top, **options))[1])
+    return seen
+
+
+def test_files_are_listed_once_until_a_folder_changes(tmp_path, monkeypatch, caplog):
+    root, index = write_tree(tmp_path / "data"), tmp_path / "index"
+    settle(root)
+    first = build_data(folder(root, in_memory=False, index=index))
+    assert len(list(index.iterdir())) == 2
+    seen = listings(monkeypatch)
+    again = build_data(folder(root, in_memory=False, index=index))
+    assert seen == []
+    for name in ("train", "test"):
+        before, after = (getattr(data, name).dataset.files for data in (first, again))
+        assert before.paths == after.paths and before.classes == after.classes
+        assert before.labels.dtype == after.labels.dtype and np.array_equal(before.labels, after.labels)
+    write_image(root / "train" / "bee" / "new.png")
+    assert len(build_data(folder(root, in_memory=False, index=index)).train.dataset) == 13
+    assert len(seen) == 2 and "bee has changed since" in caplog.text
+
+
+def test_a_folder_that_has_just_changed_is_not_indexed(tmp_path):
+    build_data(folder(write_tree(tmp_path / "data"), index=tmp_path / "index"))
+    assert not (tmp_path / "index").exists()
+
+
+def test_a_damaged_index_is_made_anew(tmp_path, caplog):
+    root, index = write_tree(tmp_path / "data"), tmp_path / "index"
+    settle(root)
+    build_data(folder(root, index=index))
+    for file in index.iterdir():
+        file.write_bytes(file.read_bytes()[:200])
+    assert len(build_data(folder(root, index=index)).train.dataset) == 12
+    assert "cannot be read" in caplog.text
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_image_is_named_counted_and_replaced(tmp_path, workers, caplog):
+    pytest.importorskip("torchvision")
+    root = write_tree(tmp_path, count=10, size=(16, 16))
+    broken = truncate(root / "train" / "ant" / "09.png")
+    options = {"in_memory": False, "workers": workers, "max_broken": 0.1, "augment": False, "image_size": 16}
+    data = build_data(folder(root, **options))
+    epoch = batches(data)
+    assert sum(len(labels) for _, labels in epoch) == 20
+    labels = torch.cat([labels for _, labels in epoch])
+    assert labels.bincount().tolist() == [9, 11], "the next image, of the next class, takes its place"
+    assert same(epoch, batches(data))
+    assert broken_images(data.train.dataset, data.test.dataset) == 1
+    if workers == 0:
+        assert caplog.text.count("cannot decode the image") == 1 and broken in caplog.text
+    assert data.train.dataset.log.images_per_second() > 0
+    for name in ("00.png", "01.png"):
+        truncate(root / "train" / "bee" / name)
+    text = message(BrokenImages, lambda: batches(build_data(folder(root, **options))))
+    assert "3 of 20 images are broken, more than data.max_broken=0.1 allows" in text
+
+
+def write_shards(root: Path, split: str, count: int, samples: int = 5) -> list[bytes]:
+    """Shards as webdataset writes them; returns the images."""
+    webdataset, images = pytest.importorskip("webdataset"), []
+    root.mkdir(exist_ok=True)
+    for shard in range(count):
+        with webdataset.TarWriter(str(root / f"{split}-{shard:03}.tar")) as writer:
+            for i in range(samples):
+                write_image(root / "image.png", (16, 16), seed=100 * shard + i)
+                images.append((root / "image.png").read_bytes())
+                writer.write({"__key__": f"{shard}/{i:04}", "png": images[-1], "cls": i % 3})
+    (root / "image.png").unlink()
+    return images
+
+
+def shards(root: Path, **options) -> DataConfig:
+    return DataConfig("webdataset", root, **{"batch_size": 4, "workers": 0, "image_size": 16, **options})
+
+
+def test_shards_hold_what_an_image_folder_holds(tmp_path):
+    pytest.importorskip("torchvision")
+    root, plain = tmp_path / "shards", tmp_path / "folder"
+    for split, count in (("train", 3), ("val", 1)):
+        for i, content in enumerate(write_shards(root, split, count)):
+            path = plain / split / str(i % 5 % 3) / f"{i:03}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+    data, reference = build_data(shards(root)), build_data(folder(plain, in_memory=False, workers=0, image_size=16))
+    assert data.classes == reference.classes == ("0", "1", "2")
+    assert (len(data.train.dataset), len(data.test.dataset)) == (15, 5)
+    pixels = {image.numpy().tobytes(): int(label) for image, label in reference.calibration.dataset}
+    assert {image.numpy().tobytes(): int(label) for image, label in data.calibration.dataset} == pixels
+    assert same(batches(data, 3), batches(build_data(shards(root, workers=2)), 3))
+
+
+def test_shards_are_listed_once_until_one_changes(tmp_path, monkeypatch):
+    write_shards(tmp_path / "data", "train", 2, samples=20)
+    settle(tmp_path / "data")
+    config = shards(tmp_path / "data", index=tmp_path / "index", val_fraction=0.2)
+    first, opened, real = build_data(config), [], tarfile.open
+    monkeypatch.setattr("tarfile.open", lambda *place, **how: (opened.extend(place), real(*place, **how))[1])
+    assert same(batches(first), batches(build_data(config))) and opened == []
+    write_shards(tmp_path / "data", "train", 3, samples=20)
+    opened.clear()
+    assert len(build_data(config).train.dataset) == 48
+    assert sum(str(place).endswith(".tar") for place in opened) == 3
+
+
+@pytest.mark.parametrize(
+    ("members", "expected"),
+    [
+        ({"a.png": b"x"}, "sample a of .*train-0.tar has no class"),
+        ({"a.cls": b"1"}, "sample a of .*train-0.tar has no image"),
+        ({"a.png": b"x", "a.cls": b"cat"}, "cannot list the shard .*invalid literal"),
+        ({}, "no samples in the shards"),
+    ],
+)
+def test_shards_that_lack_something_are_named(tmp_path, members, expected):
+    with tarfile.open(tmp_path / "train-0.tar", "w") as archive:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    with pytest.raises(ValueError, match=expected):
+        build_data(shards(tmp_path))
+
+
+def test_no_shards_and_compressed_ones(tmp_path):
+    assert "no shards train*.tar" in message(FileNotFoundError, build_data, shards(tmp_path))
+    with tarfile.open(tmp_path / "train-0.tar", "w:gz") as archive:
+        archive.addfile(tarfile.TarInfo("a.png"))
+    assert "cannot list the shard" in message(ValueError, build_data, shards(tmp_path))
+
+
+def test_waiting_for_data_is_measured_and_named():
+    class Slow(torch.utils.data.Dataset):
+        def __len__(self):
+            return 12
+
+        def __getitem__(self, index):
+            time.sleep(0.02)
+            return index
+
+    loader = DataLoader(Slow(), batch_size=2)
+    pace = Pace(loader)
+    for _ in pace.through(loader):
+        time.sleep(0.01)
+        pace.idle = True
+    row = pace.finish(12)
+    assert 0.6 < row["data_share"] < 0.95 and 0.045 < row["seconds_per_batch"] < 0.2
+    assert "of the step: data.workers=0; training alone could take" in pace.advice(row)
+    assert pace.advice({**row, "data_share": 0.1}) is None

@@ -44,7 +44,7 @@ Set = Annotated[
 Config = Annotated[
     str | None, typer.Option("--config", help=f"A YAML file or a recipe: {', '.join(recipe_names())}. Default: digits.")
 ]
-DataName = Annotated[str | None, typer.Option("--data", help="digits, imagefolder, cifar10 or imagenet.")]
+DataName = Annotated[str | None, typer.Option("--data", help="digits, imagefolder, cifar10, imagenet or webdataset.")]
 Root = Annotated[str | None, typer.Option("--root", help="Folder of the images.")]
 
 
@@ -59,6 +59,8 @@ def _plain_errors() -> Iterator[None]:
         from adq.train.together import ProcessLost, TrainingStopped
 
         text = str(error)
+        if "Original Traceback" in text:  # a loader worker's, with the cause in the last line
+            text = text.strip().rpartition("\n")[2].partition(": ")[2]
         if not (isinstance(error, TrainingStopped) and os.environ.get("RANK", "0") != "0"):  # the first says it
             typer.echo(f"error: {text.removeprefix('adq: ')}", err=True)
         if isinstance(error, ProcessLost):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -23,8 +22,10 @@ from adq.nn.weight import WeightQuantizer
 from adq.train.checkpoint import Checkpoints, Layout, Progress, Sums
 from adq.train.config import PhaseConfig
 from adq.train.data import EpochSampler
+from adq.train.data.decoding import broken_images
 from adq.train.display import Display
 from adq.train.metrics import MetricsLog
+from adq.train.pace import Pace
 from adq.train.together import Departure, Preempted, TrainingStopped, together
 
 CHECK_EVERY = 20
@@ -226,23 +227,23 @@ class Trainer:
         )
         return progress
 
-    def _batches(self, epoch: int, start: int) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
+    def _batches(self, epoch: int, start: int, pace: Pace) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
         if start == len(self.train):  # the epoch's batches are done, its evaluation is not
             return
         self.train.set_epoch(epoch)  # type: ignore[attr-defined]
         self.sampler.resume(epoch, start * self.layout.batch_size)
-        yield from enumerate(self.train, start)
+        yield from enumerate(pace.through(self.train), start)
 
     def _epoch(self, model: nn.Module, optimizer: Any, schedule: Any, begin: Progress) -> None:
         accelerator, epoch, start = self.accelerator, begin.epoch, begin.batch
         model.train()
-        totals, began = Totals.zeros(accelerator.device), time.perf_counter()
+        totals, pace = Totals.zeros(accelerator.device), Pace(self.train)
         if begin.sums:
             totals.restore(begin.sums[accelerator.process_index])
         exact_check = 1 if accelerator.device.type == "cpu" else CHECK_EVERY
         last = len(self.train) - 1
         with self.display.epoch(self.phase, epoch, self.config.epochs, last + 1, start) as bar:
-            for index, (images, target) in self._batches(epoch, start):
+            for index, (images, target) in self._batches(epoch, start, pace):
                 with accelerator.accumulate(model):
                     logits = model(images)
                     with accelerator.autocast():  # a teacher's forward pass belongs to the loss
@@ -261,7 +262,8 @@ class Trainer:
                     bar.update(index + 1, totals, schedule.get_last_lr()[0])
                 if accelerator.sync_gradients:
                     self._end_step(totals, images, epoch, index)
-        self._finish_epoch(model, totals, begin, time.perf_counter() - began, schedule)
+                pace.idle = checked  # reading the loss has waited for the device
+        self._finish_epoch(model, totals, begin, pace, schedule)
 
     def _end_step(self, totals: Totals, images: Tensor, epoch: int, index: int) -> None:
         """Between two optimizer steps: leave if a process must, and save where it is due."""
@@ -289,9 +291,10 @@ class Trainer:
         )
         raise Preempted
 
-    def _finish_epoch(self, model: nn.Module, totals: Totals, begin: Progress, seconds: float, schedule: Any) -> None:
+    def _finish_epoch(self, model: nn.Module, totals: Totals, begin: Progress, pace: Pace, schedule: Any) -> None:
         epoch, seen_before = begin.epoch, begin.total[2]
         loss, correct, samples = replace(begin, sums=totals.of_processes()).total
+        speed = pace.finish(samples - seen_before)
         average_batch_norm_(self.accelerator.unwrap_model(self.model))
         test_loss, test_top1 = evaluate(model, self.test)
         row = {
@@ -302,11 +305,13 @@ class Trainer:
             "test_loss": test_loss,
             "test_top1": test_top1,
             "lr": schedule.get_last_lr()[0],
-            "seconds": seconds,
-            "images_per_second": (samples - seen_before) / max(1e-9, seconds),
+            **speed,
+            "broken_images": broken_images(self.train.dataset, self.test.dataset),
         }
         together(lambda: self.metrics.write(row))
         self.display.row(row, self.config.epochs)
+        if advice := pace.advice(speed):
+            self.display.say(f"warning: {advice}")
         self._save(Progress(self.phase, epoch + 1, 0, self.layout, top1=test_top1))
         if self._told_to_leave(now=True):
             self._leave(epoch, len(self.train))
@@ -314,7 +319,8 @@ class Trainer:
     def _save(self, progress: Progress) -> None:
         bad = first_non_finite(self.accelerator.unwrap_model(self.model))
         if bad:
-            self._stop(f"{bad} holds NaN or infinity at epoch {progress.epoch + 1}")
+            self.departure.fail(f"{bad} holds NaN or infinity at epoch {progress.epoch + 1}")
+        self._told_to_leave(now=True)
         self.checkpoints.save(self.accelerator, self.model, progress, self.metrics.size())
 
     def _check(self, total_loss: Tensor, images: Tensor, epoch: int, index: int) -> None:

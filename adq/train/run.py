@@ -35,6 +35,7 @@ from adq.train import figures
 from adq.train.checkpoint import Checkpoints, Progress
 from adq.train.config import ModelConfig, RunConfig
 from adq.train.data import Data, build_data, check_classes
+from adq.train.data.decoding import BrokenImages
 from adq.train.display import Display
 from adq.train.engine import Trainer, evaluate
 from adq.train.metrics import MetricsLog
@@ -121,7 +122,8 @@ class Run:
     def _resumed(self, config: RunConfig) -> RunConfig:
         """The saved configuration must be the one asked for, where it shapes the result."""
         saved = from_dict(RunConfig, load_yaml(self.folder.config))
-        comparable = replace(config, output=saved.output, engine=saved.engine)
+        data = replace(config.data, index=saved.data.index, workers=saved.data.workers)
+        comparable = replace(config, output=saved.output, engine=saved.engine, data=data)
         if dump_yaml(comparable) != dump_yaml(saved):
             raise ValueError(
                 f"adq: {self.folder.config} differs from this command's configuration; resume with the same command"
@@ -148,7 +150,7 @@ class Run:
                 return self._execute()
         except TrainingStopped:
             raise
-        except OSError as error:
+        except (OSError, BrokenImages) as error:
             if self.checkpoints.latest() is None:
                 raise
             raise TrainingStopped(f"adq: training stopped: {error}; {self.checkpoints.kept()}") from error
@@ -176,7 +178,7 @@ class Run:
         began = time.perf_counter()
         if self.resume:
             self.progress = self.checkpoints.recover(self.display.say)
-        data = build_data(self.config.data)
+        data = build_data(replace(self.config.data, index=self.config.data.index or self.folder.path / "index"))
         data = replace(data, test=share(data.test), calibration=share(data.calibration))
         model = self._create(data)
         self._start_folder()

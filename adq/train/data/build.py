@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,10 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from adq.train.data.config import Data, DataConfig, Loader
 from adq.train.data.folder import Files, FolderDataset, cores, decode, list_files, read_size, some
+from adq.train.data.index import indexed
 from adq.train.data.memory import CropFlip, MemoryDataset, identity
 from adq.train.data.sampler import CALIBRATION, EpochSampler, generator, stratified_order
+from adq.train.data.shards import list_splits
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -44,7 +46,7 @@ def build_data(config: DataConfig) -> Data:
         return _memory_data(config, *_digits(), padding=1, flip=False)
     if config.name == "cifar10":
         return _memory_data(config, *_cifar10(config.folder, _changed(config.folder.glob("cifar-10-batches-py/*"))))
-    train, test = _folder_splits(config)
+    train, test = _shard_splits(config) if config.name == "webdataset" else _folder_splits(config)
     train, test = _limited(train, config.limit_train, config.seed), _limited(test, config.limit_test, config.seed)
     shape = _memory_shape(config, train, test)
     if shape is None:
@@ -143,11 +145,11 @@ def _folder_splits(config: DataConfig) -> tuple[Files, Files]:
     if not (root / "train").is_dir():
         if second is not None or config.name == "imagenet":
             raise FileNotFoundError(f"no train folder in {root}" + (f", only {second.name}" if second else ""))
-        return _split(list_files(root), root, config)
-    train = list_files(root / "train")
+        return _split(_listed(root, config), root, config)
+    train = _listed(root / "train", config)
     if second is None:
         return _split(train, root / "train", config)
-    test = list_files(second)
+    test = _listed(second, config)
     if train.classes != test.classes:
         only = [
             f"only in {folder}: {some(sorted(set(a.classes) - set(b.classes)))}"
@@ -156,6 +158,15 @@ def _folder_splits(config: DataConfig) -> tuple[Files, Files]:
         ]
         raise ValueError(f"training and test images have different classes; {'; '.join(only)}")
     return train, test
+
+
+def _listed(folder: Path, config: DataConfig) -> Files:
+    return indexed(folder, config.index_folder, list_files)
+
+
+def _shard_splits(config: DataConfig) -> tuple[Files, Files]:
+    train, test = list_splits(config.folder, config.index_folder)
+    return _split(train, config.folder, config) if test is None else (train, test)
 
 
 def _split(files: Files, folder: Path, config: DataConfig) -> tuple[Files, Files]:
@@ -183,7 +194,7 @@ def _subset(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 def _memory_shape(config: DataConfig, train: Files, test: Files) -> tuple[int, int] | None:
     """Height and width of the images if they are to be held in memory, else None."""
-    if config.in_memory is False or (config.name == "imagenet" and config.in_memory == "auto"):
+    if config.in_memory is False or (config.name in ("imagenet", "webdataset") and config.in_memory == "auto"):
         return None
     if config.image_size is not None:
         shapes = {(config.image_size, config.image_size)}
@@ -240,12 +251,13 @@ def _limit_arrays(arrays: Arrays, limit: int | None, seed: int) -> Arrays:
 def _file_data(config: DataConfig, train: Files, test: Files) -> Data:
     side = config.image_size or _LARGE_SIDE
     training, plain = _transforms(side, *_normalisation(config))
+    dataset = partial(FolderDataset, max_broken=config.max_broken)
     workers = min(16, cores()) if config.workers == "auto" else config.workers
     return _loaders(
         config,
-        FolderDataset(train, training, config.seed) if config.augment else FolderDataset(train, plain),
-        FolderDataset(train, plain),
-        FolderDataset(test, plain),
+        dataset(train, training, config.seed) if config.augment else dataset(train, plain),
+        dataset(train, plain),
+        dataset(test, plain),
         workers=workers,
         collate=None,
         classes=train.classes,

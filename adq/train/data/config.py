@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from adq.train.data.sampler import EpochSampler
 
-SOURCES = ("digits", "imagefolder", "cifar10", "imagenet")
+SOURCES = ("digits", "imagefolder", "cifar10", "imagenet", "webdataset")
 _FIXED_SIDE = {"digits": 8, "cifar10": 32}
 Loader = DataLoader[tuple[Tensor, Tensor]]
 
@@ -25,14 +25,19 @@ class DataConfig:
     Attributes:
         name: ``digits`` (scikit-learn's 1797 images of 8x8, nothing to download), ``imagefolder`` (any
             tree ``root/train/<class>/*`` with ``root/test`` or ``root/val``; without those the images are
-            split by ``val_fraction``), ``cifar10`` (torchvision's ``root/cifar-10-batches-py``) or
-            ``imagenet`` (``root/train``, ``root/val``).
+            split by ``val_fraction``), ``cifar10`` (torchvision's ``root/cifar-10-batches-py``),
+            ``imagenet`` (``root/train``, ``root/val``) or ``webdataset`` (``root/train*.tar`` and ``root/val*.tar`` or
+            ``test*.tar``, uncompressed, of samples ``KEY.jpg`` and ``KEY.cls``; class names in ``root/classes.txt``).
         root: folder of the images; ``digits`` needs none.
         image_size: side of the square images in pixels. None: the images' own size in memory, else 224.
             Images of other sizes are resized and centre-cropped to it. Not for ``digits`` and ``cifar10``.
         batch_size: images a training batch, per process. An incomplete last batch is dropped, unless the
             whole training set is smaller than one batch.
         eval_batch_size: images a test or calibration batch; None takes ``batch_size``. Nothing is dropped.
+        index: folder where lists of files are kept, so that they are made once and not at each start; a run keeps
+            them in its own folder when this is None. A folder or shard that has changed is listed anew.
+        max_broken: share of a set's images that may turn out broken when read from files. Each is logged by its path
+            and counted, and the next good image takes its place; one more ends the run. In memory none may be.
         workers: loader processes; ``auto`` is 0 for images in memory, else one a core, 16 at most.
         seed: of the splits, the order and the augmentation.
         augment: shift by up to an eighth of the size and mirror (in memory; digits are only shifted), or
@@ -52,6 +57,8 @@ class DataConfig:
     image_size: int | None = None
     batch_size: int = 128
     eval_batch_size: int | None = None
+    index: str | os.PathLike[str] | None = None
+    max_broken: float = 0.01
     workers: int | Literal["auto"] = "auto"
     seed: int = 0
     augment: bool = True
@@ -77,6 +84,10 @@ class DataConfig:
             raise ValueError(f"the images of {self.name} have side {_FIXED_SIDE[self.name]}, not {self.image_size}")
         if self.name in _FIXED_SIDE and self.in_memory is False:
             raise ValueError(f"data {self.name!r} is always held in memory, in_memory=false cannot be served")
+        if self.name == "webdataset" and self.in_memory is True:
+            raise ValueError("shards are read as they are needed, in_memory=true cannot be served")
+        if not 0.0 <= self.max_broken < 1.0:
+            raise ValueError(f"max_broken must be a share from 0 to below 1, got {self.max_broken}")
         if self.workers != "auto":
             _check_at_least("workers", self.workers, 0)
         if self.in_memory not in ("auto", True, False):
@@ -87,6 +98,11 @@ class DataConfig:
             _check_channels(field, getattr(self, field), 1 if self.name == "digits" else 3)
         if self.std is not None and min(self.std) <= 0:
             raise ValueError(f"std must be positive, got {self.std}")
+
+    @property
+    def index_folder(self) -> Path | None:
+        """``index`` as a path."""
+        return None if self.index is None else Path(os.fspath(self.index)).expanduser()
 
     @property
     def folder(self) -> Path:
