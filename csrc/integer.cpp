@@ -107,7 +107,8 @@ class Convolver {
         taps_.find(begin, end, chunk);
         for (std::int64_t i = first_panel; i < end_panel; ++i) {
             const Panel& panel = panels_[i];
-            void* prepared = weights.reserve(layout_.steps * panel.count * isa_.panel_bytes);
+            const int blocks = layout_.depthwise ? kMaxBlocks : panel.count;
+            void* prepared = weights.reserve(layout_.steps * blocks * isa_.panel_bytes);
             prepare(panel, prepared);
             Parameters parameters;
             Strip strip;
@@ -130,6 +131,7 @@ class Convolver {
 
     void prepare(const Panel& panel, void* to) const {
         PanelSource source{};
+        source.depthwise = layout_.depthwise;
         source.count = panel.count;
         source.steps = layout_.steps;
         source.bits = 8;

@@ -26,6 +26,7 @@ struct QuantizerTable {
 
 // Where a panel's weights are.
 struct PanelSource {
+    bool depthwise;
     const std::uint8_t* blocks;  // [count][steps][8 * bits], bits planes of 64 bits a block
     int count;                   // output blocks, 1..kMaxBlocks
     std::int64_t steps;          // blocks of 4 inputs along the reduction
@@ -51,7 +52,8 @@ struct Epilogue {
     std::vector<std::uint8_t*> levels;  // a result for each table
 };
 
-// Consecutive input bytes that are multiplied with consecutive steps of the panel. Depthwise: a tap.
+// Consecutive input bytes that are multiplied with consecutive steps of the panel. Depthwise: a tap, and four
+// of them are a step; the last one may be repeated.
 struct Run {
     std::int64_t step;    // the first one
     std::int64_t steps;   // 4 bytes each

@@ -101,8 +101,41 @@ void prepare_panel(const PanelSource source, Ints* panel) {
     }
 }
 
+#if defined(__AVX512F__)
+
+// Exchanges rows and columns of four times four quarters.
+ADQ_INLINE void transpose_quarters(const Ints (&from)[kBlockInputs], Ints (&to)[kBlockInputs]) {
+    const __m512i* in = (const __m512i*)from;
+    const __m512i even[] = {_mm512_shuffle_i32x4(in[0], in[1], 0x88),
+                            _mm512_shuffle_i32x4(in[2], in[3], 0x88)};
+    const __m512i odd[] = {_mm512_shuffle_i32x4(in[0], in[1], 0xdd),
+                           _mm512_shuffle_i32x4(in[2], in[3], 0xdd)};
+    to[0] = (Ints)_mm512_shuffle_i32x4(even[0], even[1], 0x88);
+    to[1] = (Ints)_mm512_shuffle_i32x4(odd[0], odd[1], 0x88);
+    to[2] = (Ints)_mm512_shuffle_i32x4(even[0], even[1], 0xdd);
+    to[3] = (Ints)_mm512_shuffle_i32x4(odd[0], odd[1], 0xdd);
+}
+
+// panel: [steps][4][kSplit]; vector j holds channels 4 j .. 4 j + 3 of every block.
+void prepare_depthwise(const PanelSource source, Ints* panel) {
+    for (std::int64_t step = 0; step < source.steps; ++step, panel += kBlockInputs * kSplit) {
+        Ints blocks[kBlockInputs] = {}, weights[kBlockInputs];
+        for (int block = 0; block < source.count; ++block)
+            blocks[block] = load_ints(source.blocks + (block * source.steps + step) * kBlockWeights);
+        transpose_quarters(blocks, weights);
+        for (int j = 0; j < kBlockInputs; ++j) split_weights(weights[j], panel + kSplit * j);
+    }
+}
+
+#else
+
+void prepare_depthwise(const PanelSource& source, Ints* panel) { prepare_panel<8>(source, panel); }
+
+#endif
+
 void prepare(const PanelSource& source, void* to) {
     Ints* panel = static_cast<Ints*>(to);
+    if (source.depthwise) return prepare_depthwise(source, panel);
     switch (source.bits) {
         case 1: return prepare_panel<1>(source, panel);
         case 2: return prepare_panel<2>(source, panel);
@@ -332,37 +365,72 @@ void dense(const Strip& strip) { dense_any<kPanelBlocks>(strip); }
 
 // ---- depthwise ---------------------------------------------------------------------------------------
 
-// The levels of four taps side by side in a lane for each channel; taps that do not exist repeat the last
-// one, and have weights of zero.
-ADQ_INLINE Quads gather_taps(const Strip& strip, int group, int pixel, int channel) {
-    Ints bytes = fill(0);
-    unroll<kBlockInputs>([&](auto i) ADQ_INLINE_LAMBDA {
-        const Run& tap = strip.runs[std::min(kBlockInputs * group + i.value, strip.run_count - 1)];
-        const std::uint8_t* levels = strip.origins[pixel] + tap.offset + strip.channel + channel;
-        bytes = bytes | (widen(levels) << (8 * i.value));
+#if defined(__AVX512F__)
+
+// The sums of a pixel: the bytes of four taps are put side by side within each quarter of a vector, so a
+// vector of sums holds four channels of every block until the end.
+template <int kBlocks>
+ADQ_INLINE void multiply_channels(const Strip& strip, int pixel, float* to) {
+    constexpr __mmask64 kBytes = ~__mmask64{0} >> (64 - kBlockOutputs * kBlocks);
+    const std::uint8_t* origin = strip.origins[pixel] + strip.channel;
+    const Ints* weights = static_cast<const Ints*>(strip.panel);
+    Ints quarters[kBlockInputs] = {}, sums[kBlockInputs];
+    for (int i = 0; i < strip.run_count; i += kBlockInputs) {
+        __m512i tap[kBlockInputs];
+        unroll<kBlockInputs>([&](auto t) ADQ_INLINE_LAMBDA {
+            tap[t.value] = _mm512_maskz_loadu_epi8(kBytes, origin + strip.runs[i + t.value].offset);
+        });
+        const __m512i low[] = {_mm512_unpacklo_epi8(tap[0], tap[1]), _mm512_unpacklo_epi8(tap[2], tap[3])};
+        const __m512i high[] = {_mm512_unpackhi_epi8(tap[0], tap[1]), _mm512_unpackhi_epi8(tap[2], tap[3])};
+        const __m512i quads[] = {_mm512_unpacklo_epi16(low[0], low[1]), _mm512_unpackhi_epi16(low[0], low[1]),
+                                 _mm512_unpacklo_epi16(high[0], high[1]),
+                                 _mm512_unpackhi_epi16(high[0], high[1])};
+        unroll<kBlockInputs>([&](auto j) ADQ_INLINE_LAMBDA {
+            quarters[j.value] =
+                Quads((Ints)quads[j.value]).add_dot(quarters[j.value], weights + kSplit * j.value);
+        });
+        weights += kBlockInputs * kSplit;
+    }
+    transpose_quarters(quarters, sums);
+    unroll<kBlocks>([&](auto block) ADQ_INLINE_LAMBDA {
+        const Ints initial = load_ints(strip.epilogue.initial + kBlockOutputs * block.value);
+        store_ints(to + kBlockOutputs * block.value, sums[block.value] + initial);
     });
-    return Quads(bytes);
 }
+
+#else
+
+// The sums of a pixel, with the levels of four taps side by side in a lane for each channel.
+template <int kBlocks>
+ADQ_INLINE void multiply_channels(const Strip& strip, int pixel, float* to) {
+    constexpr int kVectors = kBlocks * kParts;
+    const std::uint8_t* origin = strip.origins[pixel] + strip.channel;
+    for (int v = 0; v < kVectors; ++v) {
+        Ints sum = load_ints(strip.epilogue.initial + kWidth * v);
+        const Ints* weights = static_cast<const Ints*>(strip.panel) + kSplit * v;
+        for (int i = 0; i < strip.run_count; i += kBlockInputs) {
+            Ints bytes = fill(0);
+            unroll<kBlockInputs>([&](auto t) ADQ_INLINE_LAMBDA {
+                const Ints levels = widen(origin + strip.runs[i + t.value].offset + kWidth * v);
+                bytes = bytes | (levels << (8 * t.value));
+            });
+            sum = Quads(bytes).add_dot(sum, weights);
+            weights += kVectors * kSplit;
+        }
+        store_ints(to + kWidth * v, sum);
+    }
+}
+
+#endif
 
 template <int kBlocks>
 void depthwise_blocks(const Strip& strip) {
     constexpr int kPixels = 4;
-    constexpr int kVectors = kBlocks * kParts;
-    alignas(64) float values[kPixels * kBlocks * kBlockOutputs];
-    const int groups = (strip.run_count + kBlockInputs - 1) / kBlockInputs;
+    constexpr int kRow = kBlocks * kBlockOutputs;
+    alignas(64) float values[kPixels * kRow];
     for (int first = 0; first < strip.pixels; first += kPixels) {
         const Tile tile{first, std::min(kPixels, strip.pixels - first), values};
-        for (int p = 0; p < tile.pixels; ++p) {
-            for (int v = 0; v < kVectors; ++v) {
-                Ints sum = load_ints(strip.epilogue.initial + kWidth * v);
-                const Ints* weights = static_cast<const Ints*>(strip.panel) + kSplit * v;
-                for (int group = 0; group < groups; ++group) {
-                    sum = gather_taps(strip, group, first + p, kWidth * v).add_dot(sum, weights);
-                    weights += kVectors * kSplit;
-                }
-                store_ints(values + kWidth * (p * kVectors + v), sum);
-            }
-        }
+        for (int p = 0; p < tile.pixels; ++p) multiply_channels<kBlocks>(strip, first + p, values + p * kRow);
         finish_tile<kBlocks>(strip.epilogue, tile);
     }
 }

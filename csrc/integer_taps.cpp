@@ -56,6 +56,7 @@ std::vector<Run> Taps::find_runs(Range rows, Range columns, std::int64_t row_byt
                 runs.push_back({step, layout_.run, offset});
         }
     }
+    while (layout_.depthwise && runs.size() % kBlockInputs != 0) runs.push_back(runs.back());
     return runs;
 }
 
