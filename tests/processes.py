@@ -74,7 +74,7 @@ def _failure(function: Callable[..., Any], folder: Path, codes: list[int | None]
 def _environment(rank: int, size: int) -> dict[str, str]:
     """What torchrun tells its processes."""
     ranks = {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{size}", "LOCAL_WORLD_SIZE": f"{size}"}
-    return {**ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    return {**ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "OMP_NUM_THREADS": "1"}
 
 
 def _load(path: str) -> Any:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from networks import images, net, quantized
 from processes import run
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
@@ -213,55 +214,59 @@ def test_batch_norms_are_averaged():
 RUN = ["data.limit_train=256", "data.limit_test=90", "data.batch_size=16", "float.epochs=1", "qat.epochs=1"]
 
 
-def trained_by_recipe(folder: str) -> tuple[dict, dict]:
-    """The result of a run in this process group, and the weights that this process ends with."""
+def trained_by_recipe(folder: str, *sets: str) -> tuple[dict, dict]:
+    """The result of a run in this process group, and the state that this process ends with."""
     from adq.train.config import parse_assignment, resolve
     from adq.train.run import Run
 
-    config = resolve("digits", [parse_assignment(text) for text in (*RUN, f"output={folder}", "engine.device=cpu")])
-    job, state = Run(config), {}
+    sets = (*RUN, "engine.device=cpu", f"output={folder}", *sets)
+    job, state = Run(resolve("digits", [parse_assignment(text) for text in sets])), {}
     describe = job._result
     job._result = lambda model, *rest: (state.update(model.state_dict()), describe(model, *rest))[1]
     result = job.execute()
     return {key: value for key, value in result.items() if key != "seconds"}, state
 
 
-def test_every_process_of_a_run_ends_with_the_same_bits(tmp_path):
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> tuple[Path, list]:
+    """Folder of a run of two processes, and what each of them ends with."""
     pytest.importorskip("accelerate", reason="adq train needs the extra 'train'")
     pytest.importorskip("sklearn", reason="the digits need scikit-learn")
-    (result, first), (other_result, other) = run(trained_by_recipe, 2, str(tmp_path / "run"))
+    folder = tmp_path_factory.mktemp("run") / "two"
+    return folder, run(trained_by_recipe, 2, str(folder))
+
+
+def test_every_process_of_a_run_ends_with_the_same_bits_and_one_writes(two):
+    folder, [(result, first), (other_result, other)] = two
     assert result == other_result
     assert [key for key in first if not torch.equal(first[key], other[key])] == []
-    saved = adq.load(tmp_path / "run" / "model.safetensors").state_dict()
+    saved = adq.load(folder / "model.safetensors").state_dict()
     assert [key for key in first if not torch.equal(first[key], saved[key])] == []
+    rows = [json.loads(line)["phase"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert rows == ["float", "sensitivity", "calibrated", "qat", "result"]
 
 
-def command(folder: Path, *arguments: str) -> str:
-    """What the command line writes; it must succeed."""
+def test_a_run_is_that_of_one_process_up_to_training(two, tmp_path):
+    folder, [(result, _), _] = two
+    sets = [f"model.weights={folder}/float.safetensors", "qat.epochs=0"]
+    ((alone, _),) = run(trained_by_recipe, 1, str(tmp_path / "one"), *sets)
+    for name in ("sensitivity.yaml", "allocation.yaml"):
+        assert (tmp_path / "one" / name).read_text() == (folder / name).read_text()
+    for key in ("float_top1", "calibrated_top1", "average_bits_network", "bytes_packed"):
+        assert alone[key] == result[key]
+
+
+def test_torchrun(two, tmp_path):
+    folder, _ = two
+    sets = [argument for text in RUN for argument in ("--set", text)]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    arguments = [*torchrun, "-m", "adq", "train", "--device", "cpu", "--output", "two", *sets]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment.pop("TRITON_INTERPRET", None)
     finished = subprocess.run(
-        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    return finished.stdout
-
-
-def test_torchrun_gives_what_one_process_gives_up_to_training(tmp_path):
-    pytest.importorskip("accelerate", reason="adq train needs the extra 'train'")
-    pytest.importorskip("sklearn", reason="the digits need scikit-learn")
-    sets = [argument for text in RUN for argument in ("--set", text)]
-    train = ["-m", "adq", "train", "--device", "cpu", *sets]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command(tmp_path, *torchrun, *train, "--output", "two")
-    command(tmp_path, *train, "--output", "one", "--weights", "two/float.safetensors", "--epochs", "0")
-    one, two = tmp_path / "one", tmp_path / "two"
-    assert (one / "sensitivity.yaml").read_text() == (two / "sensitivity.yaml").read_text()
-    assert (one / "allocation.yaml").read_text() == (two / "allocation.yaml").read_text()
-    results = [json.loads((folder / "result.json").read_text()) for folder in (one, two)]
-    for key in ("float_top1", "calibrated_top1", "average_bits_network", "bytes_packed"):
-        assert results[0][key] == results[1][key]
-    sets = ["--set", "data.limit_test=90", "--set", "engine.device=cpu"]
-    assert f"top-1 {results[1]['quantized_top1']:.2f}" in command(tmp_path, "-m", "adq", "eval", "two", *sets)
-    rows = [json.loads(line)["phase"] for line in (two / "metrics.jsonl").read_text().splitlines()]
-    assert rows == ["float", "sensitivity", "calibrated", "qat", "result"]  # written once
+    assert finished.stdout.count("run folder: two") == 1
+    one, other = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "two"))
+    assert [key for key in one if not torch.equal(one[key], other[key])] == []
