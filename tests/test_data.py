@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import multiprocessing
 import os
 import pickle
+import subprocess
 import tarfile
 import time
 from pathlib import Path
@@ -576,6 +578,7 @@ def test_a_broken_image_is_named_counted_and_replaced(tmp_path, workers, caplog)
         truncate(root / "train" / "bee" / name)
     text = message(BrokenImages, lambda: batches(build_data(folder(root, **options))))
     assert "3 of 20 images are broken, more than data.max_broken=0.1 allows" in text
+    assert text.startswith("cannot decode the image") and "\n" not in text
 
 
 def write_shards(root: Path, split: str, count: int, samples: int = 5) -> list[bytes]:
@@ -669,3 +672,21 @@ def test_waiting_for_data_is_measured_and_named():
     assert 0.6 < row["data_share"] < 0.95 and 0.045 < row["seconds_per_batch"] < 0.2
     assert "of the step: data.workers=0; training alone could take" in pace.advice(row)
     assert pace.advice({**row, "data_share": 0.1}) is None
+
+
+def test_loader_workers_outlive_signals_from_elsewhere_and_end_with_their_parent(tmp_path):
+    pytest.importorskip("torchvision")
+    data = build_data(folder(write_tree(tmp_path), in_memory=False, workers=2, image_size=16, batch_size=1))
+    before = set(multiprocessing.active_children())
+    iterator = iter(data.train)
+    taken = [next(iterator)]
+    workers = set(multiprocessing.active_children()) - before
+    assert len(workers) == 2
+    for name in ("TERM", "INT"):
+        subprocess.run(["kill", f"-{name}", *(str(worker.pid) for worker in workers)], check=True)
+    taken += iterator
+    assert len(taken) == 12 and all(worker.is_alive() for worker in workers)
+    for worker in workers:
+        worker.terminate()
+        worker.join(20)
+        assert worker.exitcode == 0

@@ -59,8 +59,6 @@ def _plain_errors() -> Iterator[None]:
         from adq.train.together import ProcessLost, TrainingStopped
 
         text = str(error)
-        if "Original Traceback" in text:  # a loader worker's, with the cause in the last line
-            text = text.strip().rpartition("\n")[2].partition(": ")[2]
         if not (isinstance(error, TrainingStopped) and os.environ.get("RANK", "0") != "0"):  # the first says it
             typer.echo(f"error: {text.removeprefix('adq: ')}", err=True)
         if isinstance(error, ProcessLost):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from adq.train.data.config import Data, DataConfig, Loader
+from adq.train.data.decoding import leave_signals_to_parent
 from adq.train.data.folder import Files, FolderDataset, cores, decode, list_files, read_size, some
 from adq.train.data.index import indexed
 from adq.train.data.memory import CropFlip, MemoryDataset, identity
@@ -308,6 +309,7 @@ def _loaders(
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=workers > 0,
+            worker_init_fn=leave_signals_to_parent,
             generator=torch.Generator(),  # an iterator takes a number from it, and leaves the global one alone
             **options,
         )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from typing import Any
 
 import torch
@@ -12,8 +15,34 @@ from adq.distributed import gather
 _SLOTS = 256
 
 
+def leave_signals_to_parent(worker: int) -> None:
+    """``worker_init_fn``: a loader worker ends when its parent says so, not when a signal goes to all processes.
+
+    Ctrl-C, a batch system and ``kill`` of a process group reach the workers too, and a run that has been told to stop
+    still needs them until it has saved. SIGTERM is taken by a thread, which sees who sent it.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):  # macOS
+        return
+    parent = os.getppid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def listen() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            continue
+        os._exit(0)
+
+    threading.Thread(target=listen, daemon=True).start()
+
+
 class BrokenImages(ValueError):
-    """More images of a set cannot be decoded than is allowed; the message names the last of them."""
+    """More images of a set cannot be decoded than is allowed; the message names the last of them.
+
+    A loader raises a worker's exception anew, with its traceback as the message: the cause is the last line.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.strip().rpartition("\n")[2].removeprefix(f"{__name__}.BrokenImages: "))
 
 
 class DecodeLog:
