@@ -22,7 +22,7 @@ _SHOWN = 4000
 """Characters of a process's output that a failure shows."""
 
 
-def run(function: Callable[..., Any], size: int, *arguments: Any, seconds: float = 120.0) -> list[Any]:
+def run(function: Callable[..., Any], size: int, *arguments: Any, seconds: float = 240.0) -> list[Any]:
     """What ``function(*arguments)`` returns in each of ``size`` processes, by rank.
 
     Args:

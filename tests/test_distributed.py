@@ -67,8 +67,7 @@ def moved(state: dict[str, Tensor], config: dict) -> bool:
     return all(not torch.equal(start[key], state[key]) for key in start if key.endswith(("codebook", "weight")))
 
 
-@pytest.mark.parametrize("update", ["ema", "gradient"])
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("size", "update"), [(2, "ema"), (4, "ema"), (2, "gradient")])
 def test_codebooks_are_the_same_bits_on_all_processes_without_communication(size, update):
     first, *others = run(trained, size, 200, {"update": update})
     assert moved(first, {"update": update})
