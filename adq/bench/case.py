@@ -125,6 +125,12 @@ def overhead(row: str, base: str, bound: float | None) -> Target:
     )
 
 
+def speed_of(base: str, bound: float | None, row: str) -> Target:
+    """Time of the same work without adq over a contender's."""
+    figure = f"of the speed of {base}"
+    return Target(row, figure, lambda samples: ratio(samples[base], samples[row]), (base, row), bound)
+
+
 @dataclass(frozen=True)
 class Case:
     """Contenders that do comparable work on the same data.

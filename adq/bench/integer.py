@@ -1,4 +1,7 @@
-"""Inference with integers, layers and a network, beside torch in float32 and in int8; on a CPU."""
+"""Inference with integers, layers and a network, beside torch in float32 and in int8; on a CPU.
+
+Layers with packed weights too: decoded, then convolved by torch in float32.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,10 @@ from torch.fx.experimental.optimization import fuse
 
 import adq
 from adq.bench import peers
-from adq.bench.case import ADQ, Build, Call, Case, Setting, Target, faster_than
+from adq.bench.case import ADQ, Build, Call, Case, Setting, Target, faster_than, speed_of
 from adq.bench.data import Convolution, convolution, on_data
 from adq.bench.layers import Conv
+from adq.nn import QConv2d
 
 PART = "integer"
 BITS = 3
@@ -23,6 +27,9 @@ OVER_FLOAT, OVER_INT8 = 2.0, 1.0
 """Of 3x3 convolutions of at least WIDE channels."""
 WIDE = 128
 NETWORK_OVER_FLOAT = 1.8
+PACKED = "adq, packed weights, float32"
+PACKED_SPEED = 0.95
+"""Of float32, for the same convolutions in a batch that makes arithmetic bound them."""
 FOLDED = "float32, channels_last, batch norms folded"
 LAYERS = (
     Conv("ResNet-18", 64, 64, 3, 56),
@@ -58,12 +65,14 @@ def cases(setting: Setting) -> Iterator[Case]:
 def _layer_case(setting: Setting, layer: Conv, batch: int) -> Case:
     judged = layer.kernel == 3 and layer.groups == 1 and layer.inputs >= WIDE
     over_float, over_int8 = (OVER_FLOAT, OVER_INT8) if judged else (None, None)
+    packed_speed = PACKED_SPEED if judged and batch > 1 else None
     return Case(
         PART,
         f"{layer.name}, batch {batch}, {BITS} bits",
         lambda: convolution(layer.shape(batch, setting.tiny), layer.arguments(), BITS),
         {
             ADQ: on_data(run_convolution),
+            PACKED: _packed,
             peers.FLOAT: peers.float_convolution(torch.contiguous_format),
             peers.FLOAT_LAST: peers.float_convolution(torch.channels_last),
             peers.X86_INT8: peers.quantized_convolution("x86"),
@@ -72,6 +81,7 @@ def _layer_case(setting: Setting, layer: Conv, batch: int) -> Case:
         },
         (
             *(faster_than(peer, over_float) for peer in (peers.FLOAT, peers.FLOAT_LAST)),
+            *(speed_of(peer, packed_speed, PACKED) for peer in (peers.FLOAT, peers.FLOAT_LAST)),
             *(faster_than(peer, over_int8) for peer in (peers.X86_INT8, peers.ONEDNN_INT8)),
         ),
         items=batch,
@@ -83,6 +93,12 @@ def _layer_case(setting: Setting, layer: Conv, batch: int) -> Case:
 def run_convolution(data: Convolution) -> Tensor:
     """Levels to levels of the next layer, packed weights decoded on the way."""
     return torch.ops.adq.integer_conv2d(*data.operands)[1][0]
+
+
+def _packed(data: Convolution) -> Call:
+    layer = QConv2d(**data.arguments, weight_config=adq.WeightConfig(bits=BITS), activation_config=None)
+    images = data.x.float().contiguous(memory_format=torch.channels_last)
+    return _without_graph(adq.pack_(nn.Sequential(layer.to(memory_format=torch.channels_last))), images)
 
 
 # ---- the network -------------------------------------------------------------------------------------
