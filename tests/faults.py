@@ -26,8 +26,8 @@ class Fault:
     """What happens to a process, and when.
 
     ``seconds``, ``steps``, ``fsync``: it kills itself (SIGKILL) after so many seconds, optimizer steps or calls of
-    ``os.fsync``. ``told``: it gets the signal ``count`` in the ninth optimizer step. ``nan``: from the optimizer
-    step ``count`` on its cross entropy is NaN.
+    ``os.fsync``. ``hang``: it stops without ending (SIGSTOP) after so many optimizer steps. ``told``: it gets the
+    signal ``count`` in the ninth optimizer step. ``nan``: from optimizer step ``count`` on its cross entropy is NaN.
     """
 
     kind: str
@@ -40,6 +40,8 @@ class Fault:
             os.fsync = _counting(self.count, _kill, os.fsync)
         elif self.kind == "steps":
             _after_steps(self.count, _kill)
+        elif self.kind == "hang":
+            _after_steps(self.count, lambda: os.kill(os.getpid(), signal.SIGSTOP))
         elif self.kind == "told":
             _after_steps(9, lambda: os.kill(os.getpid(), int(self.count)))
         else:

@@ -189,6 +189,17 @@ def test_a_lost_process_ends_the_others_at_once_and_torchrun_resumes_exactly(run
     assert same_run(pair, runner.folder / "torn")
 
 
+def test_a_process_that_hangs_is_given_up_after_the_timeout(runner):
+    arguments = [*PAIR, "--output", "hung", "--set", "engine.timeout=8"]
+    began = time.monotonic()
+    waiting, hung = runner.start_two("hung", *arguments, faults=(None, Fault("hang", 3)))
+    assert runner.finish(waiting) == 1, runner.said("hung-0")
+    hung.kill()
+    assert time.monotonic() - began < 60
+    assert "another process of the run is lost" in runner.said("hung-0") and "Timed out" in runner.said("hung-0")
+    assert "the last good checkpoint is hung/checkpoints/000002-float" in runner.said("hung-0")
+
+
 def test_two_processes_leave_at_the_same_step(runner, pair):
     processes = runner.start_two("both", *PAIR, "--output", "both", faults=(None, Fault("told", signal.SIGTERM)))
     assert [runner.finish(process) for process in processes] == [0, 0], runner.said("both-0") + runner.said("both-1")
