@@ -17,10 +17,12 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Partial
 
 import adq
-from adq import ADQConfig, WeightConfig
+from adq import ADQConfig, WeightConfig, sharded
 from adq.distributed import world
 from adq.sharded import shard_quantizers_
 
@@ -49,9 +51,11 @@ def quantized(**weight) -> nn.Module:
     return adq.calibrate_(adq.quantize_(Net(), ADQConfig(weight=WeightConfig(**weight))), [images(0)])
 
 
-def shard(model: nn.Module) -> nn.Module:
-    fully_shard(model.block)
-    return fully_shard(model)
+def shard(model: nn.Module, hybrid: bool = False) -> nn.Module:
+    """Over all processes, or with ``hybrid`` over pairs of them that hold the same."""
+    mesh = init_device_mesh("cpu", (2, 2) if hybrid else (world()[1],), mesh_dim_names=("again", "parts")[not hybrid :])
+    fully_shard(model.block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
@@ -67,11 +71,11 @@ def full_state(model: nn.Module) -> dict[str, Tensor]:
     return {key: value.clone() for key, value in state.items()} if state else {}
 
 
-def trained(config: dict) -> dict:
+def trained(config: dict, hybrid: bool = False) -> dict:
     """The whole state after some steps, this process's buffers, and how often adq communicated."""
     model, reductions = quantized(**config), []
     if world()[1] > 1:
-        shard(model)
+        shard(model, hybrid)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     original = dist.all_reduce
     dist.all_reduce = lambda *args, **kwargs: (reductions.append(args[0].numel()), original(*args, **kwargs))[1]
@@ -104,6 +108,27 @@ def test_sharded_training_is_that_of_one_process(config):
     moved = {key for key, value in alone["state"].items() if not torch.equal(value, start[key])}
     assert {f"{name}.weight_quantizer.steps" for name in ("stem", "block.0", "block.2", "head")} <= moved
     assert ("block.2.weight_quantizer.codebook" in moved) == (config.get("update") != "step")
+
+
+def test_hybrid_sharding_counts_every_row_once():
+    (alone,), found = run(trained, 1, {"ema_decay": 0.9}), run(trained, 4, {"ema_decay": 0.9}, True)
+    for key, value in alone["state"].items():
+        torch.testing.assert_close(found[0]["state"][key], value, rtol=1e-4, atol=1e-5)
+    for other in found[1:]:
+        assert [k for k, value in found[0]["buffers"].items() if not torch.equal(value, other["buffers"][k])] == []
+
+
+def other_placement() -> str:
+    layer = quantized().block[0]
+    mesh = init_device_mesh("cpu", (2,))
+    weight = DTensor.from_local(layer.weight.detach(), mesh, [Partial()])
+    with pytest.raises(ValueError, match="codebooks follow weights that fully_shard has sharded"):
+        sharded.step([(weight, layer.weight_quantizer)], torch.ones(1))
+    return "refused"
+
+
+def test_what_fully_shard_does_not_do_is_refused():
+    assert run(other_placement, 2) == ["refused"] * 2
 
 
 # ---- dtypes ------------------------------------------------------------------------------------------
