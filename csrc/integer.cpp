@@ -17,7 +17,6 @@ namespace {
 
 constexpr std::int64_t kChunkPixels = 1024;  // that share a decoded panel
 constexpr std::int64_t kLeastPixels = 16;    // of a chunk
-constexpr std::int64_t kItems = 4;           // for each thread, at least, where they cannot be equally many
 
 // Output blocks of one group that are computed together.
 struct Panel {
@@ -86,17 +85,15 @@ class Convolver {
         }
     }
 
-    // An item is a chunk of pixels times some of the panels. There are so many of nearly equal size that each
-    // thread gets as many as the others, or several; rather more chunks than splits of the panels.
+    // An item is a chunk of pixels times some of the panels. Each thread gets as many as the others: chunks
+    // of pixels, or, where one is enough for all of them, so that no panel is decoded twice, parts of the
+    // panels.
     void find_items(int threads) {
         const std::int64_t panels = static_cast<std::int64_t>(panels_.size());
-        std::int64_t chunks = std::max<std::int64_t>(divide_up(pixels_, kChunkPixels), 1);
         const std::int64_t most = std::max<std::int64_t>(pixels_ / kLeastPixels, 1);
-        const auto uneven = [&] {
-            return chunks * splits_ < kItems * threads && chunks * splits_ % threads != 0;
-        };
-        while (chunks < most && uneven()) ++chunks;
-        while (splits_ < panels && uneven()) ++splits_;
+        std::int64_t chunks = std::max<std::int64_t>(divide_up(pixels_, kChunkPixels), 1);
+        if (chunks > 1 || panels % threads != 0) chunks = std::min(round_up(chunks, threads), most);
+        if (chunks % threads != 0) splits_ = std::min<std::int64_t>(panels, threads);
         chunk_ = std::max<std::int64_t>(divide_up(pixels_, chunks), 1);
     }
 
