@@ -217,9 +217,13 @@ def test_a_loss_of_nan_on_one_process_is_told_once(runner):
     assert "error:" not in runner.said("nan-1")
 
 
-def test_a_run_of_two_processes_goes_on_with_one(runner):
+def test_a_run_of_two_processes_goes_on_with_one_and_again_with_two(runner):
     processes = runner.start_two("fewer", *PAIR, "--output", "fewer", faults=(Fault("steps", 4), Fault("steps", 4)))
     assert [runner.finish(process) for process in processes] == [-signal.SIGKILL] * 2
-    assert runner.finish(adq(runner, "fewer", *PAIR)) == 0, runner.said("fewer")
+    assert runner.finish(adq(runner, "fewer", *PAIR, fault=Fault("steps", 20))) == -signal.SIGKILL
     assert "was written by 2 process(es), 32 images a batch" in runner.said("fewer")
     assert "not with the same bits" in runner.said("fewer")
+    processes = runner.start_two("more", *PAIR, "--output", "fewer", "--resume")
+    assert [runner.finish(process) for process in processes] == [0, 0], runner.said("more-0") + runner.said("more-1")
+    assert "was written by 1 process(es), 16 images a batch" in runner.said("more-0")
+    assert [row[:2] for row in losses(runner.folder / "fewer")] == [("float", 1), ("qat", 1), ("qat", 2)]
