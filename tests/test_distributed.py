@@ -16,6 +16,7 @@ from networks import images, net, quantized
 from processes import run
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -86,6 +87,28 @@ def test_weights_are_those_of_one_process_with_the_same_global_batch():
         state = run(trained, size, 30, {})[0]
         for key, value in alone.items():
             torch.testing.assert_close(state[key], value, rtol=1e-4, atol=1e-5)
+
+
+def compiled() -> list[str]:
+    """Tensors in which compiled training differs from eager training, with gradients reduced in several buckets."""
+    dist._DEFAULT_FIRST_BUCKET_BYTES, states, (rank, size) = 400, [], world()
+    counter = CompileCounterWithBackend("aot_eager")
+    for compile_ in (lambda model: model, lambda model: torch.compile(model, backend=counter)):
+        net = mlp()
+        forward = compile_(DistributedDataParallel(net, broadcast_buffers=False, bucket_cap_mb=0.0005))
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+        for step in range(4):
+            optimizer.zero_grad()
+            x = inputs(step)[rank::size]
+            nn.functional.cross_entropy(forward(x), x[:, :3].argmax(1)).backward()
+            optimizer.step()
+        states.append(net.state_dict())
+    assert counter.frame_count > 1  # torch cuts the graph where a bucket is full
+    return [key for key in states[0] if not torch.equal(states[0][key], states[1][key])]
+
+
+def test_a_compiled_model_under_ddp_trains_as_an_eager_one():
+    assert run(compiled, 2) == [[], []]
 
 
 # ---- shares of the data, and what is made of them ----------------------------------------------------
