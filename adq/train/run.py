@@ -96,7 +96,7 @@ class Run:
     def __init__(self, config: RunConfig, resume: bool = False, display: Display | None = None) -> None:
         engine = config.engine
         self.accelerator = Accelerator(
-            cpu=engine.device == "cpu" or not torch.cuda.is_available(),  # else Accelerate has no processes on CPUs
+            cpu=engine.device == "cpu" or not torch.accelerator.is_available(),  # else Accelerate has one process
             mixed_precision=engine.mixed_precision,
             gradient_accumulation_steps=engine.accumulation,
             step_scheduler_with_optimizer=False,

@@ -68,7 +68,7 @@ class Departure:
     """When to leave: SIGTERM, SIGINT, or a failure, on any process.
 
     As a context manager it listens for the signals; outside the main thread, where Python cannot, it does not.
-    A second SIGINT, a second or more after the first, interrupts at once.
+    A SIGINT that comes a second or more after another signal interrupts at once.
 
     With several processes every call of :meth:`agreed` starts a reduction of two flags in a gloo group of its own,
     on CPUs, and takes the result of the call before: a step waits for no other process and for no GPU, and a
@@ -99,7 +99,7 @@ class Departure:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.signal == "SIGINT" and time.monotonic() - self._heard > 1.0:
+        if number == signal.SIGINT and self.signal is not None and time.monotonic() - self._heard > 1.0:
             raise KeyboardInterrupt
         if self.signal is None:
             self.signal, self._heard = signal.Signals(number).name, time.monotonic()
