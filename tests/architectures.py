@@ -42,7 +42,8 @@ def _efficientnet() -> nn.Module:
 
 
 def _swin(**kwargs) -> nn.Module:
-    return SwinTransformer([4, 4], 16, [2, 1], [2, 4], [4, 4], num_classes=CLASSES, **kwargs)
+    sizes = [4, 4], 16, [2, 1], [2, 4], [4, 4]
+    return SwinTransformer(*sizes, stochastic_depth_prob=0.0, num_classes=CLASSES, **kwargs)
 
 
 def _timm(name: str, **kwargs) -> nn.Module:

@@ -10,12 +10,14 @@ from itertools import product
 
 import pytest
 import torch
+from processes import run
 from torch import nn
 from torch.nn import functional as F
 
 import adq
 from adq import ADQConfig, convert
 from adq.convert import quantizers_enabled
+from adq.distributed import world
 from adq.nn import QLinear, QMultiheadAttention
 
 pytest.importorskip("torchvision")
@@ -26,11 +28,12 @@ SLOW = bool(os.environ.get("ADQ_TEST_SLOW"))
 BATCH = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0)), torch.arange(4)
 
 
-def quantized(name: str) -> nn.Module:
+def quantized(name: str, config: ADQConfig | None = None) -> nn.Module:
     model = architecture(name)
     adq.reestimate_batch_norm_(model, [BATCH])  # as a trained network has them
-    adq.quantize_(model)
-    return adq.calibrate_(model, [BATCH])
+    adq.quantize_(model, config)
+    rank, size = world()
+    return adq.calibrate_(model, [BATCH][rank::size])
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -201,6 +204,55 @@ def test_copies_and_compiled_models_are_equal(name):
         assert torch.equal(twin(images), expected)
     torch._dynamo.reset()
     assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(images), expected)
+
+
+SMOOTH = ADQConfig(activation=adq.ActivationConfig(bits=8))
+"""Levels so fine that it matters little where a sum in another order takes the next one."""
+
+
+def trained_in_processes(name: str, parallel: str | None) -> dict[str, torch.Tensor]:
+    """The whole state after two steps on this process's share of the images."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    model = trained = quantized(name, SMOOTH).train()
+    if parallel == "fsdp":
+        for module in [module for module in model.modules() if "Block" in type(module).__name__][::-1]:
+            fully_shard(module)
+        fully_shard(model)
+    elif parallel == "ddp":
+        trained = DistributedDataParallel(model, broadcast_buffers=False)
+    rank, size = world()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for _ in range(2):
+        optimizer.zero_grad()
+        F.cross_entropy(trained(BATCH[0][rank::size]), BATCH[1][rank::size]).backward()
+        optimizer.step()
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    buffers = {key: value.clone() for key, value in model.named_buffers()}
+    return {**{key: value.clone() for key, value in state.items()}, **buffers}
+
+
+PARALLEL = [(name, parallel) for name in ("vit", "swin") for parallel in ("ddp", "fsdp")]
+
+
+def all_trained() -> list[dict[str, torch.Tensor]]:
+    return [trained_in_processes(name, parallel) for name, parallel in PARALLEL]
+
+
+def test_attention_in_two_processes():
+    """Codebooks of fused projections, and of layers that another module calls, follow as in one process."""
+    for (name, _), first, second in zip(PARALLEL, *run(all_trained, 2, seconds=300.0), strict=True):
+        start, alone = quantized(name, SMOOTH).state_dict(), trained_in_processes(name, None)
+        floats = [key for key, value in start.items() if value.is_floating_point()]
+        moved, apart, still = (
+            torch.cat([(one[key] - other[key]).flatten() for key in floats]).norm()
+            for one, other in ((alone, start), (first, alone), (second, first))
+        )
+        assert apart < 1e-3 * moved  # sums in another order
+        assert still == 0
+        assert all(first[key] == alone[key] == 2 for key in start if key.endswith("quantizer.steps"))
 
 
 @pytest.mark.parametrize("packed", [False, True])
