@@ -6,7 +6,7 @@
 
 #include "simd.h"
 
-#if defined(__SSE2__) && defined(__GNUC__)
+#if defined(__SSE2__) && defined(__GNUC__) && !defined(ADQ_PLAIN_VECTORS)
 #include <emmintrin.h>
 #endif
 
@@ -47,7 +47,7 @@ ADQ_INLINE Ints multiply_pairs(Ints a, Ints b) {
     return (Ints)_mm512_madd_epi16((__m512i)a, (__m512i)b);
 #elif defined(__AVX2__)
     return (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
-#elif defined(__SSE2__) && defined(__GNUC__)
+#elif defined(__SSE2__) && defined(__GNUC__) && !defined(ADQ_PLAIN_VECTORS)
     return (Ints)_mm_madd_epi16((__m128i)a, (__m128i)b);
 #else
     return ((a << 16) >> 16) * ((b << 16) >> 16) + (a >> 16) * (b >> 16);

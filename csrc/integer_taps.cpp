@@ -173,13 +173,12 @@ void Taps::copy_row(std::int64_t row, std::uint8_t* to) const {
         std::memcpy(to + (layout_.columns - 1 - i) * layout_.pixel, outside_.data(), layout_.pixel);
     }
     to += layout_.margin * layout_.pixel;
-    if (layout_.inputs == 3 && layout_.unit == 4) {
-        for (std::int64_t i = 0; i < args_.width * layout_.groups; ++i)
-            std::memcpy(to + 4 * i, from + 3 * i, 3);
+    const std::int64_t units = args_.width * layout_.groups, unit = layout_.unit, inputs = layout_.inputs;
+    if (inputs == 3 && unit == 4) {
+        for (std::int64_t i = 0; i < units; ++i) std::memcpy(to + 4 * i, from + 3 * i, 3);
         return;
     }
-    for (std::int64_t i = 0; i < args_.width * layout_.groups; ++i)
-        std::memcpy(to + i * layout_.unit, from + i * layout_.inputs, layout_.inputs);
+    for (std::int64_t i = 0; i < units; ++i) std::memcpy(to + i * unit, from + i * inputs, inputs);
 }
 
 }  // namespace adq
