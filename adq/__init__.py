@@ -16,7 +16,7 @@ from adq.artifact import load, save
 from adq.batch_norm import correct_batch_norm_, reestimate_batch_norm_
 from adq.calibrate import calibrate_
 from adq.config import ActivationConfig, ADQConfig, LayerConfig, WeightConfig
-from adq.convert import pack_, quantize_
+from adq.convert import fast_linear_, pack_, quantize_
 from adq.coreml import export_coreml
 from adq.distill import DistillationLoss
 from adq.executorch import export_executorch
@@ -56,6 +56,7 @@ __all__ = [
     "export_executorch",
     "export_onnx",
     "export_program",
+    "fast_linear_",
     "fold_batch_norm_",
     "functional",
     "load",

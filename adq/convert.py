@@ -16,7 +16,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from adq.config import ADQConfig, LayerConfig, check_bits, merge_override, with_bits
 from adq.nn.activation import ActivationQuantizer
 from adq.nn.layers import QUANTIZED, QMultiheadAttention, QuantizedLayer
-from adq.nn.packed import PackedWeight, pack_layer_
+from adq.nn.packed import PackedLinear, PackedWeight, pack_layer_
 from adq.nn.weight import WeightQuantizer
 from adq.update import prepare_together, unregister
 
@@ -276,6 +276,32 @@ def pack_(model: nn.Module, codes: Mapping[str, Tensor] | None = None) -> nn.Mod
         if not layers[name].packed:
             pack_layer_(layers[name], packed)
     return model.eval().requires_grad_(False)
+
+
+def fast_linear_(model: nn.Module) -> nn.Module:
+    """Let the linear layers of an inference model multiply with the packed codes themselves, in place.
+
+    Inputs of a few rows (:data:`adq.nn.packed.FEW_ROWS`) need no decoded weight then: of it only the codes are read.
+    That sums in another order (:func:`adq.functional.codebook_linear`), so predictions are the same up to float
+    rounding, after which an activation close to a threshold may take the next level: this is why nothing does so
+    unasked. Larger inputs, and those that need a gradient, are multiplied with the decoded weight. Files say nothing
+    of it: call it after loading.
+
+    Args:
+        model: from :func:`adq.load` of a packed file, or :func:`pack_`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: no linear layer has its weight in codes.
+    """
+    layers = [layer for layer in quantized_layers(model).values() if isinstance(layer, PackedLinear)]
+    if not layers:
+        raise ValueError("adq: no linear layer has its weight in codes; call adq.pack_(model), or load a packed file")
+    for layer in layers:
+        layer.fast = True
+    return model
 
 
 def is_packed(model: nn.Module) -> bool:

@@ -272,6 +272,27 @@ def decode(packed: Tensor, codebook: Tensor, scale: Tensor, shape: tuple[int, ..
     return _ops.codebook_decode(packed, codebook, scale, code_bits(codebook.numel()), list(shape))
 
 
+def codebook_linear(x: Tensor, packed: Tensor, codebook: Tensor, scale: Tensor, outputs: int) -> Tensor:
+    """``y = x W^T`` for few rows of x, on the packed codes of W itself: they are all that is read of it. No gradients.
+
+    ``W = scale * codebook[code]``; sums are float32, in an order of their own, the same on every run.
+
+    Args:
+        x: float32, bfloat16 or float16 ``[..., in]``, any strides.
+        packed: codes of W ``[outputs, in]`` as :func:`pack` writes them, as wide as the codebook needs.
+        codebook: float32 ``[K]``, 1 <= K <= 256. A code of K or more takes the last level.
+        scale: contiguous float32 ``[outputs, 1]`` or ``[1, 1]``.
+        outputs: rows of W.
+
+    Returns:
+        y in x's dtype, ``[..., outputs]``, contiguous.
+
+    Raises:
+        TypeError, ValueError: wrong dtype, device or number of elements.
+    """
+    return _ops.codebook_linear(x.detach(), packed, codebook, scale, code_bits(codebook.numel()), outputs)
+
+
 def code_bits(levels: int) -> int:
     """Width of the codes of that many levels."""
     return max(1, (levels - 1).bit_length())

@@ -70,6 +70,7 @@ SCHEMAS = {
     "pack_bits": "(Tensor codes, int bits) -> Tensor",
     "unpack_bits": "(Tensor packed, int bits, int numel) -> Tensor",
     "codebook_decode": "(Tensor packed, Tensor codebook, Tensor scale, int bits, int[] shape) -> Tensor",
+    "codebook_linear": ("(Tensor x, Tensor packed, Tensor codebook, Tensor scale, int bits, int outputs) -> Tensor"),
 }
 
 for _name, _schema in SCHEMAS.items():
@@ -342,6 +343,24 @@ def check_decode(packed: Tensor, codebook: Tensor, scale: Tensor, bits: int, sha
     return scale_axis(shape, scale)
 
 
+def check_linear(
+    x: Tensor, packed: Tensor, codebook: Tensor, scale: Tensor, bits: int, outputs: int
+) -> tuple[list[int], int | None]:
+    """Check the arguments of :func:`codebook_linear`; raises TypeError or ValueError.
+
+    Returns the result's shape, and the scale's axis: that of the outputs, or None.
+    """
+    _check_float("x", x)
+    if x.dim() == 0:
+        raise ValueError("adq: x must have a dimension of inputs, got shape ()")
+    axis = check_decode(packed, codebook, scale, bits, (outputs, x.shape[-1]))
+    if axis == 1:
+        raise ValueError(f"adq: scale must hold one element or one for each output, got {tuple(scale.shape)}")
+    if x.device != packed.device:
+        raise ValueError(f"adq: x is on {x.device}, but the codes are on {packed.device}")
+    return [*x.shape[:-1], outputs], axis
+
+
 # ---- fakes -------------------------------------------------------------------------------------------
 
 
@@ -486,3 +505,10 @@ def _fake_unpack_bits(packed: Tensor, bits: int, numel: int) -> Tensor:
 def _fake_codebook_decode(packed: Tensor, codebook: Tensor, scale: Tensor, bits: int, shape: list[int]) -> Tensor:
     check_decode(packed, codebook, scale, bits, shape)
     return packed.new_empty(shape, dtype=torch.float32)
+
+
+@_register_fake
+def _fake_codebook_linear(
+    x: Tensor, packed: Tensor, codebook: Tensor, scale: Tensor, bits: int, outputs: int
+) -> Tensor:
+    return x.new_empty(check_linear(x, packed, codebook, scale, bits, outputs)[0])

@@ -415,5 +415,27 @@ def codebook_decode(packed: Tensor, codebook: Tensor, scale: Tensor, bits: int, 
     return codebook[code].view(shape) * scale
 
 
+def codebook_linear(x: Tensor, packed: Tensor, codebook: Tensor, scale: Tensor, bits: int, outputs: int) -> Tensor:
+    """``y = x W^T`` for few rows of x and a weight in packed codes, that of :func:`codebook_decode`.
+
+    Sums are float64 here. Elsewhere W is never written down: products ``x c[code]`` and their sums are float32, the
+    scale comes last, and each row of y depends on its own row of x alone.
+
+    Args:
+        x: float32, bfloat16 or float16 ``[..., in]``, any strides.
+        packed: uint8, codes of W ``[outputs, in]`` in row-major order; rows may begin inside a byte.
+        codebook: float32 ``[K]``, ``K <= 2**bits``, in any order.
+        scale: float32, ``[outputs, 1]`` or ``[1, 1]``; any sign.
+        bits: width of a code, 1..8.
+        outputs: rows of W.
+
+    Returns:
+        y in x's dtype, ``[..., outputs]``, contiguous.
+    """
+    shape, _ = ops.check_linear(x, packed, codebook, scale, bits, outputs)
+    w = codebook_decode(packed, codebook, scale, bits, [outputs, x.shape[-1]])
+    return x.new_empty(shape).copy_(F.linear(x.double(), w.double()))
+
+
 for _name in ops.SCHEMAS:
     ops.LIBRARY.impl(_name, globals()[_name], "CompositeExplicitAutograd")

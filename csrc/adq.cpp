@@ -127,6 +127,47 @@ void store_gradients(const Quantizer& quantizer, const SlopeTable& table,
     }
 }
 
+constexpr std::int64_t kBlockCodes = 4096;  // unpacked at a time, so that they stay in the nearest cache
+
+LevelTable level_table(int bits, const float* codebook, int levels) {
+    LevelTable table;
+    table.bits = bits;
+    table.stream = false;
+    std::copy(codebook, codebook + levels, table.value);
+    std::fill(table.value + levels, table.value + kMaxLevels, codebook[levels - 1]);
+    return table;
+}
+
+// Some outputs for at most kDotRows rows of x, from `row` on: the codes of several outputs are unpacked
+// together where they are few, those of one in pieces where they are many.
+void linear_block(const CodebookLinear& args, const LevelTable& table, std::int64_t row, std::int64_t first,
+                  std::int64_t end) {
+    constexpr std::int64_t kMost = 16;
+    const std::int64_t fit = kBlockCodes / std::max<std::int64_t>(args.inputs, 1);
+    const std::int64_t together = std::clamp<std::int64_t>(fit, 1, kMost);
+    const Kernels& isa = kernels();
+    const int rows = static_cast<int>(std::min<std::int64_t>(args.rows - row, kDotRows));
+    const float* x = args.x + row * args.inputs;
+    std::uint8_t codes[kBlockCodes + 8];
+    for (std::int64_t o = first; o < end; o += together) {
+        const std::int64_t outputs = std::min(together, end - o);
+        double sums[kMost][kDotRows] = {};
+        for (std::int64_t i = 0; i < args.inputs; i += kBlockCodes) {
+            const std::int64_t n = std::min(args.inputs - i, kBlockCodes);
+            const std::int64_t at = o * args.inputs + i;
+            const std::int64_t before = at % 8;  // codes of the output before in the first group of eight
+            isa.unpack(args.packed + at / 8 * args.bits, args.bits, before + outputs * n, codes);
+            for (std::int64_t k = 0; k < outputs; ++k)
+                isa.dots(table, codes + before + k * n, n, x + i, args.inputs, rows, sums[k]);
+        }
+        for (std::int64_t k = 0; k < outputs; ++k) {
+            const double scale = args.scale[(o + k) % args.channels];
+            for (int r = 0; r < rows; ++r)
+                args.y[(row + r) * args.outputs + o + k] = static_cast<float>(scale * sums[k][r]);
+        }
+    }
+}
+
 }  // namespace
 
 void codebook_lookup(const Lookup& args, int threads) {
@@ -216,12 +257,8 @@ void unpack_bits(const std::uint8_t* packed, int bits, std::int64_t n, std::uint
 }
 
 void codebook_decode(const Decode& args, int threads) {
-    constexpr std::int64_t kBlockCodes = 4096;  // unpacked at a time, so that they stay in the nearest cache
     const Kernels& isa = kernels();
-    LevelTable table;
-    table.bits = args.bits;
-    std::copy(args.codebook, args.codebook + args.levels, table.value);
-    std::fill(table.value + args.levels, table.value + kMaxLevels, args.codebook[args.levels - 1]);
+    LevelTable table = level_table(args.bits, args.codebook, args.levels);
     const std::int64_t n = args.outer * args.channels * args.inner;
     table.stream = exceeds_caches(Dtype::kFloat32, n) && args.inner >= kBlockCodes / 4;  // lines as a whole
     for_chunks(n, kChunk, threads, [&](std::int64_t, std::int64_t first, std::int64_t size) {
@@ -237,6 +274,15 @@ void codebook_decode(const Decode& args, int threads) {
                 at += count;
             }
         }
+    });
+}
+
+void codebook_linear(const CodebookLinear& args, int threads) {
+    const LevelTable table = level_table(args.bits, args.codebook, args.levels);
+    const std::int64_t chunk = std::max<std::int64_t>(kChunk / std::max<std::int64_t>(args.inputs, 1), 1);
+    for_chunks(args.outputs, chunk, threads, [&](std::int64_t, std::int64_t first, std::int64_t count) {
+        for (std::int64_t row = 0; row < args.rows; row += kDotRows)
+            linear_block(args, table, row, first, first + count);
     });
 }
 

@@ -137,6 +137,24 @@ struct Decode {
 };
 void codebook_decode(const Decode& args, int threads);
 
+// y = x W^T for few rows of x and a weight in packed codes, which are decoded piece by piece: W[o][i] =
+// scale[o] * codebook[code]. The products and 16 lanes of their sums are float32, added in double every
+// kBlock inputs; the scale comes last.
+struct CodebookLinear {
+    const float* x;  // [rows][inputs]
+    std::int64_t rows;
+    std::int64_t inputs;
+    std::int64_t outputs;
+    const std::uint8_t* packed;  // [ceil(outputs * inputs * bits / 8)]
+    int bits;                    // 1..8
+    const float* codebook;       // [levels]
+    int levels;                  // 1..2^bits
+    const float* scale;          // [channels]
+    std::int64_t channels;       // outputs, or 1: one scale for all of them
+    float* y;                    // [rows][outputs]
+};
+void codebook_linear(const CodebookLinear& args, int threads);
+
 // Instruction sets: "avx512vnni", "avx512", "avx2vnni", "avx2" or "baseline", the best available one until
 // set_isa chooses another.
 std::string isa();

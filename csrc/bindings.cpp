@@ -178,6 +178,24 @@ void codebook_decode(Address packed, int bits, Address codebook, int levels, Add
     adq::codebook_decode(args, threads);
 }
 
+void codebook_linear(Address x, std::int64_t rows, std::int64_t inputs, std::int64_t outputs, Address packed,
+                     int bits, Address codebook, int levels, Address scale, std::int64_t channels, Address y,
+                     int threads) {
+    adq::CodebookLinear args{};
+    args.x = pointer<float>(x);
+    args.rows = rows;
+    args.inputs = inputs;
+    args.outputs = outputs;
+    args.packed = pointer<std::uint8_t>(packed);
+    args.bits = bits;
+    args.codebook = pointer<float>(codebook);
+    args.levels = levels;
+    args.scale = pointer<float>(scale);
+    args.channels = channels;
+    args.y = pointer<float>(y);
+    adq::codebook_linear(args, threads);
+}
+
 // Bytes of the pool that go back to it with their last reference; torch.frombuffer makes a tensor of them.
 class PoolBuffer {
  public:
@@ -225,6 +243,8 @@ PYBIND11_MODULE(_C, module) {
     module.def("unpack_bits", &unpack_bits, NoGil(), "(packed, bits, n, codes, threads)");
     module.def("codebook_decode", &codebook_decode, NoGil(),
                "(packed, bits, codebook, levels, scale, outer, channels, inner, w_q, threads)");
+    module.def("codebook_linear", &codebook_linear, NoGil(),
+               "(x, rows, inputs, outputs, packed, bits, codebook, levels, scale, channels, y, threads)");
     py::class_<PoolBuffer>(module, "PoolBuffer", py::buffer_protocol(),
                            "Bytes of the pool for large results.")
         .def(py::init<std::size_t>())

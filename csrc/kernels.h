@@ -66,6 +66,8 @@ struct SlopeSums {
     double ramp[kMaxLevels];  // [j] sum gi clamp((u - T_j) / width_j, 0, 1)
 };
 
+constexpr int kDotRows = 8;  // rows of x that are multiplied with the same levels
+
 struct Kernels {
     // values[count], count a multiple of 16, rounded to dtype in place: its bits in the low end of each word.
     void (*encode)(Dtype dtype, float* values, int count);
@@ -88,6 +90,9 @@ struct Kernels {
     void (*unpack)(const std::uint8_t* packed, int bits, std::int64_t n, std::uint8_t* codes);
     // y = scale * value[code], codes below 2^bits.
     void (*levels)(const LevelTable& table, const std::uint8_t* codes, std::int64_t n, float scale, float* y);
+    // Adds to sums[r]: of value[code[i]] x[r stride + i], i < n, for 1 <= rows <= kDotRows.
+    void (*dots)(const LevelTable& table, const std::uint8_t* codes, std::int64_t n, const float* x,
+                 std::int64_t stride, int rows, double* sums);
 };
 
 namespace baseline {

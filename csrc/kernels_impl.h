@@ -6,6 +6,7 @@
 #include "bits.h"
 #include "kernels.h"
 #include "levels.h"
+#include "linear.h"
 #include "scaled.h"
 #include "slopes.h"
 #include "steps.h"
@@ -83,8 +84,8 @@ void any_slopes(Dtype dtype, const SlopeTable& table, const void* grad, const vo
 
 }  // namespace
 
-extern const Kernels kKernels = {any_encode,  any_steps,  any_divide, any_multiply, any_products,
-                                 any_uniform, any_slopes, pack,       unpack,       levels};
+extern const Kernels kKernels = {any_encode, any_steps, any_divide, any_multiply, any_products, any_uniform,
+                                 any_slopes, pack,      unpack,     levels,       dots};
 
 }  // namespace ADQ_ISA
 }  // namespace adq

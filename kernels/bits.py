@@ -89,7 +89,7 @@ def unpack_kernel(packed, codes, numel, BITS: tl.constexpr, UNIT: tl.constexpr, 
 
 
 @triton.jit
-def _four_codes(packed, start, lane, BITS: tl.constexpr, UNIT: tl.constexpr):
+def four_codes(packed, start, lane, BITS: tl.constexpr, UNIT: tl.constexpr):
     """Codes ``start + 4 lane ..``, ``[LANES, 4]`` uint32; ``start`` is a multiple of 8."""
     WIDTH: tl.constexpr = UNIT.primitive_bitwidth
     half = (lane & 1) * (4 * (BITS % 2))  # bits of the first byte that belong to the lane before
@@ -103,7 +103,7 @@ def _four_codes(packed, start, lane, BITS: tl.constexpr, UNIT: tl.constexpr):
 
 
 @triton.jit
-def _any_codes(packed, start, tile, numel, BITS: tl.constexpr):
+def any_codes(packed, start, tile, numel, BITS: tl.constexpr):
     """The codes of a tile of single elements, uint32; those past the end are not codes."""
     bit = tile * BITS
     first = packed + start * BITS // 8 + bit // 8
@@ -115,7 +115,16 @@ def _any_codes(packed, start, tile, numel, BITS: tl.constexpr):
 
 
 @triton.jit
-def _levels(code, codebook, table, K: tl.constexpr, BITS: tl.constexpr):
+def level_table(codebook, K: tl.constexpr, BITS: tl.constexpr):
+    """The codebook across the lanes of the program's one warp, where it fits: for :func:`code_levels`."""
+    table = ()
+    if 2**BITS <= TABLE:
+        table = tl.load(codebook + tl.minimum(tl.arange(0, TABLE), K - 1))
+    return table
+
+
+@triton.jit
+def code_levels(code, codebook, table, K: tl.constexpr, BITS: tl.constexpr):
     """``codebook[code]``; a code that has no level takes the last one."""
     if 2**BITS <= TABLE:
         value = look_up(table, code.to(tl.int32))
@@ -162,14 +171,12 @@ def decode_kernel(
     ROWS      None: one scale; 4: the four elements of a lane share theirs; 1: they need not
     """
     program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
-    table = ()
-    if 2**BITS <= TABLE:
-        table = tl.load(codebook + tl.minimum(tl.arange(0, TABLE), K - 1))
+    table = level_table(codebook, K, BITS)
     SIZE: tl.constexpr = LANES * 4
     whole = numel // SIZE * SIZE
     lane, tile = tl.arange(0, LANES), tile_offsets(LANES, 4)
     for start in range(program * SIZE, whole, programs * SIZE):
-        value = _levels(_four_codes(packed, start, lane, BITS, UNIT), codebook, table, K, BITS)
+        value = code_levels(four_codes(packed, start, lane, BITS, UNIT), codebook, table, K, BITS)
         if ROWS == 4:
             factor = _scales(scale, start, lane * 4, inner, channels, ROWS)[:, None]
         else:
@@ -177,7 +184,7 @@ def decode_kernel(
         tl.store(w_q + start + tile, value * factor)
     tile = tile_offsets(LANES, 1)
     for start in range(whole + program * LANES, numel, programs * LANES):
-        value = _levels(_any_codes(packed, start, tile, numel, BITS), codebook, table, K, BITS)
+        value = code_levels(any_codes(packed, start, tile, numel, BITS), codebook, table, K, BITS)
         inside = tile_mask(tile, start, numel)
         factor = _scales(scale, start, tl.where(inside, tile, 0), inner, channels, ROWS)
         tl.store(w_q + start + tile, value * factor, mask=inside)

@@ -200,7 +200,7 @@ def measure(target: GPUTarget, launches: list[tuple]) -> list[dict]:
     compiled = [compile_launch(target, *launch) for launch in launches]
     figures = assembler.figures() if target.backend == "cuda" else list(map(_amd, compiled))
     for kernel, row in zip(compiled, figures, strict=True):
-        by_name = sum(int(m or 1) for m in re.findall(r"call (?:<(\d) x )?float>? @llvm\.fma\.", kernel.asm["llir"]))
+        by_name = sum(int(m or 1) for m in re.findall(r"call (?:<(\d+) x )?float>? @llvm\.fma\.", kernel.asm["llir"]))
         row["fused"] = kernel.asm["ptx"].count("fma.") - by_name if target.backend == "cuda" else 0
     return figures
 
@@ -252,6 +252,17 @@ def cases(target: str):
         ):
             arguments = packed, torch.zeros(2**bits), scale, bits, [16, 512]
             yield f"decode {kind}".strip(), "uint8", bits, partial(cuda.codebook_decode, *arguments)
+    for dtype, rows, widths in (
+        (torch.float32, 1, range(1, 9)),
+        (torch.bfloat16, 1, (4,)),
+        (torch.float16, 1, (4,)),
+        (torch.bfloat16, 4, (3, 4, 8)),
+    ):
+        for bits in widths:
+            x, packed = torch.zeros(rows, 4096, dtype=dtype), torch.zeros(4096 * bits, dtype=torch.uint8)
+            arguments = x, packed, torch.zeros(2**bits), torch.ones(8, 1), bits, 8
+            operation, name = "linear" if rows == 1 else "linear, rows", str(dtype).removeprefix("torch.")
+            yield operation, name, bits, partial(cuda.codebook_linear, *arguments)
 
 
 def foreach_cases(dtype: torch.dtype, target: str):
@@ -275,6 +286,7 @@ def foreach_cases(dtype: torch.dtype, target: str):
 def record(target: str) -> list[tuple[dict, tuple]]:
     """Labels and launch of everything that :func:`cases` launches on a target, each code once."""
     warp = cuda.WARP = cuda.PRODUCT_SIZE = TARGETS[target].warp_size
+    cuda.LINEAR_LANES = 4 * warp
     cuda.PRECISION = "ieee" if TARGETS[target].backend == "hip" else "tf32"
     recorder = cuda._launch = Recorder()
     found = {}
@@ -284,8 +296,8 @@ def record(target: str) -> list[tuple[dict, tuple]]:
         for launch in recorder.launches:
             kernel, args, constants, options = launch
             key = (kernel.__name__, str([getattr(a, "dtype", a is None) for a in args]), str(constants))
-            vector = 4 if operation.startswith("decode") else constants.get("VECTOR", 1)
-            tile = constants.get("SIZE", constants.get("LANES", warp) * vector)
+            vector = 4 if operation.startswith(("decode", "linear")) else constants.get("VECTOR", 1)
+            tile = constants.get("OUTPUTS", 1) * constants.get("SIZE", constants.get("LANES", warp) * vector)
             elements = 16 if operation.endswith("pack") else max(1, tile // (cuda.BLOCK if options["block"] else warp))
             labels = {"target": target, "operation": operation, "dtype": dtype, "size": size}
             found.setdefault(key, (labels | {"kernel": kernel.__name__, "elements": elements}, launch))

@@ -318,3 +318,9 @@ def codebook_decode(packed: bytes, codebook: np.ndarray, scale: np.ndarray, bits
     """``scale * codebook[code]``, rounded once; a code without a level has the last one."""
     codes = np.array(unpack_bits(packed, bits, int(np.prod(shape, dtype=np.int64))), np.int64)
     return codebook[np.minimum(codes, len(codebook) - 1)].reshape(shape) * scale
+
+
+def codebook_linear(x: np.ndarray, w: np.ndarray) -> Sum:
+    """``x W^T`` of a decoded weight."""
+    x, w = x.astype(np.float64), w.astype(np.float64)
+    return Sum(x @ w.T, np.abs(x) @ np.abs(w).T)

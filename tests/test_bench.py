@@ -11,7 +11,20 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from adq.bench import check, comparisons, distributed, fit, integer, layers, network, operators, peers, small, step
+from adq.bench import (
+    check,
+    comparisons,
+    distributed,
+    fit,
+    integer,
+    layers,
+    linear,
+    network,
+    operators,
+    peers,
+    small,
+    step,
+)
 from adq.bench.case import ADQ, COPY, Case, Setting, Target, Unavailable, faster_than, overhead, quick_setting, ratio
 from adq.bench.data import activations, codes, convolution, weights
 from adq.bench.environment import cpu_model, environment, slug
@@ -33,7 +46,9 @@ def cases_of(*parts) -> list:
 # ---- every case ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", cases_of(operators, comparisons, small, network, layers, integer, step, distributed))
+@pytest.mark.parametrize(
+    "case", cases_of(operators, comparisons, small, network, layers, integer, linear, step, distributed)
+)
 def test_every_case_gives_a_row_for_each_contender(case):
     rows, figures = measure(case, TINY)
     assert sorted(row.contender for row in rows) == sorted(case.contenders)
@@ -218,8 +233,8 @@ def few_checks(monkeypatch):
 
 
 def test_the_operators_pass_the_check(few_checks):
-    assert run_checks(TINY, lambda line: None) == "103 of 103 comparisons with the reference made, all agree"
-    assert run_checks(TINY, lambda line: None, deadline=0.0).startswith("0 of 103")
+    assert run_checks(TINY, lambda line: None) == "127 of 127 comparisons with the reference made, all agree"
+    assert run_checks(TINY, lambda line: None, deadline=0.0).startswith("0 of 127")
 
 
 @pytest.mark.parametrize(
@@ -232,6 +247,7 @@ def test_the_operators_pass_the_check(few_checks):
         ("foreach_codebook_quantize", lambda result: [-w for w in result], "every layer in one call: quantized weight"),
         ("pack_bits", lambda result: result + 1, "1 codes of 2 bits: packed"),
         ("codebook_decode", lambda result: result + 1, "1 codes of 2 bits: decoded weight"),
+        ("codebook_linear", lambda result: result * 1.001, "products with codes of 2 bits, rows of 8: y"),
         ("integer_conv2d", lambda result: (result[0], [result[1][0] ^ 1]), "integer convolution, 3x3, 3 bits: levels"),
     ],
 )

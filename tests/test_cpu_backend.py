@@ -263,6 +263,33 @@ def test_decoding_stays_in_bounds(isa, bits):
         )
 
 
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_products_with_codes_match_reference(isa, bits):
+    """Rows that share bytes, several to a block of codes, and longer than a block; every number of rows of x."""
+    for outputs, inputs, rows in ((37, 7, 1), (21, 129, 3), (3, 4099, 2), (2, 9000, 6), (1, 64, 13)):
+        packed, book, scale, bits, _ = packed_weight(outputs * inputs, bits, None)
+        scale = torch.linspace(-1.0, 1.0, outputs).view(-1, 1)
+        x = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(rows))
+        weight = reference.codebook_decode(packed, book, scale, bits, [outputs, inputs])
+        y = cpu.codebook_linear(x, packed, book, scale, bits, outputs)
+        error = (y - reference.codebook_linear(x, packed, book, scale, bits, outputs)).abs()
+        assert (error <= 2e-6 * (x.abs() @ weight.abs().t())).all()
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_products_with_codes_stay_in_bounds(isa, bits):
+    for rows, outputs, inputs in ((1, 1, 1), (2, 3, 127), (9, 17, 64)):
+        packed = torch.randint(0, 256, ((outputs * inputs * bits + 7) // 8,), dtype=torch.uint8)
+        levels, scale, x = torch.randn(2**bits), torch.randn(outputs, 1), torch.randn(rows, inputs)
+        out = torch.full((rows * outputs + 16,), 7.0)
+        table = packed.data_ptr(), bits, levels.data_ptr(), levels.numel(), scale.data_ptr(), outputs
+        _C.codebook_linear(x.data_ptr(), rows, inputs, outputs, *table, out.data_ptr() + 32, 2)
+        assert (out[:8] == 7.0).all()
+        assert (out[-8:] == 7.0).all()
+        expected = cpu.codebook_linear(x, packed, levels, scale, bits, outputs)
+        assert torch.equal(out[8:-8].view(rows, outputs), expected)
+
+
 # ---- one result everywhere ---------------------------------------------------------------------------
 
 
@@ -282,6 +309,9 @@ def all_results(dtype: torch.dtype, size: int) -> tuple[torch.Tensor, ...]:
         results.append(cpu.pack_bits(codes, bits))
         results.append(cpu.unpack_bits(results[-1], bits, codes.numel()))
         results.append(cpu.codebook_decode(*packed_weight(size, bits)))
+        x = torch.where(w.isfinite(), w, 0.5)[:2500].view(5, 500)
+        packed, book, scale, *_ = packed_weight(200 * 500, bits, None)
+        results.append(cpu.codebook_linear(x, packed, book, scale.view(1, 1), bits, 200))
     return tuple(results)
 
 

@@ -193,6 +193,25 @@ def test_any_codes_decode(bits, levels, shape, axis, seed):
 
 @settings(max_examples=200, deadline=None)
 @given(
+    bits=st.integers(1, 8),
+    levels=st.integers(1, 256),
+    shape=st.tuples(st.integers(0, 40), st.integers(0, 90)),
+    rows=st.integers(0, 9),
+    seed=st.integers(0, 2**31),
+)
+def test_any_codes_multiply(bits, levels, shape, rows, seed):
+    """Small whole numbers, whose sums are exact in any order."""
+    generator = torch.Generator().manual_seed(seed)
+    packed = torch.randint(0, 256, (packed_size(torch.Size(shape).numel(), bits),), generator=generator).byte()
+    codebook = torch.randint(-9, 9, (min(levels, 2**bits),), generator=generator).float()
+    x = torch.randint(-9, 9, (rows, shape[1]), generator=generator).float()
+    scale = torch.randint(-9, 9, (shape[0], 1), generator=generator).float()
+    y = torch.ops.adq.codebook_linear(x, packed, codebook, scale, bits, shape[0])
+    assert torch.equal(y, reference.codebook_linear(x, packed, codebook, scale, bits, shape[0]))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
     bits=st.integers(-(2**33), 2**33) | st.integers(-1, 9),
     n=st.integers(-(2**62), 2**62) | st.integers(-1, 40),
     size=st.integers(0, 40),

@@ -94,6 +94,17 @@ BUDGET = [
     ("decode_kernel", "decode", 8, (53, 8), (29, 6.5)),
     ("decode_kernel", "decode rows", 8, (67, 23), (46, 20)),
     ("decode_kernel", "decode columns", 8, (67, 45.5), (67, 49.5)),
+    ("linear_kernel", "linear", 1, (76, 6.5), (74, 7)),
+    ("linear_kernel", "linear", 2, (68, 6.5), (68, 5.5)),
+    ("linear_kernel", "linear", 3, (76, 8), (79, 9.5)),
+    ("linear_kernel", "linear", 4, (68, 6.5), (84, 6.5)),
+    ("linear_kernel", "linear", 5, (68, 8), (78, 9.5)),
+    ("linear_kernel", "linear", 6, (76, 9.5), (99, 9.5)),
+    ("linear_kernel", "linear", 7, (70, 11.5), (130, 10)),
+    ("linear_kernel", "linear", 8, (76, 8), (97, 5)),
+    ("linear_kernel", "linear, rows", 3, (177, 11.5), (185, 11)),
+    ("linear_kernel", "linear, rows", 4, (164, 10), (196, 9.5)),
+    ("linear_kernel", "linear, rows", 8, (195, 12), (177, 8)),
     ("foreach_quantize_kernel", None, 4, (75, 31), (63, 38)),
     ("foreach_quantize_kernel", None, 8, (76, 39), (76, 52)),
     ("foreach_quantize_kernel", None, 16, (100, 74), (93, 78)),
@@ -179,6 +190,8 @@ def test_every_dtype_and_width_is_compiled(compiled: list[dict]) -> None:
     wanted |= {("both", dtype, levels) for dtype in DTYPES for levels in (2, 3, 4, 7, 8, 15, 16)}
     of_codes = ("pack", "unpack", "decode", "decode rows", "decode columns")
     wanted |= {(name, "uint8", bits) for name in of_codes for bits in WIDTHS}
+    wanted |= {("linear", "float32", bits) for bits in WIDTHS} | {("linear", dtype, 4) for dtype in DTYPES}
+    wanted |= {("linear, rows", "bfloat16", bits) for bits in (3, 4, 8)}
     assert wanted <= {(row["operation"], row["dtype"], row["size"]) for row in compiled}
 
 
@@ -196,6 +209,7 @@ def test_full_tiles_move_16_bytes_at_once(compiled: list[dict]) -> None:
         "pack_kernel": lambda row: (1, int(row["size"] == 8)),
         "unpack_kernel": lambda row: (int(row["size"] == 8), 1),
         "decode_kernel": lambda row: (0, 2),
+        "linear_kernel": lambda row: (4 * (row["dtype"] == "float32"), 0),  # of x; codes come a unit at a time
     }
     failures = [
         f"{name(row)}: {row['wide_loads']} wide loads, {row['wide_stores']} wide stores, expected {expected}"

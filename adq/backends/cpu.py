@@ -12,6 +12,7 @@ faults, which take several times as long as the kernels. ``ADQ_CPU_POOL_MIB`` li
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 
@@ -377,3 +378,14 @@ def codebook_decode(packed: Tensor, codebook: Tensor, scale: Tensor, bits: int, 
     layout = ops.scale_layout(out, axis)
     _C.codebook_decode(packed.data_ptr(), bits, *table, *layout, out.data_ptr(), get_num_threads())
     return out
+
+
+def codebook_linear(x: Tensor, packed: Tensor, codebook: Tensor, scale: Tensor, bits: int, outputs: int) -> Tensor:
+    """See :func:`adq.reference.codebook_linear`."""
+    shape, _ = ops.check_linear(x, packed, codebook, scale, bits, outputs)
+    rows, packed, codebook = x.float().contiguous(), packed.contiguous(), codebook.contiguous()
+    y = _empty(shape, torch.float32)
+    size = math.prod(shape[:-1]), x.shape[-1], outputs
+    table = codebook.data_ptr(), codebook.numel(), scale.data_ptr(), scale.numel()
+    _C.codebook_linear(rows.data_ptr(), *size, packed.data_ptr(), bits, *table, y.data_ptr(), get_num_threads())
+    return y.to(x.dtype)

@@ -8,6 +8,7 @@ captured in a CUDA graph, and no launch is autotuned or depends on the device's 
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from functools import partial
 from itertools import chain
@@ -27,6 +28,7 @@ from adq.kernels.codebook import (
     codebook_reduce_kernel,
     codebook_statistics_kernel,
 )
+from adq.kernels.codebook_linear import linear_kernel
 from adq.kernels.foreach import foreach_quantize_kernel, foreach_statistics_kernel, foreach_update_kernel
 from adq.kernels.threshold import threshold_kernel, threshold_table_kernel
 from adq.kernels.threshold_backward import (
@@ -59,6 +61,11 @@ PRODUCT_PARTIALS = 2048
 """As PARTIALS, for those."""
 REDUCE_ROWS = 32 if INTERPRETED else 1
 """Rows of partials that one program adds up."""
+LINEAR_LANES = (1 if INTERPRETED else 4) * WARP
+"""Lanes of a tile of four codes each, for each output of a program of the linear kernel."""
+LINEAR_OUTPUTS = 4
+LINEAR_ROWS = 4
+"""Outputs of a program of the linear kernel, and most rows of x: as many sums as fit in registers."""
 LANE_PROBES = 5
 """Most steps of a binary search in tables across the lanes of a warp, which have 32 entries."""
 REGISTER_LEVELS = 16
@@ -426,12 +433,17 @@ def unpack_bits(packed: Tensor, bits: int, numel: int) -> Tensor:
     return _bits(unpack_kernel, packed, bits & -bits, packed.new_empty(numel), numel, bits)
 
 
+def _four_code_units(packed: Tensor, bits: int) -> tuple[Tensor, Any]:
+    """A stream that can be read in units of four codes, or of a byte where four codes do not fill a unit."""
+    unit = {4: tl.uint16, 8: tl.uint32}.get(bits, tl.uint8)
+    return _aligned(packed, unit.primitive_bitwidth // 8), unit
+
+
 def codebook_decode(packed: Tensor, codebook: Tensor, scale: Tensor, bits: int, shape: list[int]) -> Tensor:
     """See :func:`adq.reference.codebook_decode`."""
     axis = ops.check_decode(packed, codebook, scale, bits, shape)
     w_q = packed.new_empty(shape, dtype=torch.float32)
-    unit = {4: tl.uint16, 8: tl.uint32}.get(bits, tl.uint8)
-    packed = _aligned(packed, unit.primitive_bitwidth // 8)
+    packed, unit = _four_code_units(packed, bits)
     _, channels, inner = ops.scale_layout(w_q, axis)
     programs, tile = _tiles(w_q, ROWS, PROGRAMS)
     _launch(
@@ -445,3 +457,30 @@ def codebook_decode(packed: Tensor, codebook: Tensor, scale: Tensor, bits: int, 
         LANES=tile["LANES"],
     )
     return w_q
+
+
+def codebook_linear(x: Tensor, packed: Tensor, codebook: Tensor, scale: Tensor, bits: int, outputs: int) -> Tensor:
+    """See :func:`adq.reference.codebook_linear`; a launch for every four rows of x."""
+    shape, axis = ops.check_linear(x, packed, codebook, scale, bits, outputs)
+    inputs = x.shape[-1]
+    packed, unit = _four_code_units(packed, bits)
+    y = x.new_empty(shape)
+    count = math.prod(shape[:-1])
+    rows, results = x.contiguous().view(count, inputs), y.view(count, outputs)
+    tile = 4 * LINEAR_LANES
+    for first in range(0, count, LINEAR_ROWS):
+        some = slice(first, first + LINEAR_ROWS)
+        _launch(
+            linear_kernel,
+            triton.cdiv(outputs, LINEAR_OUTPUTS),
+            *(rows[some], packed, codebook.contiguous(), scale, results[some], inputs, outputs),
+            0 if inputs % 8 else inputs // tile * tile,
+            0 if axis is None else 1,
+            BITS=bits,
+            K=codebook.numel(),
+            UNIT=unit,
+            ROWS=min(count - first, LINEAR_ROWS),
+            OUTPUTS=LINEAR_OUTPUTS,
+            LANES=LINEAR_LANES,
+        )
+    return y

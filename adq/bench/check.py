@@ -68,6 +68,9 @@ def checks(setting: Setting) -> Iterator[Check]:
     for bits in (2, 3, 4, 1, 5, 6, 7, 8):
         for count in (0, 1, 7, 8191, 65536):
             yield Check(f"{count} codes of {bits} bits", partial(_check_bits, bits, count, device))
+        for inputs in (8, 13, 4136):
+            title = f"products with codes of {bits} bits, rows of {inputs}"
+            yield Check(title, partial(_check_linear, bits, inputs, device))
     values = _values(2**17)
     finite = values.nan_to_num(0.0, 3.0, -3.0)
     for shape, take in sorted(SHAPES.items(), key=lambda item: item[0] != PLAIN):
@@ -260,6 +263,21 @@ def _check_bits(bits: int, count: int, device: torch.device) -> None:
         arguments = stream, levels.to(device), scale.to(device), bits, shape
         expected = reference.codebook_decode(stream.cpu(), levels, scale, bits, shape)
         _same(torch.ops.adq.codebook_decode(*arguments), expected, "decoded weight")
+
+
+def _check_linear(bits: int, inputs: int, device: torch.device) -> None:
+    """Several outputs for more rows of x than the kernels take at once."""
+    outputs, generator = 9, torch.Generator().manual_seed(bits)
+    codes = torch.randint(0, 2**bits, (outputs * inputs,), dtype=torch.uint8, generator=generator)
+    packed, levels = reference.pack_bits(codes, bits), torch.linspace(-1.0, 1.0, 2**bits - (bits > 1))
+    for dtype in DTYPES.values():
+        x = torch.randn(11, inputs, generator=generator).to(dtype)
+        for scale in (torch.linspace(-1.0, 2.0, outputs).view(-1, 1), torch.tensor([[0.7]])):
+            tables = [tensor.to(device) for tensor in (packed, levels, scale)]
+            actual = torch.ops.adq.codebook_linear(x.to(device), *tables, bits, outputs)
+            expected = reference.codebook_linear(x.float(), packed, levels, scale, bits, outputs)
+            contributions = x.float().abs(), packed, levels.abs(), scale.abs(), bits, outputs
+            _close(actual, expected, reference.codebook_linear(*contributions), "y")
 
 
 def _check_kept(setting: Setting) -> None:

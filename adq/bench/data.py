@@ -119,12 +119,12 @@ class Codes:
     shape: list[int]
 
 
-def codes(setting: Setting, elements: int, bits: int) -> Codes:
-    """Uniformly random codes, one byte each."""
+def codes(setting: Setting, elements: int, bits: int, row: int = 4096) -> Codes:
+    """Uniformly random codes, one byte each; those of a weight in rows of up to ``row``."""
     generator = torch.Generator(setting.device).manual_seed(0)
     values = torch.randint(0, 2**bits, (elements,), dtype=torch.uint8, device=setting.device, generator=generator)
     packed = torch.ops.adq.pack_bits(values, bits)
-    shape = [elements // min(4096, elements), min(4096, elements)]
+    shape = [elements // min(row, elements), min(row, elements)]
     codebook = torch.linspace(-1.0, 1.0, 2**bits, device=setting.device)
     scale = torch.ones(shape[0], 1, device=setting.device)
     return Codes(Rotation(values, setting), Rotation(packed, setting), bits, codebook, scale, shape)

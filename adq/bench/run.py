@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from adq.bench import comparisons, distributed, fit, integer, layers, network, operators, small, step
+from adq.bench import comparisons, distributed, fit, integer, layers, linear, network, operators, small, step
 from adq.bench.case import ADQ, COPY, Call, Case, Setting, Target, Unavailable, full_setting, quick_setting, ratio
 from adq.bench.check import checks
 from adq.bench.environment import environment, slug
@@ -31,6 +31,7 @@ PARTS: dict[str, Callable[[Setting], Iterator[Case]]] = {
     "network": network.cases,
     "layers": layers.cases,
     "integer": integer.cases,
+    "linear": linear.cases,
     "step": step.cases,
     "distributed": distributed.cases,
 }
@@ -44,7 +45,8 @@ GPU_SECONDS = {
     "network": 20,
     "layers": 80,
     "integer": 0,
-    "step": 140,
+    "linear": 20,
+    "step": 120,
     "distributed": 25,
 }
 """Time of each part on a GPU, under 10 minutes in all; what one leaves, the next one may use."""

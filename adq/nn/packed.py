@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from adq.functional import decode, pack, unpack
+from adq.functional import codebook_linear, decode, pack, unpack
 from adq.nn.layers import (
     QConv1d,
     QConv2d,
@@ -27,6 +27,9 @@ from adq.nn.weight import WeightQuantizer
 from adq.update import unregister
 
 CODES = "codes"
+FEW_ROWS = 4
+"""Rows of an input up to which multiplying with the codes is faster than decoding, at every shape and width that
+``adq bench --only linear`` times."""
 
 
 class PackedWeight(WeightQuantizer):
@@ -149,7 +152,32 @@ class PackedConvTranspose3d(PackedLayer, QConvTranspose3d):
 
 
 class PackedLinear(PackedLayer, QLinear):
-    """``nn.Linear`` with its weight in codes."""
+    """``nn.Linear`` with its weight in codes.
+
+    Attributes:
+        fast: whether inputs of up to ``FEW_ROWS`` rows are multiplied with the codes; see :func:`adq.fast_linear_`.
+    """
+
+    fast: bool = False
+
+    def forward(self, input: Tensor, *bias: Tensor | None) -> Tensor:
+        """As ``nn.Linear``; RuntimeError in training mode."""
+        if not self._on_codes(input):
+            return super().forward(input, *bias)
+        weight = self.weight_quantizer
+        x = self.input_quantizer(input)
+        y = codebook_linear(x, weight.codes, weight.codebook, weight.scale, self.out_features)
+        (added,) = bias or (self.bias,)
+        return y if added is None else y + added
+
+    def _on_codes(self, input: Tensor) -> bool:
+        return (
+            self.fast
+            and not self.training
+            and isinstance(self.weight_quantizer, PackedWeight)  # an export has another module in its place
+            and input.numel() <= FEW_ROWS * self.in_features
+            and not (input.requires_grad and torch.is_grad_enabled())
+        )
 
 
 class PackedMultiheadAttention(PackedLayer, QMultiheadAttention):  # type: ignore[misc]

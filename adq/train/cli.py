@@ -341,7 +341,7 @@ def bench(
     only: Annotated[
         str | None,
         typer.Option(
-            help="Parts, comma-separated: check, operators, peers, small, fit, network, layers, integer, step, "
+            help="Parts, comma-separated: check, operators, peers, small, fit, network, layers, integer, linear, step, "
             "distributed."
         ),
     ] = None,
