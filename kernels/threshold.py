@@ -96,11 +96,13 @@ def _quantize(
         level = lane_search(u, probes, PROBES)
         if MORE > 0:
             level = search(u, edges, STEPS, MORE, level << MORE)
-    if outputs is None:
-        value = y_scale * (STEP * level.to(tl.float32) - zero)
+    if y_scale is None:
+        value, nothing = level.to(tl.int32), 0
+    elif outputs is None:
+        value, nothing = y_scale * (STEP * level.to(tl.float32) - zero), float("nan")
     else:
-        value = look_up(outputs, level)
-    store_tile(y, first, tile, numel, tl.where(u == u, value, float("nan")))
+        value, nothing = look_up(outputs, level), float("nan")
+    store_tile(y, first, tile, numel, tl.where(u == u, value, nothing))
 
 
 @triton.jit(do_not_specialize=["numel"])
@@ -130,17 +132,20 @@ def threshold_kernel(
     if UNIFORM, computed in closed form.
 
     x                                    ``[numel]`` float32, bfloat16 or float16
-    start, in_scale, out_scale, offset   ``[1]`` float32
+    start, in_scale, out_scale, offset   ``[1]`` float32; the last two None: y is the level q itself, of NaN 0
     interval                             ``[STEPS]`` float32, ``[1]`` if UNIFORM
     edges                                ``[STEPS]`` float32 of :func:`threshold_table_kernel`, or None up to 15
                                          steps, whose edges every program works out itself
-    y                                    out, ``[numel]`` in x's dtype
+    y                                    out, ``[numel]`` in x's dtype, levels in uint8
     """
     SIZE: tl.constexpr = LANES * VECTOR
     program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     KNOWN: tl.constexpr = 1 if UNIFORM or edges is not None else STEPS
     segments, _, widths = load_segments(start, interval, KNOWN, MIN_INTERVAL)
-    scalars = (tl.load(in_scale), tl.load(out_scale), tl.load(offset), segments[0], widths[0])
+    y_scale, zero = None, None
+    if out_scale is not None:
+        y_scale, zero = tl.load(out_scale), tl.load(offset)
+    scalars = (tl.load(in_scale), y_scale, zero, segments[0], widths[0])
     probes, outputs = None, None
     if not UNIFORM:
         if edges is None:
@@ -148,7 +153,7 @@ def threshold_kernel(
         else:
             lanes = load_edges(edges, STEPS, 1 << MORE)
         probes = lane_probes(lanes, PROBES)
-        if MORE == 0:
+        if MORE == 0 and out_scale is not None:
             outputs = scalars[1] * (STEP * tl.arange(0, TABLE).to(tl.float32) - scalars[2])
     whole = numel // SIZE * SIZE
     tile = tile_offsets(LANES, VECTOR)

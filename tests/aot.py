@@ -30,6 +30,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import ASTSource
 
 from adq.backends import cuda
+from adq.layout import arrange
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -41,6 +42,7 @@ POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.uint8: "*u8",
+    torch.int8: "*i8",
     torch.int32: "*i32",
     torch.int64: "*i64",
     torch.float64: "*fp64",
@@ -151,6 +153,8 @@ def _nvidia(usage: str, text: str) -> dict:
         "shared": int(size["SHARED"]),
         "wide_loads": sum("LDG" in i for i in wide),
         "wide_stores": sum("STG" in i for i in wide),
+        "wide_copies": sum("LDGSTS" in i and ".128" in i for i, _, _ in code),
+        "integer_products": sum(bool(re.search(r"\b(IMMA|IGMMA)\b", i)) for i, _, _ in code),
         "path": _hot_path(code, r"(LDG|STG)\.E\S*\.128" if wide else "LDG"),
         "total": len(code),
     }
@@ -170,6 +174,8 @@ def _amd(compiled) -> dict:
         "shared": field("group_segment_fixed_size"),
         "wide_loads": sum("load" in i for i in wide),
         "wide_stores": sum("store" in i for i in wide),
+        "wide_copies": sum("load" in i for i in wide),
+        "integer_products": sum(i.startswith("v_mfma_i32") for i, _, _ in code),
         "path": _hot_path(code, r"(global|buffer)_(load|store)_dwordx4" if wide else r"(global|buffer)_load"),
         "total": len(code),
     }
@@ -211,8 +217,8 @@ class Recorder:
     def __init__(self):
         self.launches = []
 
-    def __call__(self, kernel, programs, *args, block=False, registers=None, **constants):
-        self.launches.append((kernel, args, constants, {"block": block, "registers": registers}))
+    def __call__(self, kernel, programs, *args, block=False, registers=None, stages=1, **constants):
+        self.launches.append((kernel, args, constants, {"block": block, "registers": registers, "stages": stages}))
 
 
 def cases(target: str):
@@ -241,6 +247,7 @@ def cases(target: str):
                 yield kind + "forward", name, steps, partial(cuda.threshold_quantize, *arguments)
                 yield kind + "backward", name, steps, partial(cuda.threshold_quantize_backward, x, *arguments)
         yield from foreach_cases(dtype, target)
+    yield from integer_cases()
     for bits in range(1, 9):
         codes, packed = torch.zeros(8192, dtype=torch.uint8), torch.zeros(1024 * bits, dtype=torch.uint8)
         yield "pack", "uint8", bits, partial(cuda.pack_bits, codes, bits)
@@ -263,6 +270,27 @@ def cases(target: str):
             arguments = x, packed, torch.zeros(2**bits), torch.ones(8, 1), bits, 8
             operation, name = "linear" if rows == 1 else "linear, rows", str(dtype).removeprefix("torch.")
             yield operation, name, bits, partial(cuda.codebook_linear, *arguments)
+
+
+def integer_cases():
+    """The integer convolution, size the bits of a weight (9: depthwise); and levels, size their number less one."""
+    x, one = torch.zeros(4096), torch.ones(1)
+    for bits in range(1, 9):
+        steps = 2**bits - 1
+        yield "levels", "float32", steps, partial(cuda.threshold_levels, x, one, torch.ones(steps), one, steps)
+    yield "uniform levels", "float32", 255, partial(cuda.threshold_levels, x, one, one, one, 255)
+    values = torch.zeros(128)
+    for bits in (1, 2, 3, 4, 8, 9):
+        groups = 64 if bits == 9 else 1
+        shape = 64, 64 // groups, 3, 3
+        generator = torch.Generator().manual_seed(bits)
+        weight = torch.randint(0, 2 ** min(bits, 8), shape, generator=generator).to(torch.int8)
+        for residual in (None, torch.zeros(2, 64, 8, 8)):
+            arguments = torch.zeros(2, 64, 8, 8, dtype=torch.uint8), *arrange(weight, groups), values[:64].int()
+            pairs = [1, 1], [1, 1], [1, 1]
+            after = values[:64], values[:64], residual, 0.0, 1.0, [], [], True, [3, 3], *pairs, groups, 0
+            operation = "integer" + ("" if residual is None else ", residual")
+            yield operation, "uint8", bits, partial(cuda.integer_conv2d, *arguments, *after)
 
 
 def foreach_cases(dtype: torch.dtype, target: str):
@@ -297,7 +325,11 @@ def record(target: str) -> list[tuple[dict, tuple]]:
             kernel, args, constants, options = launch
             key = (kernel.__name__, str([getattr(a, "dtype", a is None) for a in args]), str(constants))
             vector = 4 if operation.startswith(("decode", "linear")) else constants.get("VECTOR", 1)
-            tile = constants.get("OUTPUTS", 1) * constants.get("SIZE", constants.get("LANES", warp) * vector)
+            tile = constants.get("SIZE", constants.get("LANES", warp) * vector)
+            if operation.startswith("linear"):
+                tile *= constants.get("OUTPUTS", 1)
+            elif operation.startswith("integer"):  # results, or weights
+                tile = constants["M"] * constants["N"] if "M" in constants else constants["STEPS"] * 64
             elements = 16 if operation.endswith("pack") else max(1, tile // (cuda.BLOCK if options["block"] else warp))
             labels = {"target": target, "operation": operation, "dtype": dtype, "size": size}
             found.setdefault(key, (labels | {"kernel": kernel.__name__, "elements": elements}, launch))

@@ -111,6 +111,11 @@ def _copy_to(value, device: str):
     return storage.to(device).as_strided(value.shape, value.stride(), value.storage_offset())
 
 
+def _to_cpu(result):
+    """A result, or a tuple or list of results, on the CPU."""
+    return result.cpu() if isinstance(result, torch.Tensor) else type(result)(map(_to_cpu, result))
+
+
 def _copy_back(values: list, moved: list) -> None:
     """What an operator in place has written to lists of tensors; the first argument is only read."""
     for value, written in zip(values[1:], moved[1:], strict=True):
@@ -134,7 +139,7 @@ def call(backend):
         if operator.endswith("_"):
             _copy_back(list(args), moved)
             return result
-        return result.cpu() if isinstance(result, torch.Tensor) else type(result)(tensor.cpu() for tensor in result)
+        return _to_cpu(result)
 
     return run
 

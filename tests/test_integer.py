@@ -1,4 +1,4 @@
-"""Integer convolution and threshold levels in C++: bit for bit the reference, which meets an int64 oracle."""
+"""Integer convolution and threshold levels, C++ and Triton: bit for bit the reference, which meets an int64 oracle."""
 
 from __future__ import annotations
 
@@ -91,6 +91,30 @@ def test_every_instruction_set_equals_the_reference(isa, case):
     assert_same(cpu.integer_conv2d(*arguments), reference.integer_conv2d(*arguments))
 
 
+TRITON = pytest.mark.parametrize("backend", ["triton"], indirect=True)
+TRITON_CASES = {
+    **CASES,
+    "several tiles": {"outputs": 150, "inputs": 70, "size": (9, 9), "batch": 3, "values": 16},
+    "groups of several tiles": {"groups": 2, "outputs": 140, "inputs": 12, "values": 40, "residual": True},
+    "depthwise, several tiles": {"groups": 70, "outputs": 70, "inputs": 70, "residual": True, "zero": 3},
+}
+
+
+@TRITON
+@pytest.mark.parametrize("case", TRITON_CASES)
+def test_the_triton_kernels_equal_the_reference(call, poisoned_memory, case):
+    arguments, _ = make(**TRITON_CASES[case])
+    assert_same(call("integer_conv2d", *arguments), reference.integer_conv2d(*arguments))
+
+
+@pytest.mark.parametrize("backend", ["cpp", "triton"], indirect=True)
+def test_residual_and_images_in_any_layout(call):
+    arguments, _ = make(residual=True)
+    x, residual = (arguments[i].transpose(2, 3).contiguous().transpose(2, 3) for i in (0, 6))
+    result = call("integer_conv2d", x, *arguments[1:6], residual, *arguments[7:])
+    assert_same(result, reference.integer_conv2d(*arguments))
+
+
 @pytest.mark.parametrize("case", ["plain", "stem", "groups", "depthwise", "dilated", "saturating"])
 def test_the_reference_meets_loops_over_integers(case):
     arguments, weight = make(**{"size": (5, 4), **{k: v for k, v in CASES[case].items() if k != "size"}})
@@ -147,25 +171,40 @@ def test_threads_and_strides_do_not_matter():
     assert_same(cpu.integer_conv2d(last, *arguments[1:]), expected)
 
 
-def test_nan_of_a_residual_stays_and_has_level_zero(isa):
+def test_nan_of_a_residual_stays_and_has_level_zero(call):
     arguments, _ = make(residual=True, readers=(7, 255))
     arguments[6][0, 3, 2, 1] = float("nan")
-    y, levels = cpu.integer_conv2d(*arguments)
+    y, levels = call("integer_conv2d", *arguments)
     assert y.isnan().sum() == 1
     assert [level[0, 3, 2, 1].item() for level in levels] == [0, 0]
     assert_same((y, levels), reference.integer_conv2d(*arguments))
 
 
+def level_arguments(layout, dtype, steps, uniform):
+    generator = torch.Generator().manual_seed(steps)
+
+    def make_x(*shape):
+        x = torch.randn(shape, generator=generator).to(dtype)
+        return torch.where(torch.rand(shape, generator=generator) < 0.01, torch.nan, x)
+
+    interval = torch.rand(1 if uniform else steps, generator=generator) * 4 / steps
+    return layout(make_x), torch.tensor([-0.7]), interval, torch.tensor([1.1]), steps
+
+
 @pytest.mark.parametrize("steps", [1, 3, 7, 15, 31, 255])
 @pytest.mark.parametrize("uniform", [True, False])
-def test_levels(isa, dtype, layout, steps, uniform):
-    generator = torch.Generator().manual_seed(steps)
-    x = layout(lambda *shape: torch.randn(shape, generator=generator).to(dtype))
-    interval = torch.rand(1 if uniform else steps, generator=generator) * 4 / steps
-    parameters = torch.tensor([-0.7]), interval, torch.tensor([1.1]), steps
-    actual, expected = cpu.threshold_levels(x, *parameters), reference.threshold_levels(x, *parameters)
-    assert actual.stride() == expected.stride()
-    assert torch.equal(actual, expected)
+def test_levels(isa, assert_identical, dtype, layout, steps, uniform):
+    arguments = level_arguments(layout, dtype, steps, uniform)
+    assert_identical(cpu.threshold_levels(*arguments), reference.threshold_levels(*arguments))
+
+
+@TRITON
+@pytest.mark.parametrize(
+    ("steps", "uniform"), [(1, False), (7, False), (16, False), (31, False), (255, False), (15, True), (255, True)]
+)
+def test_levels_of_the_triton_kernel(call, assert_identical, dtype, layout, steps, uniform):
+    arguments = level_arguments(layout, dtype, steps, uniform)
+    assert_identical(call("threshold_levels", *arguments), reference.threshold_levels(*arguments))
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,15 @@ BUDGET = [
     ("threshold_kernel", "forward", 127, (68, 41), (61, 56)),
     ("threshold_kernel", "forward", 255, (76, 49), (63, 64)),
     ("threshold_kernel", "uniform forward", 255, (61, 27), (65, 30)),
+    ("threshold_kernel", "levels", 1, (40, 7), (21, 8.5)),
+    ("threshold_kernel", "levels", 3, (49, 14), (36, 13.5)),
+    ("threshold_kernel", "levels", 7, (65, 15.5), (45, 21)),
+    ("threshold_kernel", "levels", 15, (65, 19.5), (50, 27.5)),
+    ("threshold_kernel", "levels", 31, (67, 22.5), (51, 32)),
+    ("threshold_kernel", "levels", 63, (67, 30.5), (59, 39)),
+    ("threshold_kernel", "levels", 127, (67, 38), (60, 46.5)),
+    ("threshold_kernel", "levels", 255, (67, 45.5), (61, 53)),
+    ("threshold_kernel", "uniform levels", 255, (59, 24), (64, 24.5)),
     ("threshold_table_kernel", None, 255, (26, 50), (6, 57)),
     ("threshold_backward_kernel", "backward", 1, (60, 21), (70, 30)),
     ("threshold_backward_kernel", "backward", 3, (68, 37), (82, 50)),
@@ -105,6 +114,14 @@ BUDGET = [
     ("linear_kernel", "linear, rows", 3, (177, 11.5), (185, 11)),
     ("linear_kernel", "linear, rows", 4, (164, 10), (196, 9.5)),
     ("linear_kernel", "linear, rows", 8, (195, 12), (177, 8)),
+    ("integer_weight_kernel", None, 1, (59, 26.5), (72, 33.5)),
+    ("integer_weight_kernel", None, 2, (74, 33), (75, 41)),
+    ("integer_weight_kernel", None, 3, (90, 44.5), (91, 49.5)),
+    ("integer_weight_kernel", None, 4, (107, 46), (108, 57)),
+    ("integer_weight_kernel", None, 8, (67, 22), (105, 28.5)),
+    ("integer_dense_kernel", "integer", 8, (255, 35.5), (248, 5)),
+    ("integer_dense_kernel", "integer, residual", 8, (255, 41), (315, 5)),
+    ("integer_depthwise_kernel", None, 9, (71, 63), (76, 6)),
     ("foreach_quantize_kernel", None, 4, (75, 31), (63, 38)),
     ("foreach_quantize_kernel", None, 8, (76, 39), (76, 52)),
     ("foreach_quantize_kernel", None, 16, (100, 74), (93, 78)),
@@ -188,6 +205,8 @@ def test_every_dtype_and_width_is_compiled(compiled: list[dict]) -> None:
     wanted |= {(f"uniform {name}", dtype, 255) for name in quantizers for dtype in DTYPES}
     wanted |= {("statistics", dtype, 2**bits - 1) for dtype in DTYPES for bits in WIDTHS[1:]}
     wanted |= {("both", dtype, levels) for dtype in DTYPES for levels in (2, 3, 4, 7, 8, 15, 16)}
+    wanted |= {("levels", "float32", 2**bits - 1) for bits in WIDTHS}
+    wanted |= {("integer", "uint8", bits) for bits in (1, 2, 3, 4, 8, 9)} | {("integer, residual", "uint8", 9)}
     of_codes = ("pack", "unpack", "decode", "decode rows", "decode columns")
     wanted |= {(name, "uint8", bits) for name in of_codes for bits in WIDTHS}
     wanted |= {("linear", "float32", bits) for bits in WIDTHS} | {("linear", dtype, 4) for dtype in DTYPES}
@@ -204,7 +223,7 @@ def test_full_tiles_move_16_bytes_at_once(compiled: list[dict]) -> None:
     wide = {  # kernel: wide loads, wide stores; two vectors a lane where there is nothing to add up
         "codebook_kernel": lambda row: (2, 2),
         "codebook_cells_kernel": lambda row: (1, int(row["operation"] == "both")),
-        "threshold_kernel": lambda row: (2, 2),
+        "threshold_kernel": lambda row: (2, 0 if "levels" in row["operation"] else 2),
         "threshold_backward_kernel": lambda row: (2, 1),
         "pack_kernel": lambda row: (1, int(row["size"] == 8)),
         "unpack_kernel": lambda row: (int(row["size"] == 8), 1),
@@ -231,6 +250,18 @@ def test_rows_of_many_layers_move_16_bytes_at_once(compiled: list[dict]) -> None
         }.get((row["kernel"], row["operation"]), (0, row["wide_stores"]))
         if row["wide_loads"] < loads or row["wide_stores"] != stores:
             failures.append(f"{name(row)}: {row['wide_loads']} wide loads, {row['wide_stores']} wide stores")
+    assert not failures, "\n".join(failures)
+
+
+def test_integers_are_multiplied_by_the_matrix_units(compiled: list[dict]) -> None:
+    """And reach them 16 bytes at a time, past the registers where the hardware has copies of its own."""
+    rows = [row for row in compiled if row["kernel"] == "integer_dense_kernel"]
+    assert rows
+    failures = [
+        f"{name(row)}: {row['integer_products']} products, {row['wide_copies']} copies of 16 bytes"
+        for row in rows
+        if not row["integer_products"] or not row["wide_copies"]
+    ]
     assert not failures, "\n".join(failures)
 
 

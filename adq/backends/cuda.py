@@ -30,6 +30,7 @@ from adq.kernels.codebook import (
 )
 from adq.kernels.codebook_linear import linear_kernel
 from adq.kernels.foreach import foreach_quantize_kernel, foreach_statistics_kernel, foreach_update_kernel
+from adq.kernels.integer import integer_dense_kernel, integer_depthwise_kernel, integer_weight_kernel
 from adq.kernels.threshold import threshold_kernel, threshold_table_kernel
 from adq.kernels.threshold_backward import (
     threshold_backward_kernel,
@@ -73,6 +74,11 @@ REGISTER_LEVELS = 16
 REGISTER_STEPS = 15
 """Most activation steps whose thresholds and sums a program holds in registers."""
 
+DENSE_PIXELS, DENSE_OUTPUTS, DENSE_INPUTS, DENSE_STAGES = 128, 64, 64, 3
+"""Of a tile of the integer convolution, and how many of its steps are on their way."""
+DEPTHWISE_PIXELS, DEPTHWISE_CHANNELS = 32, 64
+WEIGHT_STEPS = 256 if INTERPRETED else 32
+
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -81,20 +87,29 @@ def describe() -> str:
     return f"Triton {triton.__version__}"
 
 
-def launch_options(hip: bool, block: bool = False, registers: int | None = None) -> dict[str, int | bool]:
+def launch_options(
+    hip: bool, block: bool = False, registers: int | None = None, stages: int = 1
+) -> dict[str, int | bool]:
     """Compiler options: a single warp, or a ``block`` of 128 threads, and products and sums never contracted to
-    fused ones, so that results are the reference's bits. Loops are not pipelined through shared memory.
+    fused ones, so that results are the reference's bits. Loops are pipelined through shared memory in ``stages``.
     ``registers`` caps a thread's registers, on NVIDIA alone."""
-    options = {"num_warps": (2 if hip else 4) if block else 1, "num_stages": 1, "enable_fp_fusion": False}
+    warps = (2 if hip else 4) if block else 1
+    options = {"num_warps": warps, "num_stages": min(stages, 2) if hip else stages, "enable_fp_fusion": False}
     return options if hip or registers is None else {**options, "maxnreg": registers}
 
 
 def _launch(
-    kernel: Any, programs: int, *args: Any, block: bool = False, registers: int | None = None, **constants: Any
+    kernel: Any,
+    programs: int,
+    *args: Any,
+    block: bool = False,
+    registers: int | None = None,
+    stages: int = 1,
+    **constants: Any,
 ) -> None:
     """Launch on the device of the first argument; no programs, no launch."""
     device = args[0].device
-    options = launch_options(torch.version.hip is not None, block, registers)
+    options = launch_options(torch.version.hip is not None, block, registers, stages)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         if programs:
             kernel[(programs,)](*args, **options, **constants)
@@ -313,8 +328,27 @@ def threshold_quantize(
 ) -> Tensor:
     """See :func:`adq.reference.threshold_quantize`."""
     ops.check_threshold(x, start, interval, in_scale, out_scale, offset, steps)
+    return _threshold(x, start, interval, in_scale, out_scale, offset, steps, torch.empty_like(x))
+
+
+def threshold_levels(x: Tensor, start: Tensor, interval: Tensor, in_scale: Tensor, steps: int) -> Tensor:
+    """See :func:`adq.reference.threshold_levels`."""
+    ops.check_levels(x, start, interval, in_scale, steps)
+    return _threshold(x, start, interval, in_scale, None, None, steps, torch.empty_like(x, dtype=torch.uint8))
+
+
+def _threshold(
+    x: Tensor,
+    start: Tensor,
+    interval: Tensor,
+    in_scale: Tensor,
+    out_scale: Tensor | None,
+    offset: Tensor | None,
+    steps: int,
+    y: Tensor,
+) -> Tensor:
+    """Fill y, which is dense, with the quantized x, or with its levels."""
     interval = interval.contiguous()
-    y = torch.empty_like(x)
     programs, tile = _tiles(x, ROWS, PROGRAMS)
     edges = _table(start, interval, steps)[1] if _searched(interval, steps) and programs else None
     _launch(
@@ -329,6 +363,77 @@ def threshold_quantize(
         **tile,
     )
     return y
+
+
+def integer_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    table: Tensor,
+    initial: Tensor,
+    multiplier: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    low: float,
+    high: float,
+    quantizers: list[Tensor],
+    steps: list[int],
+    keep: bool,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    zero: int,
+) -> tuple[Tensor, list[Tensor]]:
+    """See :func:`adq.reference.integer_conv2d`; the levels are passes of their own over y."""
+    shape = ops.check_integer_conv2d(
+        x, weight, table, initial, multiplier, bias, residual, quantizers, steps,
+        kernel, stride, padding, dilation, groups, zero,
+    )  # fmt: skip
+    y, _ = ops.integer_results(x, shape, True, 0)
+    inputs, outputs = x.shape[1] // groups, shape[1] // groups
+    geometry = {"KERNEL": kernel, "STRIDES": stride, "PADDING": padding, "DILATION": dilation}
+    constants = {name: tuple(value) for name, value in geometry.items()}
+    after = multiplier, bias, None if residual is None else _channels_last(residual), y
+    sides = shape[0] * shape[2] * shape[3], *x.shape[2:], *shape[2:]
+    bounds = zero, float(low), float(high)
+    if ops.is_depthwise(shape[1], inputs, groups):
+        tile = {"M": DEPTHWISE_PIXELS, "N": min(DEPTHWISE_CHANNELS, triton.next_power_of_2(shape[1]))}
+        programs = triton.cdiv(sides[0], tile["M"]) * triton.cdiv(shape[1], tile["N"])
+        own = _channels_last(x), weight.view(torch.int8), initial, *after
+        constants |= {"CHANNELS": shape[1], **tile}
+        _launch(integer_depthwise_kernel, programs, *own, *sides, *bounds, block=True, **constants)
+    else:
+        tile = {"M": DENSE_PIXELS, "N": max(16, min(DENSE_OUTPUTS, triton.next_power_of_2(outputs))), "K": DENSE_INPUTS}
+        programs = triton.cdiv(sides[0], tile["M"]) * triton.cdiv(outputs, tile["N"]) * groups
+        own = _channels_last(x), *_integer_weight(weight, table, initial, inputs, outputs), *after
+        constants |= {"GROUPS": groups, "INPUTS": inputs, "OUTPUTS": outputs, **tile}
+        # left to itself ptxas takes too few registers, and spills
+        options = {"block": True, "registers": 255, "stages": DENSE_STAGES}
+        _launch(integer_dense_kernel, programs, *own, *sides, *bounds, **options, **constants)
+    readers = zip(quantizers[::3], quantizers[1::3], quantizers[2::3], steps, strict=True)
+    return y if keep else x.new_empty(0, dtype=torch.float32), [threshold_levels(y, *reader) for reader in readers]
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    """The tensor itself if its memory is ``[N, H, W, C]``, else a copy that is."""
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
+def _integer_weight(weight: Tensor, table: Tensor, initial: Tensor, inputs: int, outputs: int) -> tuple[Tensor, Tensor]:
+    """The weight as int8, and what its sums begin with."""
+    groups, blocks, length, _ = weight.shape
+    plain, base = weight.new_empty(groups, blocks, 16, 4 * length, dtype=torch.int8), torch.empty_like(initial)
+    coded = table.numel() > 0
+    _launch(
+        integer_weight_kernel,
+        groups * blocks,
+        *(weight, table.contiguous() if coded else None, initial, plain, base, length, inputs, outputs),
+        block=True,
+        BITS=table.numel().bit_length() - 1 if coded else 8,
+        STEPS=WEIGHT_STEPS,
+    )
+    return plain, base
 
 
 def threshold_quantize_backward(
