@@ -144,6 +144,16 @@ def test_convolutions_of_the_peers_equal_the_operator(layer):
         assert torch.equal(quantized.clamp(max=7)[~tie], levels[~tie])
 
 
+@pytest.mark.parametrize(("layer", "reason"), [(0, None), (12, "one group")])
+def test_cases_of_a_gpu_run(layer, reason):
+    """On the CPU here; a depthwise layer has no matrix product beside it."""
+    rows, _ = measure(integer._gpu_layer_case(TINY, integer.LAYERS[layer], 2), TINY)
+    reasons = {row.contender: row.reason for row in rows}
+    assert reasons.keys() == {ADQ, peers.BF16_LAST, peers.INT_MM}
+    assert reasons[ADQ] is reasons[peers.BF16_LAST] is None
+    assert reasons[peers.INT_MM] is None if reason is None else reason in reasons[peers.INT_MM]
+
+
 def test_a_peer_that_cannot_run_is_reported_by_name(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
     rows, _ = measure(comparisons.lookup_case(TINY, 256), TINY)

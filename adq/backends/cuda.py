@@ -393,7 +393,7 @@ def integer_conv2d(
     y, _ = ops.integer_results(x, shape, True, 0)
     inputs, outputs = x.shape[1] // groups, shape[1] // groups
     geometry = {"KERNEL": kernel, "STRIDES": stride, "PADDING": padding, "DILATION": dilation}
-    constants = {name: tuple(value) for name, value in geometry.items()}
+    constants: dict[str, Any] = {name: tuple(value) for name, value in geometry.items()}
     after = multiplier, bias, None if residual is None else _channels_last(residual), y
     sides = shape[0] * shape[2] * shape[3], *x.shape[2:], *shape[2:]
     bounds = zero, float(low), float(high)
@@ -409,8 +409,8 @@ def integer_conv2d(
         own = _channels_last(x), *_integer_weight(weight, table, initial, inputs, outputs), *after
         constants |= {"GROUPS": groups, "INPUTS": inputs, "OUTPUTS": outputs, **tile}
         # left to itself ptxas takes too few registers, and spills
-        options = {"block": True, "registers": 255, "stages": DENSE_STAGES}
-        _launch(integer_dense_kernel, programs, *own, *sides, *bounds, **options, **constants)
+        constants |= {"block": True, "registers": 255, "stages": DENSE_STAGES}
+        _launch(integer_dense_kernel, programs, *own, *sides, *bounds, **constants)
     readers = zip(quantizers[::3], quantizers[1::3], quantizers[2::3], steps, strict=True)
     return y if keep else x.new_empty(0, dtype=torch.float32), [threshold_levels(y, *reader) for reader in readers]
 

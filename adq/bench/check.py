@@ -17,6 +17,7 @@ from adq import reference
 from adq.bench.case import Setting
 from adq.bench.data import activations, convolution
 from adq.bench.peers import kept_bytes
+from adq.convert import to_device
 from adq.functional import threshold_quantize
 from adq.ops import packed_size
 
@@ -83,11 +84,10 @@ def checks(setting: Setting) -> Iterator[Check]:
                 title = f"N2UQ, {bits} bits{', one interval' if shared else ''}, {where}"
                 yield Check(title, partial(_check_threshold, w, bits, shared, device))
     yield Check("every layer in one call", partial(_check_foreach, device))
-    if not setting.cuda:
-        for name, (images, geometry) in CONVOLUTIONS.items():
-            for bits in (3, 1, 2, 4, 8):
-                title = f"integer convolution, {name}, {bits} bits"
-                yield Check(title, partial(_check_convolution, images, geometry, bits))
+    for name, (images, geometry) in CONVOLUTIONS.items():
+        for bits in (3, 1, 2, 4, 8):
+            title = f"integer convolution, {name}, {bits} bits"
+            yield Check(title, partial(_check_convolution, images, geometry, bits, device))
 
 
 def _values(count: int) -> Tensor:
@@ -191,20 +191,22 @@ def _check_foreach(device: torch.device) -> None:
         _same(actual, expected.cpu(), "weight quantized in the step")
 
 
-def _check_convolution(shape: tuple[int, ...], geometry: tuple[int, int, int, int, int], bits: int) -> None:
+def _check_convolution(
+    shape: tuple[int, ...], geometry: tuple[int, int, int, int, int], bits: int, device: torch.device
+) -> None:
     """The levels of the next layer, and the float result with a residual, of which the same levels are taken."""
     names = "out_channels", "kernel_size", "stride", "padding", "groups"
     operands = list(convolution(shape, dict(zip(names, geometry, strict=True)), bits).operands)
     _, (levels,) = reference.integer_conv2d(*operands)
-    _same(torch.ops.adq.integer_conv2d(*operands)[1][0], levels, "levels")
+    _same(torch.ops.adq.integer_conv2d(*to_device(operands, device))[1][0], levels, "levels")
     generator = torch.Generator().manual_seed(bits)
     operands[6] = torch.randn(levels.shape, generator=generator).contiguous(memory_format=torch.channels_last)
     operands[11] = True
     expected, (levels,) = reference.integer_conv2d(*operands)
-    y, (actual,) = torch.ops.adq.integer_conv2d(*operands)
+    y, (actual,) = torch.ops.adq.integer_conv2d(*to_device(operands, device))
     _same(y, expected, "y")
     _same(actual, levels, "levels with a residual")
-    start, interval, in_scale = operands[9]
+    start, interval, in_scale = to_device(operands[9], device)
     _same(torch.ops.adq.threshold_levels(y, start, interval, in_scale, operands[10][0]), levels, "threshold levels")
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from adq import layout
 from adq.bench.case import COPY, Build, Call, Setting
 from adq.codebook import quantile_codebook
+from adq.convert import to_device
 from adq.kmeans import Spectrum
 from adq.reference import decision_thresholds
 
@@ -149,9 +150,11 @@ class Convolution:
     operands: tuple[Any, ...]
 
 
-def convolution(shape: tuple[int, ...], arguments: dict[str, Any], bits: int, seed: int = 0) -> Convolution:
+def convolution(
+    shape: tuple[int, ...], arguments: dict[str, Any], bits: int, device: torch.device | None = None
+) -> Convolution:
     """Uniformly random levels and weights of ``bits`` bits, for an input of ``shape`` and an ``nn.Conv2d``."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     x = torch.randint(0, 2**bits, shape, dtype=torch.uint8, generator=generator)
     outputs, groups, kernel = arguments["out_channels"], arguments["groups"], arguments["kernel_size"]
     values = torch.linspace(-127, 127, 2**bits).to(torch.int8)
@@ -176,6 +179,7 @@ def convolution(shape: tuple[int, ...], arguments: dict[str, Any], bits: int, se
         groups,
         0,
     )
+    weight, operands = to_device((weight, operands), device or torch.device("cpu"))
     return Convolution(operands[0], weight, scale, arguments, operands)
 
 

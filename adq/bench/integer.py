@@ -1,6 +1,5 @@
-"""Inference with integers, layers and a network, beside torch in float32 and in int8; on a CPU.
-
-Layers with packed weights too: decoded, then convolved by torch in float32.
+"""Inference with integers: layers beside torch in float32 and int8 on a CPU, in bfloat16 and int8 on a GPU; on a CPU a
+network too, and layers with packed weights, decoded, then convolved by torch in float32.
 """
 
 from __future__ import annotations
@@ -26,6 +25,8 @@ BATCHES = (1, 32)
 OVER_FLOAT, OVER_INT8 = 2.0, 1.0
 """Of 3x3 convolutions of at least WIDE channels."""
 WIDE = 128
+OVER_BF16 = 1.3
+"""Of the same ones on a GPU, in a batch that makes arithmetic bound them."""
 NETWORK_OVER_FLOAT = 1.8
 PACKED = "adq, packed weights, float32"
 PACKED_SPEED = 0.95
@@ -49,12 +50,12 @@ LAYERS = (
 
 
 def cases(setting: Setting) -> Iterator[Case]:
-    """Every case of this part; none on a GPU."""
-    if setting.cuda:
-        return
+    """Every case of this part."""
     for batch in (1, setting.layer_batch):
         for layer in (LAYERS[2], LAYERS[7], LAYERS[12]) if setting.tiny else LAYERS:
-            yield _layer_case(setting, layer, batch)
+            yield (_gpu_layer_case if setting.cuda else _layer_case)(setting, layer, batch)
+    if setting.cuda:
+        return
     for batch in BATCHES[:1] if setting.tiny else BATCHES:
         yield _network_case(setting, batch)
 
@@ -62,8 +63,33 @@ def cases(setting: Setting) -> Iterator[Case]:
 # ---- layers ------------------------------------------------------------------------------------------
 
 
+def _is_judged(layer: Conv) -> bool:
+    return layer.kernel == 3 and layer.groups == 1 and layer.inputs >= WIDE
+
+
+def _gpu_layer_case(setting: Setting, layer: Conv, batch: int) -> Case:
+    """The levels of the next layer are a pass of their own there."""
+    return Case(
+        PART,
+        f"{layer.name}, batch {batch}, {BITS} bits",
+        lambda: convolution(layer.shape(batch, setting.tiny), layer.arguments(), BITS, setting.device),
+        {
+            ADQ: on_data(run_convolution),
+            peers.BF16_LAST: peers.float_convolution(torch.channels_last, torch.bfloat16),
+            peers.INT_MM: peers.integer_product,
+        },
+        (
+            faster_than(peers.BF16_LAST, OVER_BF16 if _is_judged(layer) and batch > 1 else None),
+            faster_than(peers.INT_MM, None),
+        ),
+        items=batch,
+        item="images",
+        seconds=min(SECONDS, setting.seconds),
+    )
+
+
 def _layer_case(setting: Setting, layer: Conv, batch: int) -> Case:
-    judged = layer.kernel == 3 and layer.groups == 1 and layer.inputs >= WIDE
+    judged = _is_judged(layer)
     over_float, over_int8 = (OVER_FLOAT, OVER_INT8) if judged else (None, None)
     packed_speed = PACKED_SPEED if judged and batch > 1 else None
     return Case(

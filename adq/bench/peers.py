@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adq.bench.case import Build, Call
+from adq.bench.case import Build, Call, Unavailable
 from adq.bench.data import Activations, Convolution, Weights, on_data
 from adq.ops import ACTIVATION_RANGE, MIN_INTERVAL
 
@@ -32,6 +32,8 @@ BNB_NF4 = "bitsandbytes NF4"
 VQ_EMA = "vector-quantize-pytorch EMA codebook"
 FLOAT = "float32"
 FLOAT_LAST = "float32, channels_last"
+BF16_LAST = "bfloat16, channels_last"
+INT_MM = "int8, torch._int_mm of the same size"
 X86_INT8 = "int8, torch's engine x86"
 FBGEMM_INT8 = "int8, torch's engine fbgemm"
 ONEDNN_INT8 = "int8, onednn.qconv2d_pointwise"
@@ -276,16 +278,29 @@ def _geometry(data: Convolution) -> tuple[list[int], list[int], list[int], int]:
     return stride, padding, [1, 1], data.arguments["groups"]
 
 
-def float_convolution(memory_format: torch.memory_format) -> Build:
-    """torch's own convolution in float32, without the ReLU."""
+def float_convolution(memory_format: torch.memory_format, dtype: torch.dtype = torch.float32) -> Build:
+    """torch's own convolution, without the ReLU."""
 
     def build(data: Convolution) -> Call:
-        x = data.x.float().contiguous(memory_format=memory_format)
-        weight = (data.scale * data.weight.float()).contiguous(memory_format=memory_format)
+        x = data.x.to(dtype).contiguous(memory_format=memory_format)
+        weight = (data.scale * data.weight.float()).to(dtype).contiguous(memory_format=memory_format)
         geometry = _geometry(data)
         return lambda: torch.conv2d(x, weight, None, *geometry)
 
     return build
+
+
+def integer_product(data: Convolution) -> Call:
+    """``torch._int_mm`` of a product as large as the convolution: a bound, without gathering the inputs of each pixel
+    and without what follows the sums.
+    """
+    outputs, inputs = data.weight.shape[0], data.weight[0].numel()
+    pixels = torch.ops.adq.integer_conv2d(*data.operands)[1][0].numel() // outputs
+    if data.arguments["groups"] > 1 or inputs % 8 or outputs % 8:
+        raise Unavailable("torch._int_mm takes one group, and sides that are multiples of 8")
+    rows = torch.ones(pixels, inputs, dtype=torch.int8, device=data.x.device)
+    columns = data.weight.reshape(outputs, inputs).t()
+    return lambda: torch._int_mm(rows, columns)
 
 
 def quantized_convolution(engine: str) -> Build:
