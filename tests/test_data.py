@@ -654,23 +654,28 @@ def test_no_shards_and_compressed_ones(tmp_path):
     assert "cannot list the shard" in message(ValueError, build_data, shards(tmp_path))
 
 
-def test_waiting_for_data_is_measured_and_named():
+def test_waiting_for_data_is_measured_and_named(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("adq.train.pace.time.perf_counter", lambda: now[0])
+
     class Slow(torch.utils.data.Dataset):
         def __len__(self):
             return 12
 
         def __getitem__(self, index):
-            time.sleep(0.02)
+            now[0] += 0.02
             return index
 
     loader = DataLoader(Slow(), batch_size=2)
     pace = Pace(loader)
     for _ in pace.through(loader):
-        time.sleep(0.01)
+        now[0] += 0.01
         pace.idle = True
     row = pace.finish(12)
-    assert 0.6 < row["data_share"] < 0.95 and 0.045 < row["seconds_per_batch"] < 0.2
-    assert "of the step: data.workers=0; training alone could take" in pace.advice(row)
+    assert row["seconds_per_batch"] == pytest.approx(0.05) and row["data_share"] == pytest.approx(0.8)
+    assert row["images_per_second"] == pytest.approx(40)
+    advice = "data loading takes 80% of the step: data.workers=0; training alone could take 200 images/s"
+    assert pace.advice(row).startswith(advice)
     assert pace.advice({**row, "data_share": 0.1}) is None
 
 

@@ -190,7 +190,7 @@ def test_a_lost_process_ends_the_others_at_once_and_torchrun_resumes_exactly(run
 
 
 def test_a_process_that_hangs_is_given_up_after_the_timeout(runner):
-    arguments = [*PAIR, "--output", "hung", "--set", "engine.timeout=8"]
+    arguments = [*PAIR, "--output", "hung", "--set", "engine.timeout=12"]
     began = time.monotonic()
     waiting, hung = runner.start_two("hung", *arguments, faults=(None, Fault("hang", 3)))
     assert runner.finish(waiting) == 1, runner.said("hung-0")
