@@ -234,17 +234,23 @@ def test_batch_norms_are_averaged():
 RUN = ["data.limit_train=256", "data.limit_test=90", "data.batch_size=16", "float.epochs=1", "qat.epochs=1"]
 
 
-def trained_by_recipe(folder: str, *sets: str) -> tuple[dict, dict]:
-    """The result of a run in this process group, and the state that this process ends with."""
+def trained_by_recipe(folder: str, *sets: str) -> tuple[dict, dict, float]:
+    """The result of a run in this process group, the state that this process ends with, and its next random number."""
     from adq.train.config import parse_assignment, resolve
     from adq.train.run import Run
 
     sets = (*RUN, "engine.device=cpu", f"output={folder}", *sets)
-    job, state = Run(resolve("digits", [parse_assignment(text) for text in sets])), {}
+    job, state, drawn = Run(resolve("digits", [parse_assignment(text) for text in sets])), {}, []
     describe = job._result
-    job._result = lambda model, *rest: (state.update(model.state_dict()), describe(model, *rest))[1]
+
+    def note(model, *rest):
+        state.update(model.state_dict())
+        drawn.append(torch.rand(()).item())
+        return describe(model, *rest)
+
+    job._result = note
     result = job.execute()
-    return {key: value for key, value in result.items() if key != "seconds"}, state
+    return {key: value for key, value in result.items() if key != "seconds"}, state, *drawn
 
 
 @pytest.fixture(scope="module")
@@ -257,8 +263,9 @@ def two(tmp_path_factory) -> tuple[Path, list]:
 
 
 def test_every_process_of_a_run_ends_with_the_same_bits_and_one_writes(two):
-    folder, [(result, first), (other_result, other)] = two
+    folder, [(result, first, drawn), (other_result, other, other_drawn)] = two
     assert result == other_result
+    assert drawn != other_drawn  # dropout, too
     assert [key for key in first if not torch.equal(first[key], other[key])] == []
     saved = adq.load(folder / "model.safetensors").state_dict()
     assert [key for key in first if not torch.equal(first[key], saved[key])] == []
@@ -267,9 +274,9 @@ def test_every_process_of_a_run_ends_with_the_same_bits_and_one_writes(two):
 
 
 def test_a_run_is_that_of_one_process_up_to_training(two, tmp_path):
-    folder, [(result, _), _] = two
+    folder, [(result, _, _), _] = two
     sets = [f"model.weights={folder}/float.safetensors", "qat.epochs=0"]
-    ((alone, _),) = run(trained_by_recipe, 1, str(tmp_path / "one"), *sets)
+    ((alone, _, _),) = run(trained_by_recipe, 1, str(tmp_path / "one"), *sets)
     for name in ("sensitivity.yaml", "allocation.yaml"):
         assert (tmp_path / "one" / name).read_text() == (folder / name).read_text()
     for key in ("float_top1", "calibrated_top1", "average_bits_network", "bytes_packed"):

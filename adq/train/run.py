@@ -268,7 +268,7 @@ class Run:
             model.load_state_dict(load_file(self.folder.float_weights))
             return model
         self.display.say(f"training the float network: {self.config.model.name}, {self.config.float.epochs} epochs")
-        set_seed(self.config.seed + 1)
+        set_seed(self.config.seed + 1, device_specific=True)  # dropout differs from process to process
         cross_entropy = nn.CrossEntropyLoss(label_smoothing=self.config.float.label_smoothing)
 
         def loss(logits: Tensor, images: Tensor, target: Tensor) -> Tensor:
@@ -340,7 +340,7 @@ class Run:
 
     def _qat_phase(self, model: nn.Module, teacher: nn.Module, data: Data, train: Any, test: Any) -> nn.Module:
         self.display.say(f"quantization-aware training, {self.config.qat.epochs} epochs")
-        set_seed(self.config.seed + 2)
+        set_seed(self.config.seed + 2, device_specific=True)
         task = nn.CrossEntropyLoss(label_smoothing=self.config.qat.label_smoothing)
         distill = self.config.distillation
         loss = DistillationLoss(teacher, distill.alpha, distill.temperature, task)
