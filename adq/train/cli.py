@@ -294,7 +294,7 @@ def export(
         if to not in kinds:
             raise ValueError(f"--to must be one of {', '.join(kinds)}, got {to!r}")
         if fold_batch_norm and to != "packed":
-            raise ValueError(f"--fold-batch-norm is for --to packed, not {to}; runtimes fold by themselves")
+            raise ValueError(f"--fold-batch-norm is for --to packed, not {to}")
         file = model / "model.safetensors" if model.is_dir() else model
         if to in EXPORTS:
             recipe = config or (str(model / "config.yaml") if model.is_dir() else None)
