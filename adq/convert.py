@@ -284,8 +284,8 @@ def fast_linear_(model: nn.Module) -> nn.Module:
     Inputs of a few rows (:data:`adq.nn.packed.FEW_ROWS`) need no decoded weight then: of it only the codes are read.
     That sums in another order (:func:`adq.functional.codebook_linear`), so predictions are the same up to float
     rounding, after which an activation close to a threshold may take the next level: this is why nothing does so
-    unasked. Larger inputs, and those that need a gradient, are multiplied with the decoded weight. Files say nothing
-    of it: call it after loading.
+    unasked. Larger inputs, and those that need a gradient, are multiplied with the decoded weight; a graph of
+    ``torch.export`` holds the one way that its example took. Files say nothing of it: call it after loading.
 
     Args:
         model: from :func:`adq.load` of a packed file, or :func:`pack_`.
