@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-IMPORTED = ("adq.train.run", "adq.train.cli", "sklearn.datasets", "torchvision", "matplotlib.pyplot")
+from forking import fork_context
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,7 @@ class Runner:
         self, log: str, *arguments: str, fault: Fault | None = None, limit: int | None = None, **environment: str
     ):
         """A process of ``adq ARGUMENTS``; ``limit`` is the size in bytes that no file may exceed."""
-        context = multiprocessing.get_context("forkserver")
-        process = context.Process(
+        process = fork_context().Process(
             target=_adq, args=(str(self.folder), f"{log}.log", arguments, fault, limit, environment)
         )
         process.start()
@@ -137,15 +136,9 @@ def _adq(folder, log, arguments, fault, limit, environment) -> None:
 
 @contextmanager
 def warm_runner(folder: Path) -> Iterator[Runner]:
-    """A runner whose processes have one thread and no Triton interpreter, whatever the tests use."""
-    changed = {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
-    before = {name: os.environ.get(name) for name in changed}
-    os.environ.update(changed)
-    multiprocessing.get_context("forkserver").set_forkserver_preload(list(IMPORTED))
+    """A runner whose server is running."""
     runner = Runner(folder)
     assert runner.finish(runner.start("info", "info")) == 0, runner.said("info")
-    for name, value in before.items():
-        os.environ.pop(name) if value is None else os.environ.update({name: value})
     try:
         yield runner
     finally:

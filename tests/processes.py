@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import multiprocessing
 import os
 import sys
 import tempfile
@@ -15,9 +14,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from forking import fork_context
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "torch.nn.parallel", "adq", "accelerate"])
 _SHOWN = 4000
 """Characters of a process's output that a failure shows."""
 
@@ -35,9 +33,9 @@ def run(function: Callable[..., Any], size: int, *arguments: Any, seconds: float
         AssertionError: a process failed or took too long; with what each of them wrote.
     """
     with tempfile.TemporaryDirectory() as name:
-        folder, path = Path(name), function.__code__.co_filename
+        folder, path, context = Path(name), function.__code__.co_filename, fork_context()
         processes = [
-            _CONTEXT.Process(target=_main, args=(folder, rank, size, path, function.__name__, arguments))
+            context.Process(target=_main, args=(folder, rank, size, path, function.__name__, arguments))
             for rank in range(size)
         ]
         for process in processes:

@@ -23,7 +23,7 @@ from adq.ops import packed_size
 
 resource = pytest.importorskip("resource", reason="a system without resource usage")
 
-MEMORY_KIB = 2**17
+MEMORY_KIB = 2**19
 """By which the process may grow over all examples of a test."""
 FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
