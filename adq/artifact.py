@@ -37,6 +37,8 @@ from adq.ops import packed_size
 from adq.store import replacing
 
 TRAINING_STATE = ("ema_count", "ema_total", "steps")
+CALIBRATED = "input_quantizer.calibrated"
+"""Float32 in a model, bool in its file."""
 COUNTER = "num_batches_tracked"
 """Of batch norms: state of training too."""
 
@@ -140,13 +142,19 @@ def _present_config(model: nn.Module) -> dict[str, LayerConfig]:
 # ---- saving ------------------------------------------------------------------------------------------
 
 
+def plain_state(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a plain file: the state dict."""
+    state = model.state_dict()
+    return {key: tensor.bool() if key.endswith(CALIBRATED) else tensor for key, tensor in state.items()}
+
+
 def packed_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
     """The tensors of a packed file, and the shapes of the weights stored as codes.
 
     Each quantized ``<layer>.weight`` becomes ``<layer>.codes``, b bits a weight without padding between them;
     codebook and scale stay, the state of training goes. A weight that a layer in float uses too stays as it is.
     """
-    state = {key: tensor for key, tensor in model.state_dict().items() if not key.endswith(COUNTER)}
+    state = {key: tensor for key, tensor in plain_state(model).items() if not key.endswith(COUNTER)}
     shapes: dict[str, list[int]] = {}
     weights = packed_weights(model)
     for name, layer in quantized_layers(model).items():
@@ -216,7 +224,7 @@ def save(
         model = fold_batch_norm_(copy.deepcopy(model))
     if not packed:
         refuse_packed(model, "a file to train on")
-    state, shapes = packed_state(model) if packed else (dict(model.state_dict()), {})
+    state, shapes = packed_state(model) if packed else (plain_state(model), {})
     for key, tensor in state.items():
         if tensor.dtype not in container.DTYPES:
             raise ValueError(f"adq: not saved: {key} is {tensor.dtype}")
@@ -296,6 +304,8 @@ def _check_values(header: Header, state: dict[str, Tensor], path: Path) -> None:
             raise ValueError(f"adq: {path}: {key} holds NaN or infinity")
         if tensor.dtype == torch.bool and bool((tensor.view(torch.uint8) > 1).any()):
             raise ValueError(f"adq: {path}: {key} holds bytes that are neither true nor false")
+        if tensor.dtype == torch.bool and key.endswith(CALIBRATED):
+            state[key] = tensor.float()
 
 
 def _check_codes(header: Header, state: dict[str, Tensor], path: Path) -> None:

@@ -102,7 +102,7 @@ def forge(
 
 def save_version_1(model: nn.Module, path: Path, packed: bool, architecture: dict | None = None) -> None:
     """As adq 0.1 before checksums wrote it: tensors by name, codes of the first of the layers that share a weight."""
-    state, shapes = dict(model.state_dict()), {}
+    state, shapes = artifact.plain_state(model), {}
     if packed:
         state, _ = artifact.packed_state(model)
         for name, (layer, quantizer) in adq.convert.weight_quantizers(model).items():

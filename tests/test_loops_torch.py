@@ -159,6 +159,23 @@ def test_averaged_weights_have_the_present_codebooks_or_averaged_ones(use_buffer
     assert average.eval()(images(9)).isfinite().all()
 
 
+@pytest.mark.parametrize("use_buffers", [False, True])
+def test_a_plain_average_of_weights(use_buffers):
+    """As stochastic weight averaging takes it; its state dict is that of a calibrated model."""
+    net = network()
+    average, optimizer, weights = AveragedModel(net, use_buffers=use_buffers), sgd(net), []
+    for seed in range(3):
+        optimizer.zero_grad()
+        loss_of(net, seed).backward()
+        optimizer.step()
+        average.update_parameters(net)
+        weights.append(net[3].weight.detach().clone())
+    torch.testing.assert_close(average.module[3].weight.detach(), torch.stack(weights).mean(0))
+    other = network()
+    other.load_state_dict(average.module.state_dict())
+    assert torch.equal(other.eval()(images(9)), average.eval()(images(9)))
+
+
 def test_channels_last_trains_alike():
     plain, last = network(), network().to(memory_format=torch.channels_last)
     for net in (plain, last):

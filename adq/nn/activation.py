@@ -24,9 +24,9 @@ class ActivationQuantizer(nn.Module):
     With ``thresholds="uniform"``, and above 5 bits, the quantizer is uniform: ``interval`` is then a constant buffer
     ``[1]``, and the one learned step is ``interval / in_scale``; learning both would learn one number twice, the
     first with a gradient ``steps`` times too large for its size. Buffers: ``offset`` ``[1]``, which puts zero on a
-    level for signed inputs, and ``calibrated``. All keep their dtype when the model is cast. A quantizer refuses to run
-    before it has been calibrated: its start values say nothing about the inputs. Set ``enabled = False`` to let
-    inputs through untouched.
+    level for signed inputs, and ``calibrated``, 1 or 0 (a float, so that averages of models can be taken). All keep
+    their dtype when the model is cast. A quantizer refuses to run before it has been calibrated: its start values say
+    nothing about the inputs. Set ``enabled = False`` to let inputs through untouched.
 
     Args:
         config: bits and sign.
@@ -54,7 +54,7 @@ class ActivationQuantizer(nn.Module):
         self.in_scale = nn.Parameter(torch.ones(1))
         self.out_scale = nn.Parameter(torch.ones(1))
         self.register_buffer("offset", torch.zeros(1))
-        self.register_buffer("calibrated", torch.zeros((), dtype=torch.bool))
+        self.register_buffer("calibrated", torch.zeros(()))
         self._ready = False
 
     @property
@@ -107,7 +107,7 @@ class ActivationQuantizer(nn.Module):
     def _assign(self, fitted: Thresholds) -> None:
         for name in _FITTED:
             getattr(self, name).copy_(getattr(fitted, name))
-        self.calibrated.fill_(True)
+        self.calibrated.fill_(1.0)
         self._ready = True
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
