@@ -684,7 +684,7 @@ def test_loader_workers_outlive_signals_from_elsewhere_and_end_with_their_parent
     data = build_data(folder(write_tree(tmp_path), in_memory=False, workers=2, image_size=16, batch_size=1))
     before = set(multiprocessing.active_children())
     iterator = iter(data.train)
-    taken = [next(iterator)]
+    taken = [next(iterator), next(iterator)]  # one of each worker: both have begun
     workers = set(multiprocessing.active_children()) - before
     assert len(workers) == 2
     for name in ("TERM", "INT"):
