@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,9 @@ from torch import Tensor, nn
 from adq.convert import to_device
 from adq.deploy import check_layers, first_line, layer_problem
 from adq.nn.layers import QConv3d, QConvTranspose3d, QuantizedLayer
-from adq.parity import ExportReport, compare
+from adq.parity import ExportReport, write_checked
 from adq.portable import portable
 from adq.program import trace
-from adq.store import replacing
 
 SUFFIX = ".pte"
 
@@ -100,9 +100,5 @@ def export_executorch(
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     inputs = tuple(x.contiguous() for x in to_device(inputs, torch.device("cpu")))
     lowered = _lower(trace(portable(model), inputs, free_batch=False))
-    with replacing(path) as temporary:
-        size, parity = temporary.write_bytes(lowered), None
-        if batches is not None:
-            run = _method(temporary, len(inputs[0]))
-            parity = compare(model, run, len(inputs), "ExecuTorch", batches, images)
-    return ExportReport.of(model, path, size, parity)
+    load = partial(_method, size=len(inputs[0]))
+    return write_checked(model, path, lowered, "ExecuTorch", load, len(inputs), batches, images)

@@ -19,9 +19,8 @@ from adq.deploy import check_layers, integer_levels
 from adq.nn.activation import ActivationQuantizer
 from adq.nn.packed import PackedWeight
 from adq.ops import ACTIVATION_RANGE
-from adq.parity import ExportReport, as_inputs, compare
+from adq.parity import ExportReport, as_inputs, write_checked
 from adq.portable import PortableActivation, inference_copy
-from adq.store import replacing
 
 OPSET = 21
 """The first with integers of four bits."""
@@ -231,9 +230,5 @@ def export_onnx(
     inputs = as_inputs(example_inputs)
     graph = _graph(model, inputs)
     onnx.checker.check_model(graph, full_check=True)
-    with replacing(path) as temporary:
-        temporary.write_bytes(graph.SerializeToString())
-        size, parity = temporary.stat().st_size, None
-        if batches is not None:
-            parity = compare(model, _session(temporary), len(inputs), "ONNX Runtime", batches, images)
-    return ExportReport.of(model, path, size, parity)
+    content = graph.SerializeToString()
+    return write_checked(model, path, content, "ONNX Runtime", _session, len(inputs), batches, images)

@@ -476,6 +476,11 @@ def _fake_integer_conv2d(
     return integer_results(x, shape, keep, len(steps))
 
 
+def channels_last(tensor: Tensor) -> Tensor:
+    """The tensor itself if its memory is ``[N, H, W, C]``, else a copy that is."""
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
 def integer_results(
     x: Tensor, shape: tuple[int, int, int, int], keep: bool, levels: int
 ) -> tuple[Tensor, list[Tensor]]:

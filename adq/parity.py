@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from adq.artifact import packed_bytes
 from adq.convert import activation_quantizers, evaluating, model_device, to_device
+from adq.store import replacing
 from adq.summary import float_bytes
 
 ROUNDING = 2e-6
@@ -138,3 +139,25 @@ def compare(
             if same >= images:
                 return Parity(runtime, same, undecided, largest.item())
     raise ValueError(f"adq: the check wants {images:,} images with the same top-1, the data has {same:,}")
+
+
+def write_checked(
+    model: nn.Module,
+    path: str | Path,
+    content: bytes,
+    runtime: str,
+    load: Callable[[Path], Callable[..., Any]],
+    count: int,
+    batches: Iterable[Any] | None,
+    images: int,
+) -> ExportReport:
+    """Write a file that appears only once its runtime has given the model's answers; the end of every such export.
+
+    Args:
+        load: the file in its runtime, as what :func:`compare` runs.
+        runtime, count, batches, images: of :func:`compare`; batches None: no check.
+    """
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+        parity = None if batches is None else compare(model, load(temporary), count, runtime, batches, images)
+    return ExportReport.of(model, path, len(content), parity)

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from adq.deploy import check_layers, first_line
-from adq.parity import ExportReport, as_inputs, compare
+from adq.parity import ExportReport, as_inputs, write_checked
 from adq.portable import portable
-from adq.store import replacing
 
 SUFFIX = ".pt2"
 
@@ -88,13 +87,12 @@ def export_program(
     program = _program(model, path, inputs, "not exported by torch.export")
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
-    with replacing(path) as temporary:
-        size, parity = temporary.write_bytes(_deflated(buffer)), None
-        if batches is not None:
-            with open(temporary, "rb") as file:
-                run = torch.export.load(file).module()
-            parity = compare(model, run, len(inputs), "torch.export", batches, images)
-    return ExportReport.of(model, path, size, parity)
+
+    def load(written: Path) -> Any:
+        with open(written, "rb") as file:
+            return torch.export.load(file).module()
+
+    return write_checked(model, path, _deflated(buffer), "torch.export", load, len(inputs), batches, images)
 
 
 def export_aoti(
@@ -120,10 +118,9 @@ def export_aoti(
         torch._inductor.aoti_compile_and_package(program, package_path=buffer)
     except Exception as error:  # of the compiler, or of what it is written in
         raise RuntimeError(f"adq: AOTInductor cannot compile the model: {first_line(error)}") from error
-    with replacing(path) as temporary:
-        size, parity = temporary.write_bytes(_deflated(buffer)), None
-        if batches is not None:
-            with open(temporary, "rb") as file:
-                run = torch._inductor.aoti_load_package(file)
-            parity = compare(model, run, len(inputs), "AOTInductor", batches, images)
-    return ExportReport.of(model, path, size, parity)
+
+    def load(written: Path) -> Any:
+        with open(written, "rb") as file:
+            return torch._inductor.aoti_load_package(file)
+
+    return write_checked(model, path, _deflated(buffer), "AOTInductor", load, len(inputs), batches, images)

@@ -43,9 +43,8 @@ def replacing_directory(path: str | Path) -> Iterator[Path]:
     temporary, old = (path.with_name(f".{path.stem}.{os.getpid()}.{kind}{path.suffix}") for kind in ("tmp", "old"))
     try:
         temporary.mkdir()
-        mode = (
-            temporary.stat().st_mode & 0o777
-        )  # as the user's umask wants it; some writers take the owner's rights alone
+        # as the user's umask wants it; some writers take the owner's rights alone
+        mode = temporary.stat().st_mode & 0o777
         temporary.rmdir()
         yield temporary
         for entry in (temporary, *temporary.rglob("*")):

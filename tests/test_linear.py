@@ -9,6 +9,7 @@ import pickle
 import oracle
 import pytest
 import torch
+from tensors import f32, normal, u8
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -27,18 +28,6 @@ SHAPES = {  # outputs, x
     "two launches": (6, (2, 3, 40)),
     "tiles and a rest": (2, (1, 4096 + 24)),
 }
-
-
-def f32(*values: float) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float32)
-
-
-def u8(*values: int) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.uint8)
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def coded(outputs: int, inputs: int, bits: int, levels: int, scales: int = 1) -> list:

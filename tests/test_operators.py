@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import Activation
+from tensors import f32, normal, u8
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from adq import ops, reference
@@ -22,18 +23,6 @@ NAN, INF = math.nan, math.inf
 LEVELS = (1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 32, 33, 64, 127, 255, 256)
 STEPS = (1, 3, 7, 15, 31, 63, 255)
 PROPERTY = settings(max_examples=25, deadline=None, derandomize=True)
-
-
-def f32(*values: float) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float32)
-
-
-def u8(*values: int) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.uint8)
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def around(values: torch.Tensor) -> torch.Tensor:

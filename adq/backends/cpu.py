@@ -291,11 +291,6 @@ def threshold_levels(x: Tensor, start: Tensor, interval: Tensor, in_scale: Tenso
     return levels
 
 
-def _channels_last(tensor: Tensor) -> Tensor:
-    """The tensor itself if its memory is ``[N, H, W, C]``, else a copy that is."""
-    return tensor.contiguous(memory_format=torch.channels_last)
-
-
 def integer_conv2d(
     x: Tensor,
     weight: Tensor,
@@ -321,8 +316,8 @@ def integer_conv2d(
         x, weight, table, initial, multiplier, bias, residual, quantizers, steps,
         kernel, stride, padding, dilation, groups, zero,
     )  # fmt: skip
-    x = _channels_last(x)
-    residual = None if residual is None else _channels_last(residual)
+    x = ops.channels_last(x)
+    residual = None if residual is None else ops.channels_last(residual)
     y = _empty(shape, torch.float32, torch.channels_last) if keep else x.new_empty(0, dtype=torch.float32)
     levels = [_empty(shape, torch.uint8, torch.channels_last) for _ in steps]
     quantizers = [tensor.contiguous() for tensor in quantizers]

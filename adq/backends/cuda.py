@@ -394,30 +394,25 @@ def integer_conv2d(
     inputs, outputs = x.shape[1] // groups, shape[1] // groups
     geometry = {"KERNEL": kernel, "STRIDES": stride, "PADDING": padding, "DILATION": dilation}
     constants: dict[str, Any] = {name: tuple(value) for name, value in geometry.items()}
-    after = multiplier, bias, None if residual is None else _channels_last(residual), y
+    after = multiplier, bias, None if residual is None else ops.channels_last(residual), y
     sides = shape[0] * shape[2] * shape[3], *x.shape[2:], *shape[2:]
     bounds = zero, float(low), float(high)
     if ops.is_depthwise(shape[1], inputs, groups):
         tile = {"M": DEPTHWISE_PIXELS, "N": min(DEPTHWISE_CHANNELS, triton.next_power_of_2(shape[1]))}
         programs = triton.cdiv(sides[0], tile["M"]) * triton.cdiv(shape[1], tile["N"])
-        own = _channels_last(x), weight.view(torch.int8), initial, *after
+        own = ops.channels_last(x), weight.view(torch.int8), initial, *after
         constants |= {"CHANNELS": shape[1], **tile}
         _launch(integer_depthwise_kernel, programs, *own, *sides, *bounds, block=True, **constants)
     else:
         tile = {"M": DENSE_PIXELS, "N": max(16, min(DENSE_OUTPUTS, triton.next_power_of_2(outputs))), "K": DENSE_INPUTS}
         programs = triton.cdiv(sides[0], tile["M"]) * triton.cdiv(outputs, tile["N"]) * groups
-        own = _channels_last(x), *_integer_weight(weight, table, initial, inputs, outputs), *after
+        own = ops.channels_last(x), *_integer_weight(weight, table, initial, inputs, outputs), *after
         constants |= {"GROUPS": groups, "INPUTS": inputs, "OUTPUTS": outputs, **tile}
         # left to itself ptxas takes too few registers, and spills
         constants |= {"block": True, "registers": 255, "stages": DENSE_STAGES}
         _launch(integer_dense_kernel, programs, *own, *sides, *bounds, **constants)
     readers = zip(quantizers[::3], quantizers[1::3], quantizers[2::3], steps, strict=True)
     return y if keep else x.new_empty(0, dtype=torch.float32), [threshold_levels(y, *reader) for reader in readers]
-
-
-def _channels_last(tensor: Tensor) -> Tensor:
-    """The tensor itself if its memory is ``[N, H, W, C]``, else a copy that is."""
-    return tensor.contiguous(memory_format=torch.channels_last)
 
 
 def _integer_weight(weight: Tensor, table: Tensor, initial: Tensor, inputs: int, outputs: int) -> tuple[Tensor, Tensor]:
