@@ -28,6 +28,8 @@ SOURCES = (
     "csrc/bindings.cpp",
     "csrc/adq.cpp",
     "csrc/foreach.cpp",
+    "csrc/dispatch.cpp",
+    "csrc/tensors.cpp",
     "csrc/integer.cpp",
     "csrc/integer_taps.cpp",
     "csrc/isa.cpp",

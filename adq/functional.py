@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import once_differentiable as _once_differentiable
 
 from adq import ops
 from adq.reference import decision_thresholds
 
 _ops = torch.ops.adq
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """torch's decorator of the same name, at no cost where no graph of the backward pass is made."""
+    marked = _once_differentiable(backward)
+
+    @wraps(backward)
+    def either(ctx: Any, *grads: Tensor | None) -> Any:
+        return (marked if torch.is_grad_enabled() else backward)(ctx, *grads)
+
+    return either
 
 
 class _CodebookQuantize(Function):
@@ -30,16 +43,16 @@ class _CodebookQuantize(Function):
         return grads[0], None, None, None
 
 
-class _StraightThrough(Function):
-    """A quantized tensor in the forward pass; backward: the whole gradient goes to the tensor it was made from."""
+class _WeightQuantize(Function):
+    """``w_q = scale * c[code(w / scale)]``, unless it is known; straight-through backward: ``dL/dw = dL/dw_q``."""
 
     @staticmethod
-    def forward(ctx: Any, w: Tensor, w_q: Tensor) -> Tensor:
-        return w_q
+    def forward(ctx: Any, w: Tensor, scale: Tensor, codebook: Tensor, w_q: Tensor | None) -> Tensor:
+        return _ops.foreach_codebook_quantize([w], [scale], [codebook])[0] if w_q is None else w_q
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return grad, None, None, None
 
 
 class _LearnedCodebookQuantize(Function):
@@ -115,9 +128,7 @@ def quantize_weight(w: Tensor, scale: Tensor, codebook: Tensor, w_q: Tensor | No
     Returns:
         w_q, in w's shape, dtype and strides.
     """
-    if w_q is None:
-        (w_q,) = _ops.foreach_codebook_quantize([w.detach()], [scale], [codebook])
-    return _StraightThrough.apply(w, w_q)
+    return _WeightQuantize.apply(w, scale, codebook, w_q)
 
 
 def learned_lookup(w: Tensor, codebook: Tensor) -> Tensor:

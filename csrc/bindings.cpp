@@ -3,12 +3,20 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
+#include <cstring>
+#include <map>
 #include <new>
+#include <stdexcept>
+#include <string>
 #include <tuple>
+#include <utility>
 
 #include "adq.h"
+#include "dispatch.h"
 #include "pool.h"
+#include "tensors.h"
 
 namespace py = pybind11;
 
@@ -215,6 +223,112 @@ class PoolBuffer {
     void* memory_;
 };
 
+using adq::Value;
+
+py::object tensor_to_python(adq::TensorHandle tensor) {
+    void* object;
+    adq::check(adq::torch.torch_tensor_to_pyobject(tensor, nullptr, &object));
+    return py::reinterpret_steal<py::object>(static_cast<PyObject*>(object));
+}
+
+Value tensor_from_python(const py::handle& object) {
+    adq::TensorHandle tensor;
+    adq::check(adq::torch.torch_tensor_from_pyobject(object.ptr(), &tensor));
+    return reinterpret_cast<Value>(tensor);
+}
+
+py::object to_python(Value value, char letter) {
+    switch (letter) {
+        case 't': return tensor_to_python(adq::as<adq::TensorHandle>(value));
+        case 'o': return value == 0 ? py::none() : to_python(*reinterpret_cast<const Value*>(value), 't');
+        case 'b': return py::bool_(adq::as<bool>(value));
+        case 'i': return py::int_(adq::as<std::int64_t>(value));
+        case 'f': return py::float_(adq::as<double>(value));
+        default: break;
+    }
+    py::list list;
+    for (const Value item : adq::items(value)) list.append(to_python(item, letter == 'l' ? 't' : 'i'));
+    return list;
+}
+
+Value from_python(const py::handle& object, char letter) {
+    if (letter == 't') return tensor_from_python(object);
+    adq::ListHandle list;
+    adq::check(adq::torch.torch_new_list_reserve_size(py::len(object), &list));
+    for (const py::handle& item : object)
+        adq::check(adq::torch.torch_list_push_back(list, tensor_from_python(item)));
+    return reinterpret_cast<Value>(list);
+}
+
+// The Python function of each native operator, for the arguments that the operator leaves to it. They are
+// never given back: torch may call them as long as the process lives.
+PyObject* python_functions[adq::kNativeOperators];
+
+void call_python(int index, const Value* arguments, Value* results) {
+    const adq::NativeOperator& native = adq::kNative[index];
+    const py::gil_scoped_acquire gil;
+    py::tuple values(std::strlen(native.arguments));
+    for (std::size_t i = 0; i < values.size(); ++i) values[i] = to_python(arguments[i], native.arguments[i]);
+    const py::object result = py::handle(python_functions[index])(*values);
+    if (std::strlen(native.results) == 1) {
+        results[0] = from_python(result, native.results[0]);
+        return;
+    }
+    std::size_t i = 0;
+    for (const py::handle& item : result) {
+        results[i] = from_python(item, native.results[i]);
+        ++i;
+    }
+}
+
+template <int index>
+void call_native(Value* stack, std::uint64_t, std::uint64_t count) {
+    const adq::NativeOperator& native = adq::kNative[index];
+    Value results[adq::kMaxResults];
+    {
+        const adq::HeldArguments held(stack, native.arguments);
+        if (!native.run(stack, results)) call_python(index, stack, results);
+    }
+    std::copy(results, results + count, stack);
+}
+
+template <int... index>
+constexpr std::array<adq::Kernel, sizeof...(index)> native_kernels(std::integer_sequence<int, index...>) {
+    return {&call_native<index>...};
+}
+
+// Registers the native operators for CPU tensors, after which torch calls them itself. `addresses` has
+// torch's functions by name, `functions` the operators' Python functions.
+void register_native(const std::map<std::string, Address>& addresses,
+                     const std::map<std::string, py::function>& functions) {
+#define ADQ_SET(result, name, arguments) \
+    adq::torch.name = reinterpret_cast<decltype(adq::torch.name)>(addresses.at(#name));
+    ADQ_TORCH_FUNCTIONS(ADQ_SET)
+#undef ADQ_SET
+    static constexpr auto kernels = native_kernels(std::make_integer_sequence<int, adq::kNativeOperators>());
+    adq::LibraryHandle library;
+    adq::check(adq::torch.aoti_torch_library_init_impl("adq", "CPU", __FILE__, __LINE__, &library));
+    for (int i = 0; i < adq::kNativeOperators; ++i) {
+        const char* name = adq::kNative[i].name;
+        python_functions[i] = py::object(functions.at(name)).release().ptr();
+        adq::check(adq::torch.torch_library_impl(library, name, kernels[i], adq::kTorchVersion));
+    }
+}
+
+std::vector<std::string> native_operators() {
+    std::vector<std::string> names;
+    for (const adq::NativeOperator& native : adq::kNative) names.emplace_back(native.name);
+    return names;
+}
+
+std::vector<std::string> torch_functions() {
+    return {
+#define ADQ_NAME(result, name, arguments) #name,
+        ADQ_TORCH_FUNCTIONS(ADQ_NAME)
+#undef ADQ_NAME
+    };
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -245,6 +359,12 @@ PYBIND11_MODULE(_C, module) {
                "(packed, bits, codebook, levels, scale, outer, channels, inner, w_q, threads)");
     module.def("codebook_linear", &codebook_linear, NoGil(),
                "(x, rows, inputs, outputs, packed, bits, codebook, levels, scale, channels, y, threads)");
+    module.def("register_native", &register_native,
+               "({name of a torch function: address}, {name of an operator: Python function})");
+    module.def("native_operators", &native_operators,
+               "Names of the operators that register_native registers.");
+    module.def("torch_functions", &torch_functions, "Names of the functions that register_native needs.");
+    module.attr("POOL_FROM") = adq::kPoolFrom;
     py::class_<PoolBuffer>(module, "PoolBuffer", py::buffer_protocol(),
                            "Bytes of the pool for large results.")
         .def(py::init<std::size_t>())

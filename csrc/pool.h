@@ -6,6 +6,9 @@
 
 namespace adq {
 
+// Bytes of the smallest result that comes from the pool.
+constexpr std::size_t kPoolFrom = std::size_t{1} << 20;
+
 // Whether there is a pool on this system; without one `pool_take` returns null.
 bool has_pool();
 

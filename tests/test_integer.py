@@ -91,6 +91,14 @@ def test_every_instruction_set_equals_the_reference(isa, case):
     assert_same(cpu.integer_conv2d(*arguments), reference.integer_conv2d(*arguments))
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_torch_gives_the_same_result(poisoned_memory, case):
+    arguments, _ = make(**CASES[case])
+    through_torch, in_python = torch.ops.adq.integer_conv2d(*arguments), cpu.integer_conv2d(*arguments)
+    assert_same(through_torch, in_python)
+    assert [t.stride() for t in through_torch[1]] == [t.stride() for t in in_python[1]]
+
+
 TRITON = pytest.mark.parametrize("backend", ["triton"], indirect=True)
 TRITON_CASES = {
     **CASES,

@@ -62,6 +62,14 @@ def test_linear(call, assert_sum, dtype, bits, shape):
     assert_sum(y, expected(x, *arguments))
 
 
+@pytest.mark.parametrize("scales", [1, 5])
+@pytest.mark.parametrize("rows", [(), (3,), (2, 3)])
+def test_torch_gives_the_same_result(assert_identical, rows, scales):
+    cpu = pytest.importorskip("adq.backends.cpu", reason="the C++ kernels are not built")
+    arguments = (normal(*rows, 70), *coded(5, 70, 3, 7, scales))
+    assert_identical(torch.ops.adq.codebook_linear(*arguments), cpu.codebook_linear(*arguments))
+
+
 def test_linear_by_hand(call, dtype):
     packed, codebook = u8(0b10001101, 0b0111), f32(-2.0, 0.5, 3.0)  # codes 1, 3, 0 and 2, 3, 1; there is no level 3
     x = f32(1.0, 2.0, -4.0, 0.0, -1.0, 2.0).view(2, 3).to(dtype)

@@ -39,7 +39,8 @@ def _load(module: str) -> tuple[ModuleType | None, str]:
 def _register(backend: ModuleType, key: str) -> str:
     """Register what the backend has; returns a remark on what the reference serves in its place."""
     missing = [name for name in ops.SCHEMAS if not hasattr(backend, name)]
-    for name in ops.SCHEMAS.keys() - missing:
+    native = backend.register_native() if hasattr(backend, "register_native") else set()
+    for name in ops.SCHEMAS.keys() - missing - native:
         ops.LIBRARY.impl(name, getattr(backend, name), key)
     return f"; the torch reference serves {', '.join(missing)}" if missing else ""
 

@@ -5,6 +5,10 @@ order, any other is copied into the layout that its result gets. ``ADQ_CPU_ISA``
 set: ``avx512vnni``, ``avx512``, ``avx2vnni``, ``avx2`` or ``baseline``; those with VNNI differ from those without
 in the integer convolution alone.
 
+Where torch has a stable C interface for it (2.14 and newer), it calls the commonest operators without Python: their
+small calls end in ``csrc/dispatch.cpp``, all others come back to the functions here. ``ADQ_CPU_DISPATCH=python`` turns
+that off.
+
 On Linux, results of 1 MiB and more live in memory that the process keeps for the next ones: fresh memory costs page
 faults, which take several times as long as the kernels. ``ADQ_CPU_POOL_MIB`` limits what may wait unused
 (default 1024; 0 turns the pool off).
@@ -12,6 +16,7 @@ faults, which take several times as long as the kernels. ``ADQ_CPU_POOL_MIB`` li
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 from collections.abc import Sequence
@@ -41,7 +46,7 @@ _ISA_TITLES = {
     "baseline": "baseline instruction set",
 }
 
-POOL_FROM = 2**20
+POOL_FROM: int = _C.POOL_FROM
 """Bytes of the smallest result that comes from the pool."""
 
 if "ADQ_CPU_ISA" in os.environ:
@@ -51,10 +56,38 @@ _C.set_pool_limit(_POOL_LIMIT)
 _HAS_POOL = _C.has_pool() and _POOL_LIMIT > 0
 
 
+def _torch_functions() -> dict[str, int] | None:
+    """Addresses of the functions of torch that native operators call, None where this torch lacks one."""
+    choice = os.environ.get("ADQ_CPU_DISPATCH", "auto")
+    if choice not in ("auto", "python"):
+        raise ValueError(f"ADQ_CPU_DISPATCH must be auto or python, got {choice!r}")
+    library = ctypes.CDLL(torch._C.__file__)
+    names = _C.torch_functions()
+    if choice == "python" or not all(hasattr(library, name) for name in names):
+        return None
+    return {name: ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0 for name in names}
+
+
+_TORCH_FUNCTIONS = _torch_functions()
+
+
+def register_native() -> set[str]:
+    """Register the operators that torch calls without Python; their names.
+
+    Their small and common calls go straight to C++; all others come back to the functions below.
+    """
+    if _TORCH_FUNCTIONS is None:
+        return set()
+    names = _C.native_operators()
+    _C.register_native(_TORCH_FUNCTIONS, {name: globals()[name] for name in names})
+    return set(names)
+
+
 def describe() -> str:
-    """One line on how the kernels run, e.g. ``C++ kernels, AVX-512, OpenMP``."""
+    """One line on how the kernels run, e.g. ``C++ kernels, AVX-512, OpenMP, called by torch itself``."""
     threads = "OpenMP" if _C.openmp() else "1 thread, no OpenMP"
-    return f"C++ kernels, {_ISA_TITLES[_C.isa()]}, {threads}"
+    called = "from Python" if _TORCH_FUNCTIONS is None else "by torch itself"
+    return f"C++ kernels, {_ISA_TITLES[_C.isa()]}, {threads}, called {called}"
 
 
 def _pooled(size: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
