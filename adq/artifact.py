@@ -157,6 +157,7 @@ def packed_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, list[in
     state = {key: tensor for key, tensor in plain_state(model).items() if not key.endswith(COUNTER)}
     shapes: dict[str, list[int]] = {}
     weights = packed_weights(model)
+    codes = {id(weight): weight.row_major_codes() for weight in weights.values()}
     for name, layer in quantized_layers(model).items():
         prefix, weight = _prefix(name), weights.get(name)
         for key in TRAINING_STATE:
@@ -164,7 +165,7 @@ def packed_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, list[in
         if weight is not None:
             shapes[name] = list(weight.shape)
             state.pop(f"{prefix}{layer.weight_name}", None)
-            state[f"{prefix}{CODES}"] = weight.codes
+            state[f"{prefix}{CODES}"] = codes[id(weight)]
             state[f"{prefix}weight_quantizer.codebook"] = weight.codebook
             state[f"{prefix}weight_quantizer.scale"] = weight.scale
     return dict(sorted(state.items())), shapes

@@ -61,6 +61,50 @@ def test_casts_keep_the_tables(model):
     assert half(X.bfloat16()).dtype == torch.bfloat16
 
 
+def in_every_format() -> nn.Module:
+    """Weights of four and five dimensions, of one tap too, and such as have their outputs second."""
+    layers = nn.Conv2d(3, 5, 3), nn.Conv2d(5, 8, 1), nn.ConvTranspose2d(8, 6, (2, 3), groups=2), nn.Flatten(1)
+    torch.manual_seed(0)
+    return adq.quantize_(nn.Sequential(*layers, nn.Linear(420, 4)), ADQConfig(activation=None)).eval()
+
+
+def test_channels_last_models_decode_channels_last_weights(tmp_path):
+    model, x = in_every_format(), torch.randn(2, 3, 8, 10, generator=torch.Generator().manual_seed(1))
+    weights = [model[i].quantized_weight().clone() for i in (0, 1, 2, 4)]
+    stored = adq.pack_(copy.deepcopy(model)).state_dict()
+    moved = adq.pack_(copy.deepcopy(model)).to(memory_format=torch.channels_last)
+    born = adq.pack_(copy.deepcopy(model).to(memory_format=torch.channels_last))
+    for packed in (moved, born, copy.deepcopy(born).bfloat16().float(), pickle.loads(pickle.dumps(born))):
+        assert [torch.equal(packed[i].weight, w) for i, w in zip((0, 1, 2, 4), weights, strict=True)] == [True] * 4
+        for i in (0, 1, 2):
+            assert packed[i].weight.is_contiguous(memory_format=torch.channels_last)
+        state = packed.state_dict()
+        assert state.keys() == stored.keys()
+        assert all(torch.equal(state[key], stored[key]) for key in stored if not key.endswith("bias"))
+    assert torch.allclose(moved(x), model(x), atol=1e-5)
+    fresh = adq.pack_(in_every_format().to(memory_format=torch.channels_last))
+    fresh[0].codes.zero_()
+    fresh.load_state_dict(stored)
+    assert torch.equal(fresh[0].weight, weights[0])
+    back = fresh.to(memory_format=torch.contiguous_format)
+    assert torch.equal(back[0].codes, stored["0.codes"])
+
+
+def test_files_of_channels_last_models_are_the_same(model, tmp_path):
+    adq.save(model, tmp_path / "a.safetensors", packed=True)
+    packed = adq.pack_(model.to(memory_format=torch.channels_last))
+    adq.save(packed, tmp_path / "b.safetensors", packed=True)
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
+def test_weights_of_five_dimensions_can_be_channels_last():
+    model = adq.quantize_(nn.Sequential(nn.Conv3d(3, 4, (2, 3, 2))), ADQConfig(activation=None)).eval()
+    weight = model[0].quantized_weight().clone()
+    packed = adq.pack_(model).to(memory_format=torch.channels_last_3d)
+    assert torch.equal(packed[0].weight, weight)
+    assert packed[0].weight.is_contiguous(memory_format=torch.channels_last_3d)
+
+
 def test_moving_keeps_shared_codes_shared():
     first = nn.Linear(4, 4)
     tied = nn.Sequential(first, nn.ReLU(), nn.Linear(4, 4))

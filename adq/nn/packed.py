@@ -27,9 +27,17 @@ from adq.nn.weight import WeightQuantizer
 from adq.update import unregister
 
 CODES = "codes"
+LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 FEW_ROWS = 4
 """Rows of an input up to which multiplying with the codes is faster than decoding, at every shape and width that
 ``adq bench --only linear`` times."""
+
+
+def _memory_order(weight: Tensor) -> tuple[int, ...]:
+    """The dimensions of a weight from the outermost to the innermost, if it is channels_last, else as they come."""
+    dim = weight.dim()
+    is_last = dim in LAST and weight.is_contiguous(memory_format=LAST[dim]) and not weight.is_contiguous()
+    return (0, *range(2, dim), 1) if is_last else tuple(range(dim))
 
 
 class PackedWeight(WeightQuantizer):
@@ -37,8 +45,9 @@ class PackedWeight(WeightQuantizer):
 
     Buffers: ``codes`` uint8, the stream of :func:`adq.functional.pack`; ``codebook`` float32 ``[K]``, ascending;
     ``scale`` float32, of any sign, broadcasts against the weight. They keep their dtype when the model is cast, and
-    the weight comes in the dtype that it would have been cast to. In a state dict the codes stand beside their
-    layer's bias, as ``<layer>.codes``.
+    the weight comes in the dtype that it would have been cast to. In a model that is channels_last the codes lie in
+    that order, so that the decoded weight does. In a state dict they stand beside their layer's bias, as
+    ``<layer>.codes``, in row-major order.
 
     Args:
         quantizer: what the weight was trained with.
@@ -48,15 +57,18 @@ class PackedWeight(WeightQuantizer):
     Attributes:
         shape: of the weight.
         dtype: of the weight when it is read.
+        order: its dimensions from the outermost to the innermost in memory; the codes lie in this order.
     """
 
     codes: Tensor
+    order: tuple[int, ...]
 
     def __init__(self, quantizer: WeightQuantizer, weight: Tensor, codes: Tensor | None = None) -> None:
         nn.Module.__init__(self)
         self.config, self.axis, self.name = quantizer.config, quantizer.axis, quantizer.name
         self.pinned, self.enabled = quantizer.pinned, True
         self.shape, self.dtype = weight.shape, weight.dtype
+        self.order = tuple(range(weight.dim()))
         if codes is None:
             codes = pack(quantizer.encode(weight), quantizer.bits)
         self.register_buffer(CODES, codes)
@@ -65,25 +77,57 @@ class PackedWeight(WeightQuantizer):
 
     def forward(self, weight: Tensor | None = None) -> Tensor:
         """The weight; there is no other, so the argument is not looked at."""
-        return decode(self.codes, self.codebook, self.scale, self.shape).to(self.dtype)
+        if self._is_row_major:
+            return decode(self.codes, self.codebook, self.scale, self.shape).to(self.dtype)
+        decoded = decode(self.codes, self.codebook, self.scale.permute(self.order), self._shape_in_memory)
+        return self._in_shape(decoded).to(self.dtype)
 
     def encode(self, weight: Tensor | None = None) -> Tensor:
         """Codes of the weight, uint8, in its shape."""
-        return unpack(self.codes, self.bits, self.shape)
+        return self._in_shape(unpack(self.codes, self.bits, self._shape_in_memory))
+
+    def row_major_codes(self) -> Tensor:
+        """The packed codes as files have them."""
+        return self.codes if self._is_row_major else pack(self.encode(), self.bits)
+
+    def arrange_(self, order: tuple[int, ...]) -> None:
+        """Have the codes lie in another order of the weight's dimensions."""
+        if order != self.order:
+            self.codes = pack(self.encode().permute(order), self.bits)
+            self.order = order
+
+    @property
+    def _is_row_major(self) -> bool:
+        return self.order == tuple(range(len(self.shape)))
+
+    @property
+    def _shape_in_memory(self) -> torch.Size:
+        return torch.Size(self.shape[d] for d in self.order)
+
+    def _in_shape(self, tensor: Tensor) -> Tensor:
+        """A tensor of the shape in memory, with the dimensions as they are named."""
+        return tensor.permute([self.order.index(d) for d in range(len(self.order))])
 
     def _fit(self, weight: Tensor, config: Any) -> Any:
         raise ValueError(f"adq: layer {self.name!r} is packed, its codebook is final; load the plain file to change it")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.codes.device)).dtype
-        return super()._apply(fn, recurse)
+        like = fn(self._in_shape(torch.empty([2] * len(self.shape), dtype=self.dtype, device=self.codes.device)))
+        super()._apply(fn, recurse)
+        self.dtype = like.dtype
+        self.arrange_(_memory_order(like))
+        return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix.removesuffix("weight_quantizer.") + CODES] = destination.pop(prefix + CODES)
+        del destination[prefix + CODES]
+        destination[prefix.removesuffix("weight_quantizer.") + CODES] = self.row_major_codes()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        order = self.order
+        self.arrange_(tuple(range(len(order))))
         nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
+        self.arrange_(order)
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, levels={self.codebook.numel()}, scale={self.config.scale}, packed"
@@ -102,7 +146,7 @@ class PackedLayer(QuantizedLayer):
 
     @property
     def codes(self) -> Tensor:
-        """The packed codes, uint8."""
+        """The packed codes, uint8, in the order of the weight's memory."""
         return self.weight_quantizer.codes
 
     def quantized_weight(self) -> Tensor:
@@ -199,6 +243,7 @@ PACKED: dict[type[nn.Module], type[PackedLayer]] = {
 
 def pack_layer_(layer: QuantizedLayer, packed: PackedWeight) -> None:
     """Make a quantized layer an inference layer with this weight; its float weight is given up."""
+    packed.arrange_(_memory_order(layer.weight))
     layer.__class__ = PACKED[type(layer)]
     del layer._parameters[layer.weight_name]
     layer.weight_quantizer = packed.train(layer.training)
