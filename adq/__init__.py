@@ -18,6 +18,7 @@ from adq.calibrate import calibrate_
 from adq.config import ActivationConfig, ADQConfig, LayerConfig, WeightConfig
 from adq.convert import fast_linear_, pack_, quantize_
 from adq.coreml import export_coreml
+from adq.dampening import dampening_loss
 from adq.distill import DistillationLoss
 from adq.executorch import export_executorch
 from adq.fold import fold_batch_norm_
@@ -51,6 +52,7 @@ __all__ = [
     "calibrate_",
     "correct_batch_norm_",
     "create_model",
+    "dampening_loss",
     "export_aoti",
     "export_coreml",
     "export_executorch",

@@ -12,6 +12,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from adq import dampening_loss, load
+
 pytest.importorskip("accelerate", reason="adq train needs the extra 'train'")
 pytest.importorskip("sklearn", reason="the digits need scikit-learn")
 
@@ -119,9 +121,10 @@ def test_given_weights_a_teacher_of_its_own_reversed_bits_and_reestimated_batch_
     weights = str(folder / "whole" / "float.safetensors")
     common = ["train", "--weights", weights, "--float-epochs", "1", "--epochs", "1", "--seed", "3"]
     teacher = f"distillation.teacher={{name: digits_cnn, weights: {weights}}}"
+    changes = "allocation.order=reversed", "qat.reestimate_batches=5", "qat.dampening=20", "qat.warmup_epochs=0.1"
     runs = {
         "plain": [],
-        "changed": ["--set", teacher, "--set", "allocation.order=reversed", "--set", "qat.reestimate_batches=5"],
+        "changed": ["--set", teacher, *(f"--set={change}" for change in changes)],
         "finetuned": ["--set", "model.finetune=true"],
     }
     for name, options in runs.items():
@@ -135,6 +138,8 @@ def test_given_weights_a_teacher_of_its_own_reversed_bits_and_reestimated_batch_
     assert bits[0] != bits[1]
     saved = [load_file(folder / name / "model.safetensors") for name in ("plain", "changed")]
     assert not torch.equal(saved[0]["bn1.running_mean"], saved[1]["bn1.running_mean"])
+    models = [load(folder / name / "model.safetensors") for name in ("plain", "changed")]
+    assert dampening_loss(models[1]) < 0.3 * dampening_loss(models[0])
 
 
 @pytest.mark.parametrize(
@@ -149,6 +154,8 @@ def test_given_weights_a_teacher_of_its_own_reversed_bits_and_reestimated_batch_
         ),
         (["--set", "model.finetune=true"], "model.finetune trains given weights on"),
         (["--set", "distillation.teacher={name: digits_cnn}"], "distillation.teacher needs weights"),
+        (["--set", "qat.dampening=-1"], "dampening must not be negative"),
+        (["--set", "float.dampening=0.1"], "weights in float have no codewords; set qat.dampening"),
         (["--set", "qat.reestimate_batches=-1"], "reestimate_batches must not be negative"),
         (["--config", "missing.yaml"], "no such file: missing.yaml"),
         (["--config", "cifar"], "no recipe 'cifar'"),

@@ -57,6 +57,8 @@ class PhaseConfig:
         warmup_epochs: linear rise at the start.
         label_smoothing: of cross entropy.
         clip_grad_norm: largest gradient norm, None for no limit.
+        dampening: factor of :func:`adq.dampening_loss` where the learning rate has fallen to zero; it grows from zero
+            as the rate falls from its peak. 0: none. Of quantization-aware training alone.
         reestimate_batches: after the last epoch, replace batch-norm running statistics by their means over so many
             training batches; 0 keeps the running averages.
     """
@@ -72,6 +74,7 @@ class PhaseConfig:
     warmup_epochs: float = 1.0
     label_smoothing: float = 0.0
     clip_grad_norm: float | None = None
+    dampening: float = 0.0
     reestimate_batches: int = 0
 
     def __post_init__(self) -> None:
@@ -79,7 +82,7 @@ class PhaseConfig:
         for name in ("epochs", "reestimate_batches"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("lr", "threshold_lr", "scale_lr", "weight_decay", "warmup_epochs", "momentum"):
+        for name in ("lr", "threshold_lr", "scale_lr", "weight_decay", "warmup_epochs", "momentum", "dampening"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 
@@ -201,6 +204,10 @@ class RunConfig:
     qat: PhaseConfig = field(default_factory=PhaseConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+
+    def __post_init__(self) -> None:
+        if self.float.dampening:
+            raise ValueError("adq: float.dampening: weights in float have no codewords; set qat.dampening")
 
 
 def recipe_names() -> list[str]:

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 from adq.convert import model_device, to_device
+from adq.dampening import dampening_loss
 from adq.distributed import average_batch_norm_, gather, pool
 from adq.nn.activation import ActivationQuantizer
 from adq.nn.weight import WeightQuantizer
@@ -183,16 +184,14 @@ class Trainer:
     def run(self, resume: Progress | None = None) -> nn.Module:
         """Train to the end, from ``resume`` where given; returns the model, unwrapped."""
         accelerator = self.accelerator
-        batches = len(self.train)
-        updates = math.ceil(batches / accelerator.gradient_accumulation_steps)
         inner = build_optimizer(self.model, self.config)
         with warnings.catch_warnings():  # torch 2.14 has another name for it, which Accelerate does not know yet
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-            schedule = build_schedule(inner, self.config, updates)
+            schedule = build_schedule(inner, self.config, self.updates)
             model, optimizer, schedule = accelerator.prepare(self.model, inner, schedule)
         progress = Progress(self.phase, 0, 0, self.layout)
         if resume is not None:
-            progress = self._resume(resume, schedule, updates)
+            progress = self._resume(resume, schedule)
         else:
             self._save(progress)
         forward: Any = torch.compile(model) if self.compiled else model
@@ -206,14 +205,19 @@ class Trainer:
         return trained
 
     @property
+    def updates(self) -> int:
+        """Optimizer steps of an epoch."""
+        return math.ceil(len(self.train) / self.accelerator.gradient_accumulation_steps)
+
+    @property
     def layout(self) -> Layout:
         """How the images of a step are spread."""
         accelerator, images = self.accelerator, self.train.total_batch_size  # type: ignore[attr-defined]
         return Layout(accelerator.num_processes, images, accelerator.gradient_accumulation_steps)
 
-    def _resume(self, saved: Progress, schedule: Any, updates: int) -> Progress:
+    def _resume(self, saved: Progress, schedule: Any) -> Progress:
         """Restore a checkpoint: exactly, or into another layout as near as that can be."""
-        accelerator = self.accelerator
+        accelerator, updates = self.accelerator, self.updates
         self.checkpoints.restore(accelerator, self.model, saved, self.layout)
         if saved.layout == self.layout:
             return saved
@@ -248,7 +252,7 @@ class Trainer:
                     logits = model(images)
                     with accelerator.autocast():  # a teacher's forward pass belongs to the loss
                         loss = self.loss(logits, images, target)
-                    accelerator.backward(loss)
+                    accelerator.backward(loss + self._dampening(schedule))
                     if accelerator.sync_gradients and self.config.clip_grad_norm is not None:
                         accelerator.clip_grad_norm_(model.parameters(), self.config.clip_grad_norm)
                     optimizer.step()
@@ -264,6 +268,14 @@ class Trainer:
                     self._end_step(totals, images, epoch, index)
                 pace.idle = checked  # reading the loss has waited for the device
         self._finish_epoch(model, totals, begin, pace, schedule)
+
+    def _dampening(self, schedule: Any) -> Tensor | float:
+        """The pull towards the codewords: as strong as the learning rate has fallen from its peak."""
+        warming_up = schedule.scheduler.last_epoch < self.config.warmup_epochs * self.updates
+        if warming_up or not self.config.dampening * self.config.lr:
+            return 0.0
+        fallen = 1.0 - schedule.get_last_lr()[0] / self.config.lr
+        return self.config.dampening * fallen * dampening_loss(self.accelerator.unwrap_model(self.model))
 
     def _end_step(self, totals: Totals, images: Tensor, epoch: int, index: int) -> None:
         """Between two optimizer steps: leave if a process must, and save where it is due."""
