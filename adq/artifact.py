@@ -301,6 +301,8 @@ def _check_values(header: Header, state: dict[str, Tensor], path: Path) -> None:
             raise ValueError(f"adq: {path} has a damaged header: {key} cannot share the tensor of {kept}")
     state.update({key: state[kept] for key, kept in header.aliases.items()})
     for key, tensor in state.items():
+        if tensor.dtype not in container.DTYPES:
+            raise ValueError(f"adq: {path}: {key} is {tensor.dtype}")
         if not bool(tensor.isfinite().all()):
             raise ValueError(f"adq: {path}: {key} holds NaN or infinity")
         if tensor.dtype == torch.bool and bool((tensor.view(torch.uint8) > 1).any()):

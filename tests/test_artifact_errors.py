@@ -272,6 +272,13 @@ def test_values_that_no_model_has(tmp_path, files, tensors, message):
     assert_refused(tmp_path / "m.safetensors", message)
 
 
+def test_a_dtype_of_no_model(tmp_path, files, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setitem(container.DTYPES, torch.float8_e4m3fn, "F8_E4M3")
+        forge(tmp_path / "m.safetensors", files[False], {"norm.bias": torch.zeros(6).to(torch.float8_e4m3fn)})
+    assert_refused(tmp_path / "m.safetensors", r"norm\.bias is torch\.float8_e4m3fn")
+
+
 def test_codes_beyond_the_codebook(tmp_path):
     path = tmp_path / "m.safetensors"
     adq.save(trained(levels="symmetric"), path, packed=True)
