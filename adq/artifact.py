@@ -143,9 +143,17 @@ def _present_config(model: nn.Module) -> dict[str, LayerConfig]:
 
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a plain file: the state dict."""
-    state = model.state_dict()
+    """The tensors of a plain file: the state dict, layers under their first names."""
+    state = _by_first_name(model.state_dict(), model, quantized_layers(model))
     return {key: tensor.bool() if key.endswith(CALIBRATED) else tensor for key, tensor in state.items()}
+
+
+def _by_first_name(state: Mapping[str, Tensor], model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """A state dict without the further names of layers that are registered more than once."""
+    held = set(layers.values())
+    named = model.named_modules(remove_duplicate=False)
+    further = tuple(_prefix(name) for name, module in named if module in held and name not in layers)
+    return {key: tensor for key, tensor in state.items() if not key.startswith(further)}
 
 
 def packed_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
@@ -277,7 +285,7 @@ def load(path: str | Path, model: nn.Module | None = None, *, device: str | torc
         attach_(model, header.folded)
     for name, reason in header.in_float.items():
         note_reason(model.get_submodule(name), reason)
-    model.load_state_dict(state, strict=not header.packed)
+    model.load_state_dict(state, strict=False)  # compared already, but for further names of a layer
     return model.eval().to(device)
 
 
@@ -360,10 +368,11 @@ def _fold_problems(modules: Mapping[str, nn.Module], header: Header) -> list[str
 
 def _expected(model: nn.Module, header: Header) -> dict[str, Tensor]:
     """What a file of this header holds for this float model: tensors without memory, by name."""
-    expected = {key: tensor.to("meta") for key, tensor in model.state_dict().items()}
+    layers: dict[str, Any] = {name: model.get_submodule(name) for name in header.layers}
+    state = _by_first_name(model.state_dict(), model, layers)
+    expected = {key: tensor.to("meta") for key, tensor in state.items()}
     if header.packed and header.version > 1:
         expected = {key: tensor for key, tensor in expected.items() if not key.endswith(COUNTER)}
-    layers: dict[str, Any] = {name: model.get_submodule(name) for name in header.layers}
     for name, norm in header.folded.items():
         expected = {key: tensor for key, tensor in expected.items() if not key.startswith(_prefix(norm))}
         expected[f"{_prefix(name)}bias"] = layers[name].weight.new_empty(layers[name].out_channels, device="meta")

@@ -25,9 +25,13 @@ FilterFn = Callable[[nn.Module, str], bool]
 _FLOAT = LayerConfig(None, None)
 
 
-def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
-    """The quantized layers of a model by qualified name, in order of registration."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
+def quantized_layers(model: nn.Module, *, every_name: bool = False) -> dict[str, QuantizedLayer]:
+    """The quantized layers of a model by qualified name, in order of registration.
+
+    With ``every_name`` a layer that is registered more than once stands under each of its names, else under the first.
+    """
+    modules = model.named_modules(remove_duplicate=not every_name)
+    return {name: module for name, module in modules if isinstance(module, QuantizedLayer)}
 
 
 def weight_quantizers(model: nn.Module) -> dict[str, tuple[QuantizedLayer, WeightQuantizer]]:
@@ -233,7 +237,8 @@ def packed_weights(model: nn.Module, codes: Mapping[str, Tensor] | None = None) 
     codes are given, by the name of a layer, they are taken, and other weights left out.
     """
     layers = {n: layer for n, layer in quantized_layers(model).items() if _has_weight_quantizer(layer)}
-    own = {f"{name}.{layer.weight_name}".lstrip(".") for name, layer in layers.items()}
+    named = quantized_layers(model, every_name=True)
+    own = {f"{name}.{q.weight_name}".lstrip(".") for name, q in named.items() if _has_weight_quantizer(q)}
     in_float = {tensor.data_ptr() for key, tensor in model.state_dict().items() if key not in own}
     made: dict[int, PackedWeight] = {}
     for name, layer in layers.items():

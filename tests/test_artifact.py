@@ -132,6 +132,40 @@ def test_shared_weights(tmp_path, packed, embedding):
         assert loaded.b.codes is loaded.a.codes
 
 
+class Repeated(nn.Module):
+    """A block that is registered twice, with a layer norm in float, and a layer that has a second name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        block = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.MultiheadAttention(8, 2))
+        self.stem, self.blocks, self.head = nn.Linear(8, 8), nn.ModuleList([block, block]), nn.Linear(8, 8)
+        self.tail = self.head
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for linear, norm, attention in self.blocks:
+            x = norm(linear(x))
+            x = x + attention(x, x, x)[0]
+        return self.tail(torch.relu(self.head(x)))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_layers_that_are_registered_twice(tmp_path, packed):
+    torch.manual_seed(0)
+    model, x, path = Repeated(), torch.randn(4, 3, 8), tmp_path / "m.safetensors"
+    adq.calibrate_(adq.quantize_(model, ADQConfig()), [x]).eval()
+    adq.save(model, path, packed=packed)
+    loaded = adq.load(path, Repeated())
+    assert torch.equal(loaded(x), model(x))
+    assert loaded.tail is loaded.head and loaded.blocks[0] is loaded.blocks[1]
+    stored = tensors_of(path)
+    assert not any(key.startswith(("tail.", "blocks.1.")) for key in stored)
+    codes = {"stem.codes", "blocks.0.0.codes", "blocks.0.2.codes", "blocks.0.2.out_proj.codes", "head.codes"}
+    assert {key for key in stored if key.endswith(".codes")} == (codes if packed else set())
+    again = adq.save(loaded, tmp_path / "again.safetensors", packed=packed)
+    assert again.read_bytes() == path.read_bytes()
+
+
 # ---- the file ----------------------------------------------------------------------------------------
 
 
