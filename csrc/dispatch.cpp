@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <array>
+#include <initializer_list>
+#include <limits>
 
 #include "integer_layout.h"
 #include "pool.h"
@@ -19,6 +21,15 @@ int thread_count() {
 // Whether a result is one for this file: there is something to do, and it is too small for the pool.
 bool is_small(std::int64_t numel, std::int64_t bytes = 4) {
     return numel > 0 && numel < static_cast<std::int64_t>(kPoolFrom) / bytes;
+}
+
+// The same of a result of several dimensions, whose product may be beyond 64 bits.
+bool is_small(std::initializer_list<std::int64_t> sizes, std::int64_t bytes = 4) {
+    std::int64_t numel = 1;
+    for (const std::int64_t size : sizes) {
+        if (!is_small(size, bytes) || !is_small(numel *= size, bytes)) return false;
+    }
+    return true;
 }
 
 // Dense data of a float dtype.
@@ -245,7 +256,7 @@ bool is_arranged(const Convolution& args, const View& weight) {
     if (args.table_levels == 0) bits = 8;
     const Layout layout = find_layout(args);
     const std::int64_t sums = layout.taps * (layout.depthwise ? 1 : layout.inputs);
-    if (bits == 0 || sums * 255 * 128 >= std::int64_t{1} << 31) return false;
+    if (bits == 0 || sums > std::numeric_limits<std::int32_t>::max() / (255 * 128)) return false;
     if (layout.depthwise)
         return weight.dim == 2 && weight.sizes[0] == layout.taps && weight.sizes[1] == args.outputs;
     const std::array<std::int64_t, 4> expected = {layout.groups, layout.blocks, layout.steps, 8 * bits};
@@ -267,7 +278,7 @@ bool set_geometry(Convolution& args, const Value* arguments) {
         *results[i] = room / args.stride[i] + 1;
     }
     const std::int64_t bytes = as<bool>(arguments[11]) ? 4 : 1;
-    return is_small(args.batch * args.outputs * args.out_height * args.out_width, bytes);
+    return is_small({args.batch, args.outputs, args.out_height, args.out_width}, bytes);
 }
 
 // An optional tensor of the result's shape and layout.
@@ -317,8 +328,8 @@ bool convolve(const Value* arguments, Value* results) {
         level.levels = level_tensors.back().pointer<std::uint8_t>();
     }
     integer_conv2d(args, thread_count());
-    results[0] = y.release();
     results[1] = to_list(level_tensors);
+    results[0] = y.release();
     return true;
 }
 
@@ -327,9 +338,9 @@ bool linear(const Value* arguments, Value* results) {
     const View x(arguments[0]), packed(arguments[1]), codebook(arguments[2]), scale(arguments[3]);
     const auto bits = as<std::int64_t>(arguments[4]), outputs = as<std::int64_t>(arguments[5]);
     const std::int32_t float32 = torch.aoti_torch_dtype_float32();
-    if (x.dim == 0 || x.numel == 0 || x.dtype != float32 || !is_contiguous(x) || outputs < 1) return false;
+    if (x.dim == 0 || x.numel == 0 || x.dtype != float32 || !is_contiguous(x)) return false;
     const std::int64_t inputs = x.sizes[x.dim - 1], rows = x.numel / inputs;
-    const bool fits = is_small(rows * outputs) && bits >= 1 && bits <= 8 && is_table(codebook) &&
+    const bool fits = is_small({rows, outputs}) && bits >= 1 && bits <= 8 && is_table(codebook) &&
                       codebook.numel >= 1 && codebook.numel <= std::int64_t{1} << bits && packed.dim == 1 &&
                       packed.dtype == torch.aoti_torch_dtype_uint8() && is_contiguous(packed) &&
                       packed.numel == (outputs * inputs * bits + 7) / 8 && scale.dtype == float32 &&

@@ -169,6 +169,13 @@ def test_odd_arguments_have_the_same_outcome_as_in_python(poisoned_memory, opera
     assert outcomes >= {"result", ValueError}
 
 
+def test_sizes_whose_product_is_beyond_64_bits_are_refused_as_in_python():
+    arguments = [normal(4, 10), PACKED[0], PACKED[1], torch.ones(1, 1), 4, 2**62 + 3]
+    through_torch = outcome(torch.ops.adq.codebook_linear, arguments)
+    assert through_torch == outcome(cpu.codebook_linear, arguments)
+    assert through_torch[0] is ValueError
+
+
 def test_many_threads_at_once():
     x, slow, wrong = normal(999), normal(30, 30).t(), normal(9).double()
     fast = both("threshold_quantize", OPERATORS["threshold_quantize"](x))[1][0]
