@@ -90,6 +90,14 @@ def test_channels_last_models_decode_channels_last_weights(tmp_path):
     assert torch.equal(back[0].codes, stored["0.codes"])
 
 
+def test_channels_last_models_without_memory_take_a_state_dict():
+    packed = adq.pack_(in_every_format().to(memory_format=torch.channels_last))
+    empty = copy.deepcopy(packed).to("meta")
+    empty.load_state_dict(packed.state_dict(), assign=True)
+    assert torch.equal(empty[0].weight, packed[0].weight)
+    assert empty[0].weight.stride() == packed[0].weight.stride()
+
+
 def test_files_of_channels_last_models_are_the_same(model, tmp_path):
     adq.save(model, tmp_path / "a.safetensors", packed=True)
     packed = adq.pack_(model.to(memory_format=torch.channels_last))

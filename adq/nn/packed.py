@@ -88,13 +88,17 @@ class PackedWeight(WeightQuantizer):
 
     def row_major_codes(self) -> Tensor:
         """The packed codes as files have them."""
-        return self.codes if self._is_row_major else pack(self.encode(), self.bits)
+        return self.codes if self._is_row_major else self._packed(tuple(range(len(self.order))))
 
     def arrange_(self, order: tuple[int, ...]) -> None:
         """Have the codes lie in another order of the weight's dimensions."""
         if order != self.order:
-            self.codes = pack(self.encode().permute(order), self.bits)
+            self.codes = self._packed(order)
             self.order = order
+
+    def _packed(self, order: tuple[int, ...]) -> Tensor:
+        """The codes in another order, packed; on any device, a meta device too."""
+        return torch.ops.adq.pack_bits(self.encode().permute(order), self.bits)
 
     @property
     def _is_row_major(self) -> bool:
