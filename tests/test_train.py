@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 import yaml
+from faults import Runner
 from safetensors.torch import load_file
 
 from adq import dampening_loss, load
@@ -34,17 +35,18 @@ def command(folder, *arguments):
 
 
 def adq(folder, *arguments):
-    process = command(folder, *arguments)
-    text = process.communicate(timeout=300)[0]
-    return process.returncode, " ".join(text.split())
+    """Exit status and output of ``adq ARGUMENTS``, in a process that need not import anything first."""
+    runner = Runner(folder)
+    return runner.finish(runner.start("said", *arguments), 300), runner.said("said")
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    code, text = adq(folder, "train", "--output", "whole", *SHORT)
-    assert code == 0, text
-    return folder, text
+    process = command(folder, "train", "--output", "whole", *SHORT)
+    text = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, text
+    return folder, " ".join(text.split())
 
 
 def test_the_run_folder_is_complete(finished):
