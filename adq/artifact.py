@@ -350,6 +350,8 @@ def _check_architecture(model: nn.Module, header: Header, state: dict[str, Tenso
         problems = _fold_problems(modules, header)
     if not problems:
         problems = _differences(_expected(model, header), state)
+    if not problems:
+        problems = _sharing_problems(model, header, state)
     if problems:
         raise ValueError(f"adq: {path} is of another architecture: {listed(sorted(problems))}")
     _check_codes(header, state, path)
@@ -394,6 +396,26 @@ def _expected(model: nn.Module, header: Header) -> dict[str, Tensor]:
             size = packed_size(weight.numel(), quantizer.bits)
             expected[f"{prefix}{CODES}"] = torch.empty(size, dtype=torch.uint8, device="meta")
     return expected
+
+
+def _sharing_problems(model: nn.Module, header: Header, state: Mapping[str, Tensor]) -> list[str]:
+    """Tensors that the model has once, and the file as two that differ."""
+    pairs = _with_first(model.state_dict(keep_vars=True))
+    coded = [name for name, config in header.layers.items() if config.weight is not None]
+    for kept, prefix in _with_first({_prefix(name): _weight(model.get_submodule(name)) for name in coded}):
+        parts = [key.removeprefix(prefix) for key in state if key.startswith(f"{prefix}weight_quantizer.")]
+        pairs += [(kept + part, prefix + part) for part in (CODES, *parts)]
+    return [
+        f"{key} is not {kept} in the file, the model shares them"
+        for kept, key in pairs
+        if kept in state and key in state and not torch.equal(state[kept], state[key])
+    ]
+
+
+def _with_first(tensors: Mapping[str, Tensor]) -> list[tuple[str, str]]:
+    """Each name after the first one of the same tensor."""
+    first: dict[int, str] = {}
+    return [(first.setdefault(id(tensor), name), name) for name, tensor in tensors.items()]
 
 
 def _weight(layer: nn.Module) -> Tensor:

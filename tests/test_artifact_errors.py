@@ -304,6 +304,43 @@ def test_another_architecture(tmp_path, files, packed):
         adq.load(path)
 
 
+class Pair(nn.Module):
+    def __init__(self, shared: bool, norms: bool = False) -> None:
+        super().__init__()
+        self.a, self.b, self.norm, self.tail = nn.Linear(4, 4), nn.Linear(4, 4), nn.LayerNorm(4), nn.LayerNorm(4)
+        if shared:
+            self.b.weight = self.a.weight
+        if norms:
+            self.tail.weight = self.norm.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.tail(self.b(self.norm(self.a(x))))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_model_that_shares_what_the_file_does_not(tmp_path, packed):
+    """Either weight would be lost, and the model predict something else."""
+    path, x = tmp_path / "m.safetensors", torch.randn(3, 4)
+    model = adq.calibrate_(adq.quantize_(Pair(False), adq.ADQConfig(first_last_bits=3)), [x]).eval()
+    adq.save(model, path, packed=packed)
+    message = "another architecture: b.* is not a.* in the file, the model shares them"
+    assert_refused(path, message, model=Pair(True))
+    assert torch.equal(adq.load(path, Pair(False))(x), model(x))
+    assert torch.equal(adq.load(path, Pair(False, norms=True))(x), model(x))  # their values are the same
+    with torch.no_grad():
+        model.tail.weight.mul_(2)
+    adq.save(model, path, packed=packed)
+    assert_refused(path, "tail.weight is not norm.weight in the file", model=Pair(False, norms=True))
+
+
+@pytest.mark.parametrize("config", [{"bits": 2}, {"scale": "tensor"}])
+def test_a_model_that_shares_weights_of_unlike_codebooks(tmp_path, config):
+    path, x = tmp_path / "m.safetensors", torch.randn(3, 4)
+    whole = adq.ADQConfig(first_last_bits=3, overrides={"b": {"weight": config}})
+    adq.save(adq.calibrate_(adq.quantize_(Pair(False), whole), [x]), path, packed=True)
+    assert_refused(path, "another architecture: b.* is not a.* in the file, the model shares them", model=Pair(True))
+
+
 # ---- architectures -----------------------------------------------------------------------------------
 
 
