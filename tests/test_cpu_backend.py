@@ -7,6 +7,10 @@ of any result may depend on the instruction set, on the number of threads or on 
 from __future__ import annotations
 
 import importlib.metadata
+import os
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -385,3 +389,11 @@ def test_isa_can_be_chosen():
     with pytest.raises(ValueError, match="mmx"):
         _C.set_isa("mmx")
     assert cpu.describe().startswith("C++ kernels, ")
+
+
+@pytest.mark.parametrize(("isa", "said"), [(ISAS[-1], ISAS[-1]), ("mmx", "instruction set 'mmx' is unknown")])
+def test_isa_can_be_forced_by_the_environment(isa, said):
+    environment = {**os.environ, "ADQ_CPU_ISA": isa}
+    command = [sys.executable, "-c", "from adq.backends import cpu; print(cpu._C.isa())"]
+    finished = subprocess.run(command, env=environment, cwd=tempfile.gettempdir(), capture_output=True, text=True)
+    assert said in (finished.stdout or finished.stderr)
