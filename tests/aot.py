@@ -246,6 +246,7 @@ def cases(target: str):
                 arguments = (x, one, interval, one, one, one, steps)
                 yield kind + "forward", name, steps, partial(cuda.threshold_quantize, *arguments)
                 yield kind + "backward", name, steps, partial(cuda.threshold_quantize_backward, x, *arguments)
+                yield kind + "levels", name, steps, partial(cuda.threshold_levels, x, one, interval, one, steps)
         yield from foreach_cases(dtype, target)
     yield from integer_cases()
     for bits in range(1, 9):
@@ -273,12 +274,7 @@ def cases(target: str):
 
 
 def integer_cases():
-    """The integer convolution, size the bits of a weight (9: depthwise); and levels, size their number less one."""
-    x, one = torch.zeros(4096), torch.ones(1)
-    for bits in (1, 2, 4, 8):
-        steps = 2**bits - 1
-        yield "levels", "float32", steps, partial(cuda.threshold_levels, x, one, torch.ones(steps), one, steps)
-    yield "uniform levels", "float32", 255, partial(cuda.threshold_levels, x, one, one, one, 255)
+    """The integer convolution, size the bits of a weight (9: depthwise)."""
     values = torch.zeros(128)
     for bits in (1, 2, 3, 4, 8, 9):
         groups = 64 if bits == 9 else 1

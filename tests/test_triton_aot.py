@@ -60,11 +60,15 @@ BUDGET = [
     ("threshold_kernel", "forward", 127, (68, 41), (61, 56)),
     ("threshold_kernel", "forward", 255, (76, 49), (63, 64)),
     ("threshold_kernel", "uniform forward", 255, (61, 27), (65, 30)),
-    ("threshold_kernel", "levels", 1, (40, 7), (21, 8.5)),
-    ("threshold_kernel", "levels", 3, (49, 14), (36, 13.5)),
-    ("threshold_kernel", "levels", 15, (65, 19.5), (50, 27.5)),
-    ("threshold_kernel", "levels", 255, (67, 45.5), (61, 53)),
-    ("threshold_kernel", "uniform levels", 255, (59, 24), (64, 24.5)),
+    ("threshold_kernel", "levels", 1, (46, 7), (36, 8.5)),
+    ("threshold_kernel", "levels", 3, (51, 14), (59, 13.5)),
+    ("threshold_kernel", "levels", 7, (67, 15.5), (65, 21.5)),
+    ("threshold_kernel", "levels", 15, (67, 20), (59, 27.5)),
+    ("threshold_kernel", "levels", 31, (67, 23), (59, 32)),
+    ("threshold_kernel", "levels", 63, (76, 31), (65, 39.5)),
+    ("threshold_kernel", "levels", 127, (69, 38), (64, 47)),
+    ("threshold_kernel", "levels", 255, (75, 45.5), (66, 54)),
+    ("threshold_kernel", "uniform levels", 255, (61, 24), (64, 24.5)),
     ("threshold_table_kernel", None, 255, (26, 50), (6, 57)),
     ("threshold_backward_kernel", "backward", 1, (60, 21), (70, 30)),
     ("threshold_backward_kernel", "backward", 3, (68, 37), (82, 50)),
@@ -195,13 +199,12 @@ def test_every_kernel_is_compiled(compiled: list[dict]) -> None:
 
 
 def test_every_dtype_and_width_is_compiled(compiled: list[dict]) -> None:
-    codebooks, quantizers = ("lookup", "lookup with codes", "statistics"), ("forward", "backward")
+    codebooks, quantizers = ("lookup", "lookup with codes", "statistics"), ("forward", "backward", "levels")
     wanted = {(name, dtype, 2**bits) for name in codebooks for dtype in DTYPES for bits in WIDTHS}
     wanted |= {(name, dtype, 2**bits - 1) for name in quantizers for dtype in DTYPES for bits in WIDTHS}
     wanted |= {(f"uniform {name}", dtype, 255) for name in quantizers for dtype in DTYPES}
     wanted |= {("statistics", dtype, 2**bits - 1) for dtype in DTYPES for bits in WIDTHS[1:]}
     wanted |= {("both", dtype, levels) for dtype in DTYPES for levels in (2, 3, 4, 7, 8, 15, 16)}
-    wanted |= {("levels", "float32", 2**bits - 1) for bits in (1, 2, 4, 8)}
     wanted |= {("integer", "uint8", bits) for bits in (1, 2, 3, 4, 8, 9)} | {("integer, residual", "uint8", 9)}
     of_codes = ("pack", "unpack", "decode", "decode rows", "decode columns")
     wanted |= {(name, "uint8", bits) for name in of_codes for bits in WIDTHS}
