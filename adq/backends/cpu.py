@@ -7,7 +7,8 @@ in the integer convolution alone.
 
 Where torch has a stable C interface for it (2.14 and newer), it calls the commonest operators without Python: their
 small calls end in ``csrc/dispatch.cpp``, all others come back to the functions here. ``ADQ_CPU_DISPATCH=python`` turns
-that off.
+that off. Frozen TorchScript needs it off: torch 2.14 takes the tensors out of the lists that it hands over so, and a
+frozen graph calls with the same list again.
 
 On Linux, results of 1 MiB and more live in memory that the process keeps for the next ones: fresh memory costs page
 faults, which take several times as long as the kernels. ``ADQ_CPU_POOL_MIB`` limits what may wait unused
