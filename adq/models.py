@@ -29,6 +29,8 @@ _WEIGHT_SOURCES = ("weights", "pretrained", "weights_backbone", "checkpoint_path
 """Arguments of torchvision and timm that read other files."""
 _LISTED = 5
 _SLACK = 2**26
+_LEAST = 2**12
+"""Bytes that a tensor counts for, however small: the module around it takes as much."""
 
 
 # ---- registry ----------------------------------------------------------------------------------------
@@ -100,7 +102,7 @@ class _Allowance(TorchDispatchMode):
         if "device" in names and not any(isinstance(x, Tensor) for x in args):
             without = {"device": "meta", "pin_memory": False, "generator": None}
             changed = {name: value for name, value in without.items() if name in names}
-            self.left -= func(*args, **{**kwargs, **changed}).nbytes
+            self.left -= max(func(*args, **{**kwargs, **changed}).nbytes, _LEAST)
             if self.left < 0:
                 raise ValueError("it would be far larger than the file's tensors")
         return func(*args, **kwargs)

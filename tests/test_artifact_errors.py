@@ -14,7 +14,7 @@ from saved import RECORD, Net, forge, parts_of, read, tensors_of, trained
 from torch import nn
 
 import adq
-from adq import artifact, container
+from adq import artifact, container, models
 from adq.functional import pack, unpack
 from adq.nn import WeightQuantizer
 
@@ -374,6 +374,24 @@ def test_architectures_that_are_not_built(tmp_path, record, message):
     with pytest.raises(ValueError, match=f"adq: .*m.safetensors names an architecture that .*{message}"):
         adq.load(path)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18  # KiB
+
+
+def test_an_architecture_of_many_small_layers(tmp_path, monkeypatch):
+    """Its modules would take a thousand times what their tensors do."""
+    path, made = tmp_path / "m.safetensors", []
+
+    def norms(num_classes: int, depth: int) -> nn.Module:
+        for _ in range(depth):
+            made.append(nn.BatchNorm1d(1))
+        return nn.Sequential(*made, nn.Linear(1, num_classes))
+
+    monkeypatch.setattr(models, "_REGISTRY", dict(models._REGISTRY))
+    adq.register_architecture("norms", norms)
+    adq.save(adq.quantize_(adq.create_model("norms", 2, depth=1)), path, packed=True)
+    forge(path, path.read_bytes(), architecture={"name": "norms", "num_classes": 2, "kwargs": {"depth": 20_000}})
+    with pytest.raises(ValueError, match="far larger than the file's tensors"):
+        adq.load(path)
+    assert len(made) < 5_000
 
 
 def test_an_unregistered_architecture(tmp_path):
