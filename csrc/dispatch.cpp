@@ -224,12 +224,13 @@ bool set_operands(Convolution& args, const Value* arguments) {
     const View initial(arguments[3]), multiplier(arguments[4]), bias(arguments[5]);
     const std::int32_t uint8 = torch.aoti_torch_dtype_uint8(), float32 = torch.aoti_torch_dtype_float32();
     args.outputs = initial.numel;
-    const bool fits =
-        x.dtype == uint8 && is_channels_last(x) && x.numel > 0 && weight.dtype == uint8 &&
-        is_contiguous(weight) && table.dtype == torch.aoti_torch_dtype_int8() && is_contiguous(table) &&
-        args.outputs > 0 && is_parameter(initial, torch.aoti_torch_dtype_int32(), args.outputs) &&
-        is_parameter(multiplier, float32, args.outputs) && is_parameter(bias, float32, args.outputs) &&
-        as<std::int64_t>(arguments[17]) >= 0 && as<std::int64_t>(arguments[17]) <= 255;
+    const bool fits = x.dtype == uint8 && is_channels_last(x) && x.numel > 0 && weight.dtype == uint8 &&
+                      is_contiguous(weight) && table.dtype == torch.aoti_torch_dtype_int8() &&
+                      is_contiguous(table) && table.numel <= 16 && args.outputs > 0 &&
+                      is_parameter(initial, torch.aoti_torch_dtype_int32(), args.outputs) &&
+                      is_parameter(multiplier, float32, args.outputs) &&
+                      is_parameter(bias, float32, args.outputs) && as<std::int64_t>(arguments[17]) >= 0 &&
+                      as<std::int64_t>(arguments[17]) <= 255;
     if (!fits) return false;
     args.x = x.pointer<std::uint8_t>();
     args.batch = x.sizes[0];
