@@ -39,7 +39,7 @@ def arrange(weight: Tensor, groups: int = 1) -> tuple[Tensor, Tensor]:
         return _blocks(weight, groups).view(torch.uint8).contiguous(), nothing
     bits = max(1, (values.numel() - 1).bit_length())
     table = torch.cat([values, values[-1:].expand(2**bits - values.numel())])
-    codes = _blocks(torch.searchsorted(values, weight).to(torch.uint8), groups)
+    codes = _blocks(torch.searchsorted(values, weight.contiguous()).to(torch.uint8), groups)
     planes = (codes.unsqueeze(-2) >> torch.arange(bits, dtype=torch.uint8, device=weight.device)[:, None]) & 1
     packed = torch.ops.adq.pack_bits(planes, 1)
     return packed.view(*codes.shape[:-1], 8 * bits), table

@@ -179,6 +179,18 @@ def test_threads_and_strides_do_not_matter():
     assert_same(cpu.integer_conv2d(last, *arguments[1:]), expected)
 
 
+@pytest.mark.filterwarnings("error")
+def test_weights_of_a_channels_last_model_lie_the_same_and_nothing_is_warned_of():
+    weight = torch.randint(-4, 4, (20, 8, 3, 3), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
+    expected, before = layout.arrange(weight), torch.is_warn_always_enabled()
+    torch.set_warn_always(True)  # torch warns of some things once a process
+    try:
+        found = layout.arrange(weight.to(memory_format=torch.channels_last))
+    finally:
+        torch.set_warn_always(before)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_nan_of_a_residual_stays_and_has_level_zero(call):
     arguments, _ = make(residual=True, readers=(7, 255))
     arguments[6][0, 3, 2, 1] = float("nan")
