@@ -122,22 +122,24 @@ def compare(
     same, undecided, largest = 0, 0, torch.zeros(())
     with evaluating(model):
         for batch in batches:
-            inputs = tuple(batch)[:count] if isinstance(batch, (tuple, list)) else (batch,)
-            inputs = to_device(tuple(x[: images - same] for x in inputs), device)
-            expected, found = _first(model(*inputs)), _first(run(*(x.cpu() for x in inputs)))
-            largest = torch.maximum(largest, (expected - found).abs().max())  # keeps NaN
-            others = (expected.argmax(1) != found.argmax(1)).nonzero().flatten().tolist()
-            if not bool(largest.isfinite()):
-                raise RuntimeError("adq: not exported: NaN or infinity among the differences of the logits")
-            if not all(_undecided(model, inputs, i) for i in others) or undecided + len(others) > images / 50:
-                raise RuntimeError(
-                    f"adq: not exported: in {runtime} top-1 differs on {len(others):,} of {len(expected):,} images, "
-                    f"and not by rounding; largest difference of the logits {largest.item():.3g}"
-                )
-            undecided += len(others)
-            same += len(expected) - len(others)
-            if same >= images:
-                return Parity(runtime, same, undecided, largest.item())
+            rest = tuple(batch)[:count] if isinstance(batch, (tuple, list)) else (batch,)
+            while len(rest[0]):
+                size = images - same
+                inputs, rest = to_device(tuple(x[:size] for x in rest), device), tuple(x[size:] for x in rest)
+                expected, found = _first(model(*inputs)), _first(run(*(x.cpu() for x in inputs)))
+                largest = torch.maximum(largest, (expected - found).abs().max())  # keeps NaN
+                others = (expected.argmax(1) != found.argmax(1)).nonzero().flatten().tolist()
+                if not bool(largest.isfinite()):
+                    raise RuntimeError("adq: not exported: NaN or infinity among the differences of the logits")
+                if not all(_undecided(model, inputs, i) for i in others) or undecided + len(others) > images / 50:
+                    raise RuntimeError(
+                        f"adq: not exported: in {runtime} top-1 differs on {len(others):,} of {len(expected):,} images, "
+                        f"and not by rounding; largest difference of the logits {largest.item():.3g}"
+                    )
+                undecided += len(others)
+                same += len(expected) - len(others)
+                if same >= images:
+                    return Parity(runtime, same, undecided, largest.item())
     raise ValueError(f"adq: the check wants {images:,} images with the same top-1, the data has {same:,}")
 
 

@@ -41,6 +41,23 @@ def test_too_few_images(model):
         parity.compare(model, model, 1, "a runtime", BATCHES, 97)
 
 
+def test_images_of_the_same_batch_take_the_place_of_those_left_out(model, monkeypatch):
+    monkeypatch.setattr(parity, "_undecided", lambda *args: True)
+    asked = []
+
+    def run(x):
+        asked.append(len(x))
+        y = model(x)
+        return torch.cat((-y[:1], y[1:])) if len(asked) == 1 else y
+
+    found = parity.compare(model, run, 1, "a runtime", [BATCHES[0], BATCHES[1][0][:20]], 51)
+    assert asked == [32, 20] and (found.images, found.undecided) == (51, 1)
+    asked.clear()
+    whole = torch.cat([batch[0] for batch in BATCHES])
+    found = parity.compare(model, run, 1, "a runtime", [whole], 80)
+    assert asked == [80, 1] and (found.images, found.undecided) == (80, 1)
+
+
 @pytest.mark.parametrize(
     ("scale", "message"),
     [(-1.0, "in a runtime top-1 differs on .* and not by rounding"), (math.nan, "NaN or infinity among")],
