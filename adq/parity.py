@@ -133,8 +133,8 @@ def compare(
                     raise RuntimeError("adq: not exported: NaN or infinity among the differences of the logits")
                 if not all(_undecided(model, inputs, i) for i in others) or undecided + len(others) > images / 50:
                     raise RuntimeError(
-                        f"adq: not exported: in {runtime} top-1 differs on {len(others):,} of {len(expected):,} images, "
-                        f"and not by rounding; largest difference of the logits {largest.item():.3g}"
+                        f"adq: not exported: in {runtime} top-1 differs on {len(others):,} of {len(expected):,} "
+                        f"images, and not by rounding; largest difference of the logits {largest.item():.3g}"
                     )
                 undecided += len(others)
                 same += len(expected) - len(others)
