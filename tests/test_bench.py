@@ -209,8 +209,9 @@ def test_a_race_without_contenders_ends():
 
 
 def test_ratios_pair_the_rounds():
-    assert ratio([2.0, 40.0, 8.0], [1.0, 10.0, 2.0]) == 4.0
-    assert ratio([3.0], [1.0, 100.0]) == 3.0
+    assert ratio([2.0, 40.0, 8.0, 9.0, 10.0], [1.0, 10.0, 2.0, 9.0, 1.0]) == 4.0
+    assert ratio([6.0], [30.0, 2.0, 3.0]) == 2.0
+    assert ratio([6.0, 8.0], [30.0, 2.0, 4.0, 4.0, 4.0, 5.0]) == 1.75
     samples = {ADQ: [2.0, 2.0], "peer": [8.0, 8.0], COPY: [1.0, 1.0]}
     assert faster_than("peer", 5.0).compute(samples) == 4.0
     assert not faster_than("peer", 5.0).met(4.0)
