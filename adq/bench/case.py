@@ -104,7 +104,7 @@ FEW_ROUNDS = 5
 def ratio(numerator: list[float], denominator: list[float]) -> float:
     """Median over the rounds that both ran in of the ratio of their times; of few rounds, the ratio of the medians.
 
-    One round of a contender says little. A slow one has no more, and the other is then known better from all of its own.
+    One round says little. A slow contender has no more, and the other is then known better from all of its own.
     """
     if min(len(numerator), len(denominator)) < FEW_ROUNDS:
         return median(numerator) / median(denominator)
