@@ -46,6 +46,8 @@ DTYPES = {
 """Names of dtypes in safetensors, by falling alignment."""
 INFLATION = 200
 """How many times larger than its compressed form a header may be, beyond a MiB: no zlib bombs."""
+MOST_TEXT = 2**24
+"""Bytes of a header, some ten thousand layers; read as JSON they take many times as much memory."""
 MOST_DIMENSIONS = 32
 PIECE = 2**20
 
@@ -71,6 +73,8 @@ def write(path: Path, tensors: Mapping[str, Tensor], header: dict[str, Any], pac
     if packed:
         tensors, index = _merge(tensors)
         text = json.dumps({**header, "tensors": index}, separators=(",", ":"))
+        if len(text) > MOST_TEXT:
+            raise ValueError(f"adq: a packed file's header has at most {MOST_TEXT:,} bytes, this one {len(text):,}")
         compressed = bytearray(zlib.compress(text.encode(), 9))
         tensors[HEADER] = torch.frombuffer(compressed, dtype=torch.uint8)
     else:
@@ -191,7 +195,7 @@ def _header(version: int, metadata: Mapping[str, str], stored: dict[str, Tensor]
 def _inflate(compressed: Tensor) -> bytes:
     data = compressed.numpy().tobytes()
     inflater = zlib.decompressobj()
-    text = inflater.decompress(data, PIECE + INFLATION * len(data))
+    text = inflater.decompress(data, min(PIECE + INFLATION * len(data), MOST_TEXT))
     if not inflater.eof or inflater.unused_data:
         raise ValueError("its compressed part is cut off, followed by something, or far too large")
     return text

@@ -195,12 +195,15 @@ def test_a_header_that_inflates_without_end(tmp_path, files):
     path.write_bytes(files[True])
     entries, _ = read(path)
     stored = {**container._merge(tensors_of(path))[0]}
-    for bomb in (zlib.compress(b" " * 2**24), zlib.compress(b"{}")[:-1], zlib.compress(b"{}") + b"x", b"junk"):
+    numbers = zlib.compress(b"[%s0]" % b"".join(b"%d," % i for i in range(2_500_000)), 1)
+    bombs = [(zlib.compress(b" " * 2**24), "far too large"), (numbers, "far too large"), (b"junk", "")]
+    bombs += [(zlib.compress(b"{}")[:-1], "cut off"), (zlib.compress(b"{}") + b"x", "followed by something")]
+    for bomb, message in bombs:
         stored["header"] = torch.frombuffer(bytearray(bomb), dtype=torch.uint8)
         with open(path, "wb") as file:
             container._write_safetensors(file, stored, {**entries["__metadata__"], "checksum": "0" * 64})
         container._seal(path)
-        assert_refused(path, "damaged header")
+        assert_refused(path, f"damaged header: .*{message}")
 
 
 @pytest.mark.parametrize("shape", [[2**40, 2**40], [2**31, 2**31, 4], [6, 5, 3, 3000], [270], [10**30]])
