@@ -99,6 +99,23 @@ def _undecided(model: nn.Module, inputs: tuple[Tensor, ...], index: int) -> bool
         return _first(model(*copies)).argmax(1).unique().numel() > 1
 
 
+def _compare_batch(
+    model: nn.Module, run: Callable[..., Any], inputs: tuple[Tensor, ...], runtime: str, allowance: float
+) -> tuple[int, Tensor]:
+    """How many images of a batch are undecided, at most ``allowance``, and the largest difference of the logits."""
+    expected, found = _first(model(*inputs)), _first(run(*(x.cpu() for x in inputs)))
+    largest = (expected - found).abs().max()
+    if not bool(largest.isfinite()):
+        raise RuntimeError("adq: not exported: NaN or infinity among the differences of the logits")
+    others = (expected.argmax(1) != found.argmax(1)).nonzero().flatten().tolist()
+    if len(others) > allowance or not all(_undecided(model, inputs, i) for i in others):
+        raise RuntimeError(
+            f"adq: not exported: in {runtime} top-1 differs on {len(others):,} of {len(expected):,} "
+            f"images, and not by rounding; largest difference of the logits {largest.item():.3g}"
+        )
+    return len(others), largest
+
+
 @torch.no_grad()
 def compare(
     model: nn.Module, run: Callable[..., Any], count: int, runtime: str, batches: Iterable[Any], images: int
@@ -123,23 +140,15 @@ def compare(
     with evaluating(model):
         for batch in batches:
             rest = tuple(batch)[:count] if isinstance(batch, (tuple, list)) else (batch,)
-            while len(rest[0]):
+            while len(rest[0]) and same < images:
                 size = images - same
                 inputs, rest = to_device(tuple(x[:size] for x in rest), device), tuple(x[size:] for x in rest)
-                expected, found = _first(model(*inputs)), _first(run(*(x.cpu() for x in inputs)))
-                largest = torch.maximum(largest, (expected - found).abs().max())  # keeps NaN
-                others = (expected.argmax(1) != found.argmax(1)).nonzero().flatten().tolist()
-                if not bool(largest.isfinite()):
-                    raise RuntimeError("adq: not exported: NaN or infinity among the differences of the logits")
-                if not all(_undecided(model, inputs, i) for i in others) or undecided + len(others) > images / 50:
-                    raise RuntimeError(
-                        f"adq: not exported: in {runtime} top-1 differs on {len(others):,} of {len(expected):,} "
-                        f"images, and not by rounding; largest difference of the logits {largest.item():.3g}"
-                    )
-                undecided += len(others)
-                same += len(expected) - len(others)
-                if same >= images:
-                    return Parity(runtime, same, undecided, largest.item())
+                left_out, difference = _compare_batch(model, run, inputs, runtime, images / 50 - undecided)
+                largest = torch.maximum(largest, difference)
+                undecided += left_out
+                same += len(inputs[0]) - left_out
+            if same == images:
+                return Parity(runtime, same, undecided, largest.item())
     raise ValueError(f"adq: the check wants {images:,} images with the same top-1, the data has {same:,}")
 
 

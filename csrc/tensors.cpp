@@ -24,14 +24,25 @@ View::View(Value value) {
     strides = stride_pointer;
 }
 
-bool is_contiguous(const View& tensor) {
+namespace {
+
+// Whether the elements lie without gaps, the innermost dimension first in `order(0), order(1), ...`.
+template <typename Order>
+bool is_packed(const View& tensor, Order order) {
     std::int64_t expected = 1;
-    for (std::int64_t d = tensor.dim - 1; d >= 0; --d) {
+    for (std::int64_t i = 0; i < tensor.dim; ++i) {
+        const std::int64_t d = order(i);
         if (tensor.sizes[d] == 1) continue;
         if (tensor.strides[d] != expected) return false;
         expected *= tensor.sizes[d];
     }
     return true;
+}
+
+}  // namespace
+
+bool is_contiguous(const View& tensor) {
+    return is_packed(tensor, [&](std::int64_t i) { return tensor.dim - 1 - i; });
 }
 
 bool is_dense(const View& tensor) {
@@ -46,14 +57,8 @@ bool is_dense(const View& tensor) {
 }
 
 bool is_channels_last(const View& tensor) {
-    if (tensor.dim != 4) return false;
-    std::int64_t expected = 1;
-    for (const int d : {1, 3, 2, 0}) {
-        if (tensor.sizes[d] == 1) continue;
-        if (tensor.strides[d] != expected) return false;
-        expected *= tensor.sizes[d];
-    }
-    return true;
+    constexpr std::int64_t order[] = {1, 3, 2, 0};
+    return tensor.dim == 4 && is_packed(tensor, [&](std::int64_t i) { return order[i]; });
 }
 
 bool same_layout(const View& a, const View& b) {
