@@ -24,6 +24,7 @@ from adq.train.ablation_report import collect, differences, run_folder, table, w
 from adq.train.cli import app
 from adq.train.config import merge, resolve
 from adq.train.run import Run
+from adq.train.together import Preempted
 
 QUICK = {
     "data": {"limit_train": 256, "calibration_images": 128},
@@ -222,6 +223,22 @@ def test_killed_in_a_row_it_is_resumed_to_the_same_result(finished, tmp_path, we
     text = capsys.readouterr().out
     assert "qat   2/2" in text and "qat   1/2" not in text
     assert outcome(tmp_path / "runs" / "k-means-ema-seed0") == outcome(finished / "runs" / "k-means-ema-seed0")
+    assert not list(tmp_path.glob("runs/frozen*"))
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_told_to_stop_while_a_row_ends_no_other_begins(tmp_path, weights, monkeypatch, fails):
+    class Ending(Run):
+        def execute(self):
+            with self.departure:
+                os.kill(os.getpid(), signal.SIGTERM)
+            if fails:
+                raise OSError("the disk is gone")
+
+    monkeypatch.setattr(ablation, "Run", Ending)
+    with pytest.raises(Preempted):
+        ablate(write(tmp_path, weights, seeds=[0]), tmp_path)
+    assert (tmp_path / "runs" / "k-means-ema-seed0" / "error.txt").exists() == fails
     assert not list(tmp_path.glob("runs/frozen*"))
 
 

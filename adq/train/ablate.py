@@ -27,6 +27,7 @@ from adq.train.ablation_report import ERROR, differences, found_seeds, read_save
 from adq.train.config import RunConfig, resolve
 from adq.train.display import Display
 from adq.train.run import Run, RunFolder
+from adq.train.together import Preempted
 
 POLL_SECONDS = 2.0
 
@@ -235,17 +236,25 @@ def run_jobs(jobs: Sequence[Job], ablation: Ablation, output: Path, display: Dis
 
 
 def run_job(job: Job) -> None:
-    """One run, resumed where it stands, then pruned; what goes wrong is written to the run folder, not raised."""
+    """One run, resumed where it stands, then pruned; what goes wrong is written to the run folder, not raised.
+
+    Raises:
+        Preempted: a signal told the process to stop, even where the run came to its end or failed before it could.
+    """
     display = JobDisplay(job.label)
     job.error.unlink(missing_ok=True)
     _forget_last_run(job.config.engine.compile)
+    run: Run | None = None
     try:
-        Run(job.config, resume=True, display=display).execute()
+        run = Run(job.config, resume=True, display=display)
+        run.execute()
         prune(job.folder)
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {str(error).removeprefix('adq: ')}".split())
         write_text(job.error, f"{reason}\n\n{traceback.format_exc()}")
         display.say(f"failed: {reason}")
+    if run is not None and run.departure.signal is not None:
+        raise Preempted
 
 
 def _forget_last_run(compiled: bool) -> None:
