@@ -54,7 +54,7 @@ def report(
     Args:
         model: from :func:`adq.quantize_` or :func:`adq.load`.
         path: file to write.
-        result: names and accuracies, where known: ``model``, ``data``, and in percent ``float_top1``,
+        result: names and accuracies, where known: ``model``, ``data``, and in percent ``float_top1``, ``teacher_top1``,
             ``calibrated_top1`` and ``quantized_top1``; what ``adq train`` writes to ``result.json``.
         metrics: rows with ``phase="qat"``, ``epoch``, ``test_top1`` and ``train_loss``: ``metrics.jsonl``.
 
@@ -155,8 +155,8 @@ def _name(layer: str) -> str:
 
 
 def _cards(found: Summary, result: Mapping[str, Any]) -> str:
-    named = (("float", "float_top1"), ("after calibration", "calibrated_top1"), ("quantized", "quantized_top1"))
-    known = [(name, value) for name, key in named if (value := _figure(result, key)) is not None]
+    named = {"float": "float", "teacher": "teacher", "after calibration": "calibrated", "quantized": "quantized"}
+    known = [(name, value) for name, key in named.items() if (value := _figure(result, f"{key}_top1")) is not None]
     accuracy = [(f"top-1, {name}", f"{value:.2f} %", "") for name, value in known]
     ratio = found.bytes_float / max(1, found.bytes_packed)
     cards = [

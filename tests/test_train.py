@@ -136,6 +136,9 @@ def test_given_weights_a_teacher_of_its_own_reversed_bits_and_reestimated_batch_
     assert phases(folder / "finetuned")[0] == "float"
     given, trained = load_file(weights), load_file(folder / "finetuned" / "float.safetensors")
     assert any(not torch.equal(given[key], trained[key]) for key in given)
+    results = {name: json.loads((folder / name / "result.json").read_text()) for name in runs}
+    assert results["changed"]["teacher_top1"] == results["changed"]["float_top1"]  # of the same weights
+    assert "teacher_top1" not in results["plain"]
     bits = [yaml.safe_load((folder / name / "allocation.yaml").read_text())["weight_bits"] for name in runs]
     assert bits[0] != bits[1]
     saved = [load_file(folder / name / "model.safetensors") for name in ("plain", "changed")]

@@ -142,7 +142,7 @@ class DistillationConfig:
     Attributes:
         alpha: 0 for none.
         temperature: T, of both.
-        teacher: another network than the float one, with its weights.
+        teacher: another network than the float one, with its weights; its top-1 goes into the result.
     """
 
     alpha: float = 1.0

@@ -188,17 +188,21 @@ class Run:
         teacher = self._teacher(model, data)
         float_top1 = evaluate(model.to(self.accelerator.device), test)[1]
         self.display.say(f"float top-1 {float_top1:.2f}")
+        accuracies = {"float_top1": float_top1}
+        if self.config.distillation.teacher is not None:
+            accuracies["teacher_top1"] = evaluate(teacher, test)[1]
+            self.display.say(f"teacher top-1 {accuracies['teacher_top1']:.2f}")
         allocation = self._quantize(model, data)
-        calibrated_top1 = evaluate(model.to(self.accelerator.device), test)[1]
-        self.display.say(f"top-1 after calibration, before training {calibrated_top1:.2f}")
+        accuracies["calibrated_top1"] = evaluate(model.to(self.accelerator.device), test)[1]
+        self.display.say(f"top-1 after calibration, before training {accuracies['calibrated_top1']:.2f}")
         if self._saved("qat") is None:
-            self.metrics.write({"phase": "calibrated", "float_top1": float_top1, "calibrated_top1": calibrated_top1})
+            self.metrics.write({"phase": "calibrated", **accuracies})
         self._leave_if_told()
         shown = figures.shown_layer(model)
         before = figures.codebook_view(model, shown)
         model = self._qat_phase(model, teacher, data, train, test)
-        quantized_top1 = evaluate(model, test)[1]
-        result = self._result(model, data, float_top1, calibrated_top1, quantized_top1)
+        accuracies["quantized_top1"] = evaluate(model, test)[1]
+        result = self._result(model, data, accuracies)
         result["seconds"] = time.perf_counter() - began
         self._on_main(lambda: self._write(model, result, allocation, shown, before))
         self.display.result(result)
@@ -357,21 +361,12 @@ class Run:
             batches = islice(share(data.train), share_of(config.reestimate_batches))
             reestimate_batch_norm_(model, (images.to(device) for images, _ in batches))
 
-    def _result(
-        self,
-        model: nn.Module,
-        data: Data,
-        float_top1: float,
-        calibrated_top1: float,
-        quantized_top1: float,
-    ) -> dict[str, Any]:
+    def _result(self, model: nn.Module, data: Data, accuracies: dict[str, float]) -> dict[str, Any]:
         report = summary(model)
         return {
             "model": self.config.model.name,
             "data": data.name,
-            "float_top1": float_top1,
-            "calibrated_top1": calibrated_top1,
-            "quantized_top1": quantized_top1,
+            **accuracies,
             "average_bits_quantized": report.average_bits_quantized,
             "average_bits_network": report.average_bits_network,
             "bytes_float": report.bytes_float,
