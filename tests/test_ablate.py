@@ -22,7 +22,7 @@ from adq.train.ablate import ablate, lock, read_ablation
 from adq.train.ablation_config import Row
 from adq.train.ablation_report import collect, differences, run_folder, table, write_report
 from adq.train.cli import app
-from adq.train.config import merge, resolve
+from adq.train.config import merge, parse_assignment, resolve
 from adq.train.run import Run
 from adq.train.together import Preempted
 
@@ -151,8 +151,11 @@ def test_rows_may_come_from_another_machine():
     one = {"model": {"weights": "here/float.safetensors"}, "data": {"name": "imagefolder", "root": "here"}}
     other = {"model": {"weights": "/there/float.safetensors"}, "data": {"name": "imagefolder", "root": "/there"}}
     assert differences(resolve("digits", [one]), resolve("digits", [other])) == []
-    third = merge(other, {"model": {"weights": "/there/other.safetensors"}})
-    assert differences(resolve("digits", [one]), resolve("digits", [third])) == ["model.weights"]
+    for key in ("model.weights", "start", "distillation.teacher.weights"):
+        changes = [parse_assignment(f"{key}={place}") for place in ("here/a.pt", "/there/a.pt", "here/b.pt")]
+        same, moved, another = (resolve("digits", [one, change]) for change in changes)
+        assert differences(same, moved) == []
+        assert differences(same, another) == [key]
 
 
 @pytest.mark.parametrize(

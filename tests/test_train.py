@@ -147,9 +147,27 @@ def test_given_weights_a_teacher_of_its_own_reversed_bits_and_reestimated_batch_
     assert dampening_loss(models[1]) < 0.3 * dampening_loss(models[0])
 
 
+def test_quantization_starts_from_another_quantized_network(finished):
+    folder, _ = finished
+    weights, start = str(folder / "whole" / "float.safetensors"), folder / "whole" / "model.safetensors"
+    common = ["train", "--weights", weights, "--epochs", "0", "--set", "quantization.weight.bits=2"]
+    for name, options in {"from float": [], "from quantized": ["--set", f"start={start}"]}.items():
+        code, text = adq(folder, *common, "--output", name, "--set", "allocation.weight_bits=null", *options)
+        assert code == 0, text
+    whole, network = load_file(start), load_file(folder / "from quantized" / "model.safetensors")
+    assert torch.equal(network["conv2.weight"], whole["conv2.weight"])
+    assert network["conv2.weight_quantizer.codebook"].numel() == 4 < whole["conv2.weight_quantizer.codebook"].numel()
+    results = [json.loads((folder / f"from {kind}" / "result.json").read_text()) for kind in ("float", "quantized")]
+    assert results[0]["float_top1"] == results[1]["float_top1"]
+    assert results[0]["calibrated_top1"] != results[1]["calibrated_top1"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--set", "start=missing.safetensors"], "no such file: missing.safetensors"),
+        (["--set", "start=whole/model-packed.safetensors"], "a start of training needs float weights"),
+        (["--set", "start=whole/model.safetensors", "--model", "resnet20"], "another architecture"),
         (["--set", "qat.epoch=3"], "unknown key 'epoch' in qat; did you mean 'epochs'"),
         (["--set", "quantization.weight.bits=9"], "weight bits must be a whole number from 1 to 8, got 9"),
         (["--data", "cifar11"], "unknown data 'cifar11'"),

@@ -194,7 +194,7 @@ def _check_saved(job: Job) -> None:
 
 def _check_runnable(config: RunConfig) -> None:
     """Raise for files that do not exist, an unknown network, and overrides that match none of its layers."""
-    for file in (config.model.weights, config.allocation.file):
+    for file in (config.model.weights, config.start, config.allocation.file):
         if file is not None and not Path(file).is_file():
             raise FileNotFoundError(f"adq: no such file: {file}")
     if config.data.root is not None:

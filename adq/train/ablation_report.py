@@ -35,6 +35,8 @@ NUMBERS = (
     "seconds",
 )
 """What is taken over from a result; seconds are those of the process that finished it."""
+WEIGHT_FILES = ("model.weights", "start", "distillation.teacher.weights")
+"""Fields of which the folder does not count."""
 
 
 def run_folder(output: Path, row: Row, seed: int) -> RunFolder:
@@ -66,8 +68,9 @@ def differences(first: RunConfig, second: RunConfig) -> list[str]:
     """
     a, b = (flatten(yaml.safe_load(dump_yaml(config))) for config in (first, second))
     for values in (a, b):
-        if values.get("model.weights") is not None:
-            values["model.weights"] = Path(values["model.weights"]).name
+        for key in WEIGHT_FILES:
+            if values.get(key) is not None:
+                values[key] = Path(values[key]).name
     changed = sorted(key for key in {*a, *b} if a.get(key) != b.get(key) or (key in a) != (key in b))
     return [key for key in changed if key not in ("output", "data.root") and not key.startswith("engine.")]
 

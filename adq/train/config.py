@@ -191,12 +191,19 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A whole run of ``adq train``: data, network, float training, quantization, QAT."""
+    """A whole run of ``adq train``: data, network, float training, quantization, QAT.
+
+    Attributes:
+        start: file of :func:`adq.save`, as another run's ``model.safetensors``: quantization starts from the weights
+            and batch norms of that network, trained at more bits say, instead of the float network's. Its bits,
+            codebooks and thresholds are not taken over, and the float network stays baseline and teacher.
+    """
 
     seed: int = 0
     output: str | None = None
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    start: str | None = None
     float: PhaseConfig = field(default_factory=PhaseConfig)
     quantization: ADQConfig = field(default_factory=ADQConfig)
     allocation: AllocationConfig = field(default_factory=AllocationConfig)

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from adq import models
 from adq.allocate import Allocation, Budget, allocate, apply_allocation_, describe_allocation
-from adq.artifact import save
+from adq.artifact import load, save
 from adq.batch_norm import correct_batch_norm_, reestimate_batch_norm_
 from adq.calibrate import calibrate_
 from adq.config import dump_yaml, from_dict, load_yaml
-from adq.convert import quantize_, weight_quantizers
+from adq.convert import quantize_, refuse_packed, weight_quantizers
 from adq.distill import DistillationLoss
 from adq.distributed import from_main, share, share_of
 from adq.report import report
@@ -181,6 +181,7 @@ class Run:
         data = build_data(replace(self.config.data, index=self.config.data.index or self.folder.path / "index"))
         data = replace(data, test=share(data.test), calibration=share(data.calibration))
         model = self._create(data)
+        start = self._start_state(model)
         self._start_folder()
         train, test = self.accelerator.prepare(data.train), data.test
         model = self._float_phase(model, data, train, test)
@@ -192,6 +193,8 @@ class Run:
         if self.config.distillation.teacher is not None:
             accuracies["teacher_top1"] = evaluate(teacher, test)[1]
             self.display.say(f"teacher top-1 {accuracies['teacher_top1']:.2f}")
+        if start is not None:
+            model.load_state_dict(start)
         allocation = self._quantize(model, data)
         accuracies["calibrated_top1"] = evaluate(model.to(self.accelerator.device), test)[1]
         self.display.say(f"top-1 after calibration, before training {accuracies['calibrated_top1']:.2f}")
@@ -221,6 +224,15 @@ class Run:
         if self.config.engine.channels_last:
             model = model.to(memory_format=torch.channels_last)
         return model
+
+    def _start_state(self, model: nn.Module) -> dict[str, Tensor] | None:
+        """What quantization starts from instead of the float network, if the recipe names a file."""
+        if self.config.start is None:
+            return None
+        start = load(self.config.start, copy.deepcopy(model))
+        refuse_packed(start, "a start of training")
+        state = start.state_dict()
+        return {name: state[name] for name in model.state_dict()}
 
     def _teacher(self, float_model: nn.Module, data: Data) -> nn.Module:
         """What the quantized network learns from: the float network itself, or the one that the recipe names."""
