@@ -13,10 +13,12 @@ import yaml
 from faults import Runner
 from safetensors.torch import load_file
 
-from adq import dampening_loss, load
+from adq import create_model, dampening_loss, load
 
 pytest.importorskip("accelerate", reason="adq train needs the extra 'train'")
 pytest.importorskip("sklearn", reason="the digits need scikit-learn")
+
+from adq.train.config import recipe_names, resolve
 
 SHORT = ["--float-epochs", "2", "--epochs", "2", "--set", "engine.checkpoint_steps=4"]
 
@@ -165,6 +167,7 @@ def test_quantization_starts_from_another_quantized_network(finished):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--set", "distillation.teacher={name: digits_cnn, weights: missing.pt}"], "no weight file at missing.pt"),
         (["--set", "start=missing.safetensors"], "no such file: missing.safetensors"),
         (["--set", "start=whole/model-packed.safetensors"], "a start of training needs float weights"),
         (["--set", "start=whole/model.safetensors", "--model", "resnet20"], "another architecture"),
@@ -192,6 +195,13 @@ def test_what_is_wrong_is_said_in_one_line(finished, arguments, message):
     assert code == 1
     assert message in text
     assert "Traceback" not in text
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_networks_and_teachers_of_the_recipes_exist(name):
+    config = resolve(name, [{"data": {"root": "images"}}])
+    for network in filter(None, (config.model, config.distillation.teacher)):
+        assert create_model(network.name, **network.kwargs).adq_architecture["name"].endswith(network.name)
 
 
 def test_an_impossible_budget_names_the_smallest(finished):

@@ -150,7 +150,7 @@ class DistillationConfig:
     teacher: ModelConfig | None = None
 
     def __post_init__(self) -> None:
-        if self.teacher is not None and self.teacher.weights is None and not self.teacher.kwargs.get("weights"):
+        if self.teacher is not None and self.teacher.weights is None:
             raise ValueError("distillation.teacher needs weights: a network without training teaches nothing")
 
 

@@ -181,18 +181,12 @@ class Run:
         data = build_data(replace(self.config.data, index=self.config.data.index or self.folder.path / "index"))
         data = replace(data, test=share(data.test), calibration=share(data.calibration))
         model = self._create(data)
-        start = self._start_state(model)
+        start, other = self._start_state(model), self._other_teacher(data)
         self._start_folder()
         train, test = self.accelerator.prepare(data.train), data.test
         model = self._float_phase(model, data, train, test)
         self._leave_if_told()
-        teacher = self._teacher(model, data)
-        float_top1 = evaluate(model.to(self.accelerator.device), test)[1]
-        self.display.say(f"float top-1 {float_top1:.2f}")
-        accuracies = {"float_top1": float_top1}
-        if self.config.distillation.teacher is not None:
-            accuracies["teacher_top1"] = evaluate(teacher, test)[1]
-            self.display.say(f"teacher top-1 {accuracies['teacher_top1']:.2f}")
+        teacher, accuracies = self._baseline(model, other, test)
         if start is not None:
             model.load_state_dict(start)
         allocation = self._quantize(model, data)
@@ -234,11 +228,21 @@ class Run:
         state = start.state_dict()
         return {name: state[name] for name in model.state_dict()}
 
-    def _teacher(self, float_model: nn.Module, data: Data) -> nn.Module:
-        """What the quantized network learns from: the float network itself, or the one that the recipe names."""
-        other = self.config.distillation.teacher
-        teacher = copy.deepcopy(float_model) if other is None else self._network(other, data)
-        return teacher.eval().requires_grad_(False).to(self.accelerator.device)
+    def _other_teacher(self, data: Data) -> nn.Module | None:
+        """What the quantized network learns from instead of the float network, if the recipe names one."""
+        config = self.config.distillation.teacher
+        return None if config is None else self._network(config, data)
+
+    def _baseline(self, model: nn.Module, other: nn.Module | None, test: Any) -> tuple[nn.Module, dict[str, float]]:
+        """The teacher, and top-1 of the float network and of a teacher that is not a copy of it."""
+        device = self.accelerator.device
+        teacher = (copy.deepcopy(model) if other is None else other).eval().requires_grad_(False).to(device)
+        accuracies = {"float_top1": evaluate(model.to(device), test)[1]}
+        self.display.say(f"float top-1 {accuracies['float_top1']:.2f}")
+        if other is not None:
+            accuracies["teacher_top1"] = evaluate(teacher, test)[1]
+            self.display.say(f"teacher top-1 {accuracies['teacher_top1']:.2f}")
+        return teacher, accuracies
 
     def _on_main(self, action: Callable[[], object]) -> None:
         """Do something on the first process while the others wait; what fails there is raised on all."""
