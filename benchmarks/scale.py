@@ -416,8 +416,8 @@ def verdict(m: Measured, a: Assumptions, rows: list[Prediction]) -> list[str]:
         f"nearest other term is {nearest}, {one.load(nearest):.2f} of the GPU's own work from original files. With "
         f"fewer than {math.ceil(one.cores_needed)} cores a GPU, or a GPU {1 / one.load(DATA):.1f} times as fast, data "
         f"loading breaks first; files resized once to 256 pixels need {math.ceil(resized.cores_needed)} cores.",
-        f"With {BATCH} images over all GPUs, which the recipe's learning rate is for, {breaks} More images a GPU avoid it; the learning rate "
-        "must follow, and what that does to accuracy has not been tried.",
+        f"With {BATCH} images over all GPUs, which the recipe's learning rate is for, {breaks} More images a GPU "
+        "avoid it; the learning rate must follow, and what that does to accuracy has not been tried.",
         f"Communication: {4 * m.student_parameters / 1e6:.1f} MB of gradients a step, {1e3 * last.all_reduce:.1f} ms "
         f"on {last.gpus} GPUs; not hidden are {1e3 * last.exposed:.1f} of them at {BATCH} images a GPU, and "
         f"{1e3 * small.exposed:.1f} at {small.batch}. adq adds none under DDP: replicas hold the same weights, hence "
@@ -447,7 +447,8 @@ def page(m: Measured, a: Assumptions) -> str:
         "",
         "## Time and money",
         "",
-        "Milliseconds a step on each GPU; `256` images a GPU, or 256 over all of them, which the recipe's learning rate is for.",
+        "Milliseconds a step on each GPU; `256` images a GPU, or 256 over all of them, which the recipe's learning rate "
+        "is for.",
     ]
     for files in ("resized", "original"):
         lines += ["", f"From {files} files:", "", *_table(HEADER, [_row(p) for p in rows if p.files == files])]
