@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from adq import container
+from adq.batch_norm import expected_statistics, restore_statistics_, saved_statistics
 from adq.config import ActivationConfig, LayerConfig, WeightConfig, from_dict, to_dict
 from adq.container import check_shape
 from adq.convert import (
@@ -233,7 +234,7 @@ def save(
         model = fold_batch_norm_(copy.deepcopy(model))
     if not packed:
         refuse_packed(model, "a file to train on")
-    state, shapes = packed_state(model) if packed else (plain_state(model), {})
+    state, shapes = packed_state(model) if packed else ({**plain_state(model), **saved_statistics(model)}, {})
     for key, tensor in state.items():
         if tensor.dtype not in container.DTYPES:
             raise ValueError(f"adq: not saved: {key} is {tensor.dtype}")
@@ -286,6 +287,7 @@ def load(path: str | Path, model: nn.Module | None = None, *, device: str | torc
     for name, reason in header.in_float.items():
         note_reason(model.get_submodule(name), reason)
     model.load_state_dict(state, strict=False)  # compared already, but for further names of a layer
+    restore_statistics_(model, state)
     return model.eval().to(device)
 
 
@@ -349,7 +351,10 @@ def _check_architecture(model: nn.Module, header: Header, state: dict[str, Tenso
     if not problems:
         problems = _fold_problems(modules, header)
     if not problems:
-        problems = _differences(_expected(model, header), state)
+        expected = _expected(model, header)
+        if not header.packed:
+            expected.update(expected_statistics(model, state))
+        problems = _differences(expected, state)
     if not problems:
         problems = _sharing_problems(model, header, state)
     if problems:

@@ -7,7 +7,7 @@ that alone costs several points of accuracy, more than the rounding itself.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -23,6 +23,8 @@ Statistics = tuple[Tensor, Tensor]
 """Mean and variance of each channel."""
 Weighted = tuple[int, Tensor, Tensor]
 """Number of samples, and mean and variance of each channel, on the CPU."""
+SAVED = ("float_running_mean", "float_running_var")
+"""Names in a file, after the batch norm's."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,13 @@ class _Replaced:
     corrected: Statistics
 
 
+def _named_batch_norms(model: nn.Module) -> dict[str, BatchNorm]:
+    modules = model.named_modules()
+    return {name: norm for name, norm in modules if isinstance(norm, BatchNorm) and norm.running_mean is not None}
+
+
 def _batch_norms(model: nn.Module) -> list[BatchNorm]:
-    return [module for module in model.modules() if isinstance(module, BatchNorm) and module.running_mean is not None]
+    return list(_named_batch_norms(model).values())
 
 
 def _running(norm: BatchNorm) -> Statistics:
@@ -50,15 +57,49 @@ def _copy(statistics: Statistics) -> Statistics:
     return statistics[0].clone(), statistics[1].clone()
 
 
+def _replaced(norm: BatchNorm) -> Statistics | None:
+    """The running statistics before they were corrected; None if they were not, or training has moved them since."""
+    replaced, present = getattr(norm, "_adq_replaced", None), _running(norm)
+    if replaced is None:
+        return None
+    if not all(torch.equal(now, then.to(now)) for now, then in zip(present, replaced.corrected, strict=True)):
+        return None
+    mean, var = replaced.float_statistics
+    return mean.to(present[0]), var.to(present[1])
+
+
 def _float_statistics(norm: BatchNorm) -> Statistics:
     """The running statistics before they were corrected; the present ones if training has moved them since."""
-    replaced = getattr(norm, "_adq_replaced", None)
-    present = _running(norm)
-    if replaced is not None and all(
-        torch.equal(now, then.to(now)) for now, then in zip(present, replaced.corrected, strict=True)
-    ):
-        return replaced.float_statistics
-    return _copy(present)
+    return _replaced(norm) or _copy(_running(norm))
+
+
+def saved_statistics(model: nn.Module) -> dict[str, Tensor]:
+    """What a model file holds besides a state dict: float statistics in place of which corrected ones are."""
+    found = {name: _replaced(norm) for name, norm in _named_batch_norms(model).items()}
+    return {
+        f"{name}.{key}": tensor
+        for name, statistics in found.items()
+        if statistics is not None
+        for key, tensor in zip(SAVED, statistics, strict=True)
+    }
+
+
+def restore_statistics_(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """The other way: take over float statistics that a file has, for the running statistics already loaded from it."""
+    for name, norm in _named_batch_norms(model).items():
+        if f"{name}.{SAVED[0]}" in state:
+            mean, var = (state[f"{name}.{key}"].clone() for key in SAVED)
+            norm._adq_replaced = _Replaced((mean, var), _copy(_running(norm)))  # type: ignore[assignment]
+
+
+def expected_statistics(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What :func:`restore_statistics_` finds in a file, with the shapes that it must have."""
+    return {
+        f"{name}.{key}": tensor
+        for name, norm in _named_batch_norms(model).items()
+        if any(f"{name}.{key}" in state for key in SAVED)
+        for key, tensor in zip(SAVED, _running(norm), strict=True)
+    }
 
 
 @contextmanager
@@ -166,7 +207,8 @@ def correct_batch_norm_(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     and variance is changed so that the quantized network's normalised values have the mean and variance that the
     float network's have on the same batch. Only differences count: the batches need not follow the distribution that
     the float network's statistics were taken over (augmented images, say), and where nothing is quantized nothing
-    changes. A second call, after bits were allocated say, starts from the float network's statistics again.
+    changes. A second call, after bits were allocated say, starts from the float network's statistics again: they are
+    kept with the model, in copies of it and in files of :func:`adq.save`, though not in its state dict.
     In a process group every process gives its share of the batches, as for :func:`adq.calibrate_`.
 
     Args:

@@ -91,19 +91,22 @@ def calibrate_(model: nn.Module, batches: Iterable[Any], *, batch_norm: bool = T
 
     Raises:
         ValueError: not quantized, no batches, NaN or infinite inputs (the layer is named).
-        RuntimeError: the model has been trained since its calibration.
+        RuntimeError: the model has been trained since its calibration; of one with weights in float a file does not
+            tell.
     """
     if not quantized_layers(model):
         raise ValueError("adq: the model is not quantized; call adq.quantize_(model) first")
     refuse_packed(model, "calibration")
-    trained = any(int(quantizer.steps) > 0 for _, quantizer in weight_quantizers(model).values())
+    quantizers = activation_quantizers(model)
+    trained = any(quantizer.trained for quantizer in quantizers.values()) or any(
+        int(quantizer.steps) > 0 for _, quantizer in weight_quantizers(model).values()
+    )
     if trained and not force:
         raise RuntimeError(
             "adq: the model has been trained since it was calibrated, and calibrating again would discard its learned "
             "thresholds; calibrate before training, or pass force=True"
         )
     batches = list(batches) if isinstance(batches, Iterator) else batches
-    quantizers = activation_quantizers(model)
     samplers = {name: _Sampler() for name in quantizers}
     hooks = [quantizers[name].register_forward_pre_hook(sampler) for name, sampler in samplers.items()]
     try:

@@ -52,7 +52,9 @@ class WeightConfig:
             ``init`` and ``refine`` say, and the gradient moves its step, the scale (LSQ, arXiv 1902.08153).
         ema_decay: g of ``N <- g N + (1 - g) n``.
         ema_follows_lr: multiply (1 - g) by the learning rate over its peak, so that codebooks come to rest
-            together with the weights; otherwise they go on moving while the weights can no longer answer.
+            together with the weights; otherwise they go on moving while the weights can no longer answer. The peak is
+            ``initial_lr`` or ``max_lr`` of the parameter group, as most schedulers of torch record it; with
+            ``ReduceLROnPlateau``, ``CyclicLR`` and rates set by hand record ``max_lr`` there yourself.
         snap: ``"int8"`` holds the levels on an int8 grid (a power-of-two step) times the scale.
     """
 
@@ -269,13 +271,26 @@ def _convert(hint: Any, value: Any, base: Any, where: str) -> Any:
     for member in members:
         if is_dataclass(member):
             return from_dict(typing.cast(type, member), value, base=base, where=where)
+    if members and typing.get_origin(members[0]) is tuple:
+        return _convert_items(typing.get_args(members[0])[0], value, where)
     plain = tuple(member for member in members if member in (int, float, str, bool))
+    if float in plain and str not in plain:
+        value = _number(value)
     if plain and not _is_plain(value, plain):
         names = " or ".join(member.__name__ for member in plain)
         raise ValueError(f"adq: {where} must be {names}, got {value!r}")
-    if float in plain and isinstance(value, int) and int not in plain:
-        return float(value)
-    return tuple(value) if members and typing.get_origin(members[0]) is tuple and isinstance(value, list) else value
+    return float(value) if float in plain and isinstance(value, int) and int not in plain else value
+
+
+def _convert_items(hint: Any, values: Any, where: str) -> tuple[Any, ...]:
+    if not isinstance(values, (list, tuple)):
+        raise ValueError(f"adq: {where} must be a list like [1, 2], got {values!r}")
+    return tuple(_convert(hint, value, None, f"{where}[{i}]") for i, value in enumerate(values))
+
+
+def _number(value: Any) -> Any:
+    """What YAML takes for text, because it has no point: 1e-3."""
+    return float(value) if isinstance(value, str) and re.fullmatch(r"[+-]?\d+[eE][+-]?\d+", value) else value
 
 
 def _is_plain(value: Any, kinds: tuple[type, ...]) -> bool:

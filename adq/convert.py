@@ -88,7 +88,7 @@ def choose_layers(model: nn.Module, config: ADQConfig, filter_fn: FilterFn | Non
         if name not in chosen:
             found[name] = Choice(module, _FLOAT, "excluded by filter_fn")
             continue
-        if name in (names[0], names[-1]):
+        if name in (*names[:1], *names[-1:]):
             bits, by = config.first_last_bits, "first_last_bits is None"
             layer = _FLOAT if bits is None else with_bits(layer, bits)
         for key, override in config.overrides.items():

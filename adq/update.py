@@ -2,8 +2,9 @@
 
 Quantized layers enter a weak registry when they are built, copied or unpickled. A global post-step hook of
 torch's optimizers updates those whose weight the stepping optimizer holds, in training mode only. So gradient
-accumulation gives one update a step, a step that a gradient scaler skips gives none, a forward pass under
-``no_grad`` or recomputed by activation checkpointing changes nothing, and a user's training loop stays as it is.
+accumulation gives one update a step, as does an optimizer that wraps another; a step that a gradient scaler skips gives
+none, a forward pass under ``no_grad`` or recomputed by activation checkpointing changes nothing, and a user's training
+loop stays as it is.
 
 When the converted model as a whole begins a forward pass, one operator quantizes the weights of all its layers; they
 are dropped when it ends. A layer that runs outside of such a pass, or whose weight changed during it, quantizes its
@@ -12,6 +13,7 @@ own weight.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 _LAYERS: weakref.WeakSet[QuantizedLayer] = weakref.WeakSet()
 _LAYERS_OF: weakref.WeakKeyDictionary[nn.Module, list[QuantizedLayer]] = weakref.WeakKeyDictionary()
 
+_OPTIMIZER_FILE = register_optimizer_step_post_hook.__code__.co_filename
+
 Pace = float | Tensor
 
 
@@ -44,7 +48,11 @@ def unregister(layer: nn.Module) -> None:
 
 
 def _pace(group: dict[str, Any]) -> Pace:
-    """Learning rate of a parameter group over its peak, at most 1; the schedulers of torch record the peak."""
+    """Learning rate of a parameter group over its peak, at most 1; without a record of the peak, 1.
+
+    Schedulers of torch that lower the rate by a formula, step by step, record it as ``initial_lr`` or ``max_lr``;
+    ``ReduceLROnPlateau`` and ``CyclicLR`` do not.
+    """
     rate, peak = group["lr"], group.get("max_lr", group.get("initial_lr", group["lr"]))
     if isinstance(rate, Tensor):  # of a capturable optimizer: not to be read back
         return torch.where(torch.as_tensor(peak, device=rate.device) > 0, rate / peak, 1.0).clamp_max(1.0).float()
@@ -126,10 +134,28 @@ def step(model: nn.Module) -> None:
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     # a fused optimizer steps even when its gradient scaler has found an infinity, and then changes nothing
     skipped = getattr(optimizer, "found_inf", None)
-    if _LAYERS and not (skipped is not None and bool(skipped)):
-        paces = {id(p): pace for group in optimizer.param_groups for pace in [_pace(group)] for p in group["params"]}
-        place = {key: i for i, key in enumerate(paces)}  # processes must agree on the order
-        _update(sorted((x for x in _LAYERS if id(x.weight) in place), key=lambda x: place[id(x.weight)]), paces)
+    if not _LAYERS or (skipped is not None and bool(skipped)) or _is_inner_step():
+        return
+    paces = {id(p): pace for group in optimizer.param_groups for pace in [_pace(group)] for p in group["params"]}
+    place = {key: i for i, key in enumerate(paces)}  # processes must agree on the order
+    _update(sorted((x for x in _LAYERS if id(x.weight) in place), key=lambda x: place[id(x.weight)]), paces)
+    for layer in _LAYERS:
+        if layer.training and not isinstance(layer.input_quantizer, nn.Identity):
+            layer.input_quantizer.trained |= id(layer.input_quantizer.start) in place
+
+
+def _is_inner_step() -> bool:
+    """Whether the optimizer that has stepped belongs to another, whose own step has yet to end.
+
+    Seen on the stack, where torch's wrapper of each ``step`` calls this hook: a counter would be off for good once a
+    step raises. ``ZeroRedundancyOptimizer`` is of this kind: its inner optimizer holds this process's share alone.
+    """
+    steps, frame = 0, sys._getframe(1)
+    while frame is not None and steps < 2:
+        code = frame.f_code
+        steps += code.co_name == "wrapper" and code.co_filename == _OPTIMIZER_FILE
+        frame = frame.f_back  # type: ignore[assignment]
+    return steps == 2
 
 
 register_optimizer_step_post_hook(_after_step)
@@ -147,7 +173,7 @@ def _can_prepare(quantizer: WeightQuantizer | nn.Identity, weight: Tensor) -> bo
         and quantizer.enabled
         and quantizer.config.update in ("ema", "frozen")
         and type(weight) in (nn.Parameter, Tensor)  # not one that a parallel strategy has sharded
-        and not weight.is_inference()
+        and not (weight.is_inference() or quantizer.codebook.is_inference())
     )
 
 

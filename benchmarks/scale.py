@@ -447,8 +447,8 @@ def page(m: Measured, a: Assumptions) -> str:
         "",
         "## Time and money",
         "",
-        "Milliseconds a step on each GPU; `256` images a GPU, or 256 over all of them, which the recipe's learning rate "
-        "is for.",
+        "Milliseconds a step on each GPU; `256` images a GPU, or 256 over all of them, which the recipe's learning "
+        "rate is for.",
     ]
     for files in ("resized", "original"):
         lines += ["", f"From {files} files:", "", *_table(HEADER, [_row(p) for p in rows if p.files == files])]

@@ -20,9 +20,9 @@ from typer.testing import CliRunner
 from adq.train import ablate as ablation
 from adq.train.ablate import ablate, lock, read_ablation
 from adq.train.ablation_config import Row
-from adq.train.ablation_report import collect, differences, run_folder, table, write_report
+from adq.train.ablation_report import collect, run_folder, table, write_report
 from adq.train.cli import app
-from adq.train.config import merge, parse_assignment, resolve
+from adq.train.config import differences, merge, parse_assignment, resolve
 from adq.train.run import Run
 from adq.train.together import Preempted
 
@@ -148,8 +148,12 @@ def test_runs_of_another_configuration_are_not_mixed_in(finished, weights):
 
 
 def test_rows_may_come_from_another_machine():
-    one = {"model": {"weights": "here/float.safetensors"}, "data": {"name": "imagefolder", "root": "here"}}
+    one = {
+        "model": {"weights": "here/float.safetensors"},
+        "data": {"name": "imagefolder", "root": "here", "workers": 0},
+    }
     other = {"model": {"weights": "/there/float.safetensors"}, "data": {"name": "imagefolder", "root": "/there"}}
+    other["data"].update(index="lists", workers=3)
     assert differences(resolve("digits", [one]), resolve("digits", [other])) == []
     for key in ("model.weights", "start", "distillation.teacher.weights"):
         changes = [parse_assignment(f"{key}={place}") for place in ("here/a.pt", "/there/a.pt", "here/b.pt")]

@@ -8,12 +8,13 @@ import pickle
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import adq
 from adq import ADQConfig, WeightConfig
-from adq.batch_norm import float_statistics
+from adq.batch_norm import _float_statistics, float_statistics
 from adq.convert import quantizers_enabled
 
 from .networks import images, net, train
@@ -118,6 +119,39 @@ def test_a_second_call_starts_from_the_float_networks_statistics():
         with float_statistics(other):
             assert same(statistics(other), before)
         assert same(statistics(other), once)
+
+
+def test_a_file_keeps_the_float_networks_statistics(tmp_path):
+    model, plain = chain(), chain()
+    before, batches = statistics(model), [images(seed) for seed in range(3)]
+    adq.calibrate_(model, batches)
+    adq.save(model, tmp_path / "model.safetensors")
+    loaded = adq.load(tmp_path / "model.safetensors", Chain())
+    assert same(statistics(loaded), statistics(model))
+    with float_statistics(loaded):
+        assert same(statistics(loaded), before)
+    adq.correct_batch_norm_(loaded, batches)
+    assert same(statistics(loaded), statistics(model))
+    adq.save(loaded, tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
+    adq.save(plain, tmp_path / "plain.safetensors")
+    kept = {key for key in load_file(tmp_path / "model.safetensors") if "float_running" in key}
+    assert len(kept) == 2 * len(norms(model))
+    assert not any("float_running" in key for key in load_file(tmp_path / "plain.safetensors"))
+    model.norm1.running_mean += 1.0  # as training does
+    adq.save(model, tmp_path / "trained.safetensors")
+    assert {key for key in load_file(tmp_path / "trained.safetensors") if "float_running" in key} == {
+        key for key in kept if "norm1" not in key
+    }
+
+
+def test_the_float_networks_statistics_follow_the_model():
+    model = chain()
+    before = model.norm1.running_mean.clone()
+    adq.calibrate_(model, [images()])
+    mean, var = _float_statistics(model.double().norm1)
+    assert mean.dtype == var.dtype == torch.float64  # and to its device
+    assert torch.equal(mean, before.double()) and not torch.equal(mean, model.norm1.running_mean)
 
 
 def test_an_iterator_of_batches_and_a_list_give_the_same():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import NamedTuple
 
@@ -69,6 +70,18 @@ def test_calibration_must_precede_training():
         assert torch.equal(thresholds, model.body[0].input_quantizer.out_scale)
         adq.calibrate_(model, [images(1) * 3], force=True)
         assert not torch.equal(thresholds, model.body[0].input_quantizer.out_scale)
+
+
+def test_calibration_must_precede_training_of_thresholds_alone():
+    model = adq.calibrate_(adq.quantize_(net(), ADQConfig(weight=None)), [images(1)])
+    train(model)
+    thresholds = model.body[0].input_quantizer.interval.clone()
+    for other in (model, copy.deepcopy(model)):
+        with pytest.raises(RuntimeError, match="has been trained since it was calibrated"):
+            adq.calibrate_(other, [images(1)])
+        assert torch.equal(thresholds, other.body[0].input_quantizer.interval)
+    adq.calibrate_(model, [images(1)], force=True)
+    adq.calibrate_(model, [images(1)])
 
 
 def test_what_cannot_be_calibrated():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 
 import pytest
 import yaml
@@ -90,9 +91,34 @@ def test_a_whole_number_serves_as_float():
     assert isinstance(decay, float)
 
 
+@dataclass(frozen=True)
+class Lists:
+    """Fields that hold several values."""
+
+    bits: tuple[int, ...] = (2,)
+    mean: tuple[float, ...] | None = None
+
+
+def test_lists_become_tuples_of_the_right_kind():
+    assert from_dict(Lists, {"bits": [2, 3], "mean": [1, 0.5]}) == Lists((2, 3), (1.0, 0.5))
+    assert from_dict(Lists, {"mean": None}) == Lists()
+
+
+@pytest.mark.parametrize("text", ["1e-3", "-2E+4", "5e0"])
+def test_numbers_that_yaml_takes_for_text(text):
+    assert yaml.safe_load(text) == text
+    assert from_dict(WeightConfig, {"ema_decay": "1e-1"}).ema_decay == 0.1
+    assert from_dict(Lists, {"mean": [text]}).mean == (float(text),)
+
+
 @pytest.mark.parametrize(
     ("kind", "values", "message"),
     [
+        (Lists, {"bits": 4}, r"bits must be a list like \[1, 2\], got 4"),
+        (Lists, {"bits": "2,3"}, r"bits must be a list like \[1, 2\], got '2,3'"),
+        (Lists, {"bits": [2, 3.5]}, r"bits\[1\] must be int, got 3.5"),
+        (Lists, {"bits": [2, "1e1"]}, r"bits\[1\] must be int, got '1e1'"),
+        (Lists, {"mean": 0.5}, r"mean must be a list like \[1, 2\], got 0.5"),
         (WeightConfig, {"bist": 3}, r"unknown key 'bist' in WeightConfig; did you mean 'bits'\?"),
         (ADQConfig, {"weight": {"ema_dcay": 0.9}}, r"unknown key 'ema_dcay' in weight; did you mean 'ema_decay'\?"),
         (ADQConfig, {"activations": {}}, r"did you mean 'activation'\?"),

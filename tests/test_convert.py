@@ -100,6 +100,11 @@ def test_filter_fn_sees_modules_and_names():
     assert list(convert.quantized_layers(model)) == ["body.0"]
     with pytest.raises(ValueError, match="nothing to quantize"):
         adq.quantize_(net(), filter_fn=lambda module, name: False)
+    attention = nn.Sequential(nn.MultiheadAttention(8, 2))
+    with pytest.raises(
+        ValueError, match="nothing to quantize"
+    ):  # the projection is of the attention, which is not chosen
+        adq.quantize_(attention, filter_fn=lambda module, name: isinstance(module, nn.Linear))
 
 
 class Reparametrised(nn.Conv2d):

@@ -17,6 +17,7 @@ from processes import run
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -159,6 +160,23 @@ def evaluated() -> tuple[float, float]:
     return evaluate(quantized(), share(DataLoader(data, batch_size=4)))
 
 
+def zero(steps: int) -> list[Tensor]:
+    model = quantized()
+    wrapped = DistributedDataParallel(model, broadcast_buffers=False)
+    optimizer = ZeroRedundancyOptimizer(wrapped.parameters(), torch.optim.SGD, lr=0.1)
+    for seed in range(steps):
+        optimizer.zero_grad()
+        wrapped(images(seed)).square().mean().backward()
+        optimizer.step()
+    return [tensor for name, tensor in model.state_dict().items() if "weight_quantizer" in name]
+
+
+def test_an_optimizer_whose_state_is_spread_over_processes_moves_all_codebooks_once():
+    one, other = run(zero, 2, 3)
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    assert {int(tensor) for tensor in one if tensor.dtype == torch.int64} == {3}
+
+
 def test_evaluation_of_a_test_set_that_does_not_divide():
     pytest.importorskip("accelerate", reason="adq train needs the extra 'train'")
     (alone,) = run(evaluated, 1)
@@ -281,6 +299,25 @@ def test_a_run_is_that_of_one_process_up_to_training(two, tmp_path):
         assert (tmp_path / "one" / name).read_text() == (folder / name).read_text()
     for key in ("float_top1", "calibrated_top1", "average_bits_network", "bytes_packed"):
         assert alone[key] == result[key]
+
+
+def test_fewer_batches_than_processes(tmp_path):
+    pytest.importorskip("accelerate", reason="adq train needs the extra 'train'")
+    pytest.importorskip("sklearn", reason="the digits need scikit-learn")
+    assert (
+        run(refused, 2, str(tmp_path / "run"))
+        == [
+            "adq: the training images do not make one batch of 32 for each of 2 processes; "
+            "use a smaller --batch-size, or fewer processes"
+        ]
+        * 2
+    )
+
+
+def refused(folder: str) -> str:
+    with pytest.raises(ValueError, match="batch") as error:
+        trained_by_recipe(folder, "data.limit_train=20", "data.batch_size=16")
+    return str(error.value)
 
 
 def test_torchrun(two, tmp_path):

@@ -167,6 +167,10 @@ def test_quantization_starts_from_another_quantized_network(finished):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--set", "allocation.bits=4"], "allocation.bits must be a list"),
+        (["--set", "allocation.bits=[2,9]"], "allocation.bits must be a whole number from 1 to 8, got 9"),
+        (["--set", "allocation.weight_bits=-1"], "allocation.weight_bits must be positive"),
+        (["--set", "quantization.weight=null"], "quantization.weight leaves all of them in float"),
         (["--set", "distillation.teacher={name: digits_cnn, weights: missing.pt}"], "no weight file at missing.pt"),
         (["--set", "start=missing.safetensors"], "no such file: missing.safetensors"),
         (["--set", "start=whole/model-packed.safetensors"], "a start of training needs float weights"),
@@ -195,6 +199,11 @@ def test_what_is_wrong_is_said_in_one_line(finished, arguments, message):
     assert code == 1
     assert message in text
     assert "Traceback" not in text
+
+
+def test_the_seed_of_the_data_follows_that_of_the_run_unless_given():
+    assert resolve("digits", [{"seed": 3}]).data.seed == 3
+    assert resolve("digits", [{"seed": 3, "data": {"seed": 0}}]).data.seed == 0
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -17,9 +17,13 @@ import adq
 from adq import update
 
 
-def model(**weight) -> nn.Module:
+def float_network() -> nn.Sequential:
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
+    return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
+
+
+def model(**weight) -> nn.Module:
+    net = float_network()
     adq.quantize_(net, adq.ADQConfig(weight=adq.WeightConfig(**weight), first_last_bits=4))
     return adq.calibrate_(net, [inputs()])
 
@@ -139,6 +143,48 @@ def test_only_layers_of_the_stepping_optimizer_move():
     assert same(before[1], state(other))
     torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0).step()
     assert steps(net) == [0, 1, 0]
+
+
+class Wrapping(torch.optim.Optimizer):
+    """An optimizer that steps through another one, twice, and may fail in between."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        super().__init__(inner.param_groups, {})
+        self.inner, self.fails = inner, False
+
+    def step(self, closure=None):
+        self.inner.step()
+        if self.fails:
+            raise RuntimeError("between")
+        self.inner.step()
+
+
+def test_an_optimizer_that_wraps_another_takes_one_step():
+    net, plain = model(ema_follows_lr=False), model(ema_follows_lr=False)
+    outer, inner = Wrapping(sgd(net, 0.05)), sgd(plain)
+    for optimizer, each in ((outer, net), (inner, plain)):
+        backward(each)
+        optimizer.step()
+    assert steps(net) == steps(plain) == [1, 1, 1]
+    assert torch.allclose(net[2].weight_quantizer.codebook, plain[2].weight_quantizer.codebook)
+    outer.fails = True
+    with pytest.raises(RuntimeError, match="between"):
+        outer.step()
+    assert steps(net) == [1, 1, 1]
+    sgd(net).step()
+    assert steps(net) == [2, 2, 2]
+
+
+@pytest.mark.parametrize("weights_too", [True, False])
+def test_quantized_in_inference_mode(weights_too):
+    expected = model()(inputs())
+    with torch.inference_mode(weights_too):
+        net = float_network()
+    with torch.inference_mode():
+        adq.calibrate_(adq.quantize_(net, adq.ADQConfig(first_last_bits=4)), [inputs()])
+        assert torch.equal(net(inputs()), expected)
+    with torch.no_grad():
+        assert torch.equal(net(inputs()), expected)
 
 
 def test_step_for_foreign_optimizers():

@@ -26,7 +26,8 @@ class ActivationQuantizer(nn.Module):
     first with a gradient ``steps`` times too large for its size. Buffers: ``offset`` ``[1]``, which puts zero on a
     level for signed inputs, and ``calibrated``, 1 or 0 (a float, so that averages of models can be taken). All keep
     their dtype when the model is cast. A quantizer refuses to run before it has been calibrated: its start values say
-    nothing about the inputs. Set ``enabled = False`` to let inputs through untouched.
+    nothing about the inputs. Set ``enabled = False`` to let inputs through untouched. ``trained`` tells, in this
+    process, whether an optimizer has moved the thresholds since.
 
     Args:
         config: bits and sign.
@@ -39,6 +40,7 @@ class ActivationQuantizer(nn.Module):
     out_scale: nn.Parameter
     offset: Tensor
     calibrated: Tensor
+    trained: bool = False
 
     def __init__(self, config: ActivationConfig, name: str = "") -> None:
         super().__init__()
@@ -109,6 +111,7 @@ class ActivationQuantizer(nn.Module):
             getattr(self, name).copy_(getattr(fitted, name))
         self.calibrated.fill_(1.0)
         self._ready = True
+        self.trained = False
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         return super()._apply(keeping_dtype(fn), recurse)

@@ -13,12 +13,10 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-import yaml
-
-from adq.config import dump_yaml, from_dict, load_yaml
+from adq.config import from_dict, load_yaml
 from adq.store import write_text
 from adq.train.ablation_config import Ablation, Row
-from adq.train.config import RunConfig, merge
+from adq.train.config import RunConfig, differences, flatten, merge
 from adq.train.figures import BLUE, GREY, ORANGE
 from adq.train.figures import _pyplot as load_pyplot
 from adq.train.figures import _write as write_png
@@ -35,8 +33,6 @@ NUMBERS = (
     "seconds",
 )
 """What is taken over from a result; seconds are those of the process that finished it."""
-WEIGHT_FILES = ("model.weights", "start", "distillation.teacher.weights")
-"""Fields of which the folder does not count."""
 
 
 def run_folder(output: Path, row: Row, seed: int) -> RunFolder:
@@ -49,30 +45,6 @@ def found_seeds(output: Path, ablation: Ablation) -> list[int]:
     slugs = {row.slug for row in ablation.rows}
     names = [re.fullmatch(r"(.*)-seed(\d+)", path.name) for path in (output / "runs").glob("*")]
     return sorted({int(name[2]) for name in names if name and name[1] in slugs})
-
-
-def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{a: {b: value}}`` as ``{"a.b": value}``; an empty mapping is a value."""
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        below = flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {}
-        flat.update(below or {f"{prefix}{key}": value})
-    return flat
-
-
-def differences(first: RunConfig, second: RunConfig) -> list[str]:
-    """Fields that shape the result in which two runs differ, dotted.
-
-    The output, the engine, and the folders that images and weights lie in do not count: rows may have been run on
-    several machines.
-    """
-    a, b = (flatten(yaml.safe_load(dump_yaml(config))) for config in (first, second))
-    for values in (a, b):
-        for key in WEIGHT_FILES:
-            if values.get(key) is not None:
-                values[key] = Path(values[key]).name
-    changed = sorted(key for key in {*a, *b} if a.get(key) != b.get(key) or (key in a) != (key in b))
-    return [key for key in changed if key not in ("output", "data.root") and not key.startswith("engine.")]
 
 
 def read_saved(folder: RunFolder) -> RunConfig:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
-from adq.config import ADQConfig, from_dict, load_yaml
+from adq.config import ADQConfig, check_bits, dump_yaml, from_dict, load_yaml
 from adq.config import _check_choices as check_choices
 from adq.sensitivity import Estimator
 from adq.train.data import DataConfig
@@ -111,6 +111,14 @@ class AllocationConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
+        if not self.bits:
+            raise ValueError("allocation.bits names no widths to choose from")
+        for bits in self.bits:
+            check_bits(bits, "allocation.bits")
+        if self.weight_bits is not None and self.weight_bits <= 0:
+            raise ValueError(f"allocation.weight_bits must be positive, got {self.weight_bits}")
+        if self.batches < 1:
+            raise ValueError(f"allocation.batches must be at least 1, got {self.batches}")
 
 
 @dataclass(frozen=True)
@@ -194,6 +202,7 @@ class RunConfig:
     """A whole run of ``adq train``: data, network, float training, quantization, QAT.
 
     Attributes:
+        seed: of everything random; ``data.seed``, where given, is that of splits, order and augmentation.
         start: file of :func:`adq.save`, as another run's ``model.safetensors``: quantization starts from the weights
             and batch norms of that network, trained at more bits say, instead of the float network's. Its bits,
             codebooks and thresholds are not taken over, and the float network stays baseline and teacher.
@@ -213,6 +222,11 @@ class RunConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:
+        overrides = self.quantization.overrides.values()
+        if self.quantization.weight is None and not any((override or {}).get("weight") for override in overrides):
+            raise ValueError(
+                "adq: adq train allocates bits to weights, and quantization.weight leaves all of them in float"
+            )
         if self.float.dampening:
             raise ValueError("adq: float.dampening: weights in float have no codewords; set qat.dampening")
 
@@ -262,4 +276,35 @@ def resolve(recipe: str | None, changes: Sequence[Mapping[str, Any]]) -> RunConf
     for change in changes:
         values = merge(values, change)
     config = from_dict(RunConfig, values)
+    if "seed" in (values.get("data") or {}):
+        return config
     return dataclasses.replace(config, data=dataclasses.replace(config.data, seed=config.seed))
+
+
+FILES = ("model.weights", "start", "allocation.file", "distillation.teacher.weights")
+"""Fields of which the folder does not count."""
+
+
+def differences(first: RunConfig, second: RunConfig) -> list[str]:
+    """Fields that shape the result in which two runs differ, dotted.
+
+    The output, the engine, how data are loaded, and the folders that images and weights lie in do not count: a run may
+    go on, and rows of an ablation may have been run, on another machine.
+    """
+    a, b = (flatten(yaml.safe_load(dump_yaml(config))) for config in (first, second))
+    for values in (a, b):
+        for key in FILES:
+            if values.get(key) is not None:
+                values[key] = Path(values[key]).name
+    changed = sorted(key for key in {*a, *b} if a.get(key) != b.get(key) or (key in a) != (key in b))
+    elsewhere = ("output", "data.root", "data.index", "data.workers")
+    return [key for key in changed if key not in elsewhere and not key.startswith("engine.")]
+
+
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{a: {b: value}}`` as ``{"a.b": value}``; an empty mapping is a value."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        below = flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {}
+        flat.update(below or {f"{prefix}{key}": value})
+    return flat

@@ -182,8 +182,17 @@ class Trainer:
     compiled: bool = False
 
     def run(self, resume: Progress | None = None) -> nn.Module:
-        """Train to the end, from ``resume`` where given; returns the model, unwrapped."""
+        """Train to the end, from ``resume`` where given; returns the model, unwrapped.
+
+        Raises:
+            ValueError: there are fewer batches than processes.
+        """
         accelerator = self.accelerator
+        if not len(self.train):
+            raise ValueError(
+                f"adq: the training images do not make one batch of {self.layout.batch_size} for each of "
+                f"{self.layout.processes} processes; use a smaller --batch-size, or fewer processes"
+            )
         inner = build_optimizer(self.model, self.config)
         with warnings.catch_warnings():  # torch 2.14 has another name for it, which Accelerate does not know yet
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)

@@ -33,7 +33,7 @@ from adq.store import replacing, write_text
 from adq.summary import summary
 from adq.train import figures
 from adq.train.checkpoint import Checkpoints, Progress
-from adq.train.config import ModelConfig, RunConfig
+from adq.train.config import ModelConfig, RunConfig, differences
 from adq.train.data import Data, build_data, check_classes
 from adq.train.data.decoding import BrokenImages
 from adq.train.display import Display
@@ -122,11 +122,10 @@ class Run:
     def _resumed(self, config: RunConfig) -> RunConfig:
         """The saved configuration must be the one asked for, where it shapes the result."""
         saved = from_dict(RunConfig, load_yaml(self.folder.config))
-        data = replace(config.data, index=saved.data.index, workers=saved.data.workers)
-        comparable = replace(config, output=saved.output, engine=saved.engine, data=data)
-        if dump_yaml(comparable) != dump_yaml(saved):
+        if changed := differences(saved, config):
             raise ValueError(
-                f"adq: {self.folder.config} differs from this command's configuration; resume with the same command"
+                f"adq: {self.folder.config} differs from this command's configuration in {', '.join(changed)}; resume "
+                "with the same command"
             )
         return config
 

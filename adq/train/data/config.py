@@ -43,7 +43,8 @@ class DataConfig:
         augment: shift by up to an eighth of the size and mirror (in memory; digits are only shifted), or
             RandomResizedCrop and mirror (from files).
         in_memory: hold the decoded images in memory as uint8. ``auto``, for ``imagefolder``: when they are
-            of one size, or ``image_size`` is given, and take less than 1 GiB.
+            of one size, or ``image_size`` is given, and take less than 1 GiB. Of some, that is: one of another size
+            that was not among those looked at is an error, which names it.
         limit_train: use only that many training images, a seeded subset with the classes' shares kept.
         limit_test: the same for the test images.
         val_fraction: share of the images held out as the test set when the folder has no split of its own.
