@@ -24,7 +24,9 @@ from adq.convert import (
     pack_,
     packed_weights,
     quantized_layers,
+    refuse_disabled,
     refuse_packed,
+    unwrapped,
 )
 from adq.deploy import listed
 from adq.fold import attach_, fold_batch_norm_, fold_problem
@@ -211,7 +213,7 @@ def save(
     """Save a quantized model as one safetensors file, written to a temporary name and renamed.
 
     Args:
-        model: quantized model.
+        model: quantized model; what ``torch.compile`` or ``DistributedDataParallel`` have put around it is left out.
         path: file to write.
         packed: store codes of b bits instead of float weights, without the state of training: what ships.
         fold_batch_norm: with ``packed``, without the batch norms that follow convolutions
@@ -223,11 +225,13 @@ def save(
         The path.
 
     Raises:
-        ValueError: not quantized, a NaN or infinity in the model (the tensor is named), or a plain file of a model that
-            is packed; batch norms cannot be folded.
+        ValueError: not quantized, a NaN or infinity in the model (the tensor is named), a quantizer that is disabled,
+            or a plain file of a model that is packed; batch norms cannot be folded.
     """
+    model = unwrapped(model)
     if not quantized_layers(model):
         raise ValueError("adq: the model is not quantized; save float models with safetensors")
+    refuse_disabled(model)
     if fold_batch_norm:
         if not packed:
             raise ValueError("adq: batch norms are folded into packed files alone; pass packed=True")
@@ -381,7 +385,9 @@ def _expected(model: nn.Module, header: Header) -> dict[str, Tensor]:
     if header.packed and header.version > 1:
         expected = {key: tensor for key, tensor in expected.items() if not key.endswith(COUNTER)}
     for name, norm in header.folded.items():
-        expected = {key: tensor for key, tensor in expected.items() if not key.startswith(_prefix(norm))}
+        modules = model.named_modules(remove_duplicate=False)
+        gone = tuple(_prefix(other) for other, module in modules if module is model.get_submodule(norm))
+        expected = {key: tensor for key, tensor in expected.items() if not key.startswith(gone)}
         expected[f"{_prefix(name)}bias"] = layers[name].weight.new_empty(layers[name].out_channels, device="meta")
     coded = {id(_weight(layers[name])) for name in header.shapes}
     for name, config in header.layers.items():

@@ -43,12 +43,12 @@ class _Sampler:
     def begin(self, batch: int) -> None:
         """A batch is about to come; ``batch`` is its number among those of all processes."""
         self.parts.append([])
-        self.generator = torch.Generator().manual_seed(batch)
+        self.generator = torch.Generator("cpu").manual_seed(batch)
 
     def __call__(self, quantizer: nn.Module, args: tuple[Tensor]) -> None:
         values = args[0].detach().reshape(-1)
         if values.numel() > SAMPLES_PER_BATCH:
-            index = torch.randint(values.numel(), (SAMPLES_PER_BATCH,), generator=self.generator)
+            index = torch.randint(values.numel(), (SAMPLES_PER_BATCH,), generator=self.generator, device="cpu")
             values = values[index.to(values.device)]
         self.parts[-1].append(values.float()[:: self.stride])
         self.parts, self.stride = _thinned(self.parts, self.stride)

@@ -119,9 +119,35 @@ def _parent(name: str) -> str:
 
 def convertible(module: nn.Module | None) -> bool:
     """Whether a quantized layer can take the place of this module."""
+    if module is None or type(module) not in QUANTIZED:
+        return False
     if isinstance(module, nn.MultiheadAttention) and QMultiheadAttention.problem(module):
         return False
-    return type(module) in QUANTIZED
+    return has_own_weight(module)
+
+
+def has_own_weight(module: nn.Module) -> bool:
+    """Whether the weight is a parameter, and not recomputed at each call (``prune``, the old ``weight_norm``)."""
+    return QUANTIZED[type(module)].weight_name in module._parameters
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel``."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def replace_module_(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in the place of another, under every name that it is registered by."""
+    old = model.get_submodule(name)
+    for other, present in list(model.named_modules(remove_duplicate=False)):
+        if present is old:
+            model.set_submodule(other, module)
 
 
 def quantize_(model: nn.Module, config: ADQConfig | None = None, filter_fn: FilterFn | None = None) -> nn.Module:
@@ -272,11 +298,12 @@ def pack_(model: nn.Module, codes: Mapping[str, Tensor] | None = None) -> nn.Mod
         The same model, in evaluation mode.
 
     Raises:
-        ValueError: the model is not quantized.
+        ValueError: the model is not quantized, or a quantizer is disabled.
     """
     layers = quantized_layers(model)
     if not layers:
         raise ValueError("adq: the model is not quantized; call adq.quantize_(model) first")
+    refuse_disabled(model)
     for name, packed in packed_weights(model, codes).items():
         if not layers[name].packed:
             pack_layer_(layers[name], packed)
@@ -318,6 +345,14 @@ def refuse_packed(model: nn.Module, what: str) -> None:
     """Raise ValueError if a layer's weight is kept as codes."""
     if is_packed(model):
         raise ValueError(f"adq: {what} needs float weights, and this model is packed; load the plain file instead")
+
+
+def refuse_disabled(model: nn.Module) -> None:
+    """Raise ValueError if a quantizer is disabled: neither packed models nor files know of it."""
+    for name, layer in quantized_layers(model).items():
+        quantizers = layer.weight_quantizer, layer.input_quantizer
+        if not all(getattr(quantizer, "enabled", True) for quantizer in quantizers):
+            raise ValueError(f"adq: a quantizer of layer {name!r} is disabled, which no packed model or file can say")
 
 
 @contextmanager

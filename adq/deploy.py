@@ -4,8 +4,9 @@ shift, the graph of its layers, and the reasons to refuse.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -44,8 +45,42 @@ def batch_norm_affine(norm: BatchNorm) -> tuple[Tensor, Tensor]:
     return factor, shift + norm.bias.detach().double() if norm.affine else shift
 
 
+IN_PLACE: dict[str, Callable[[Any, Any], Any]] = {
+    "iadd": operator.add,
+    "isub": operator.sub,
+    "imul": operator.mul,
+    "itruediv": operator.truediv,
+    "ifloordiv": operator.floordiv,
+    "ipow": operator.pow,
+    "imod": operator.mod,
+    "iand": operator.and_,
+    "ior": operator.or_,
+    "ixor": operator.xor,
+}
+"""Operators that change a tensor in place, and what they are for numbers."""
+
+
+class _Proxy(fx.Proxy):
+    """A value of which ``x += y`` is no other one, as torch.fx has it."""
+
+
+def _in_place(name: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:
+    def method(self: fx.Proxy, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", getattr(operator, name), (self, other), {})
+
+    return method
+
+
+for _name in IN_PLACE:
+    setattr(_Proxy, f"__{_name}__", _in_place(_name))
+
+
 class LayerTracer(fx.Tracer):
-    """Traces a model down to its layers, quantized ones as they are."""
+    """Traces a model down to its layers, quantized ones as they are, with what it changes in place."""
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """What stands for a node's value while the model is run."""
+        return _Proxy(node, self)
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         """Whether the graph shows a call of the module rather than what is in it."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
-from adq.convert import evaluating, pack_, packed_weights, quantized_layers
+from adq.convert import evaluating, pack_, packed_weights, quantized_layers, replace_module_
 from adq.deploy import LayerTracer, batch_norm_affine
 from adq.nn.layers import QuantizedLayer
 from adq.nn.packed import PackedWeight
@@ -98,7 +98,7 @@ def attach_(model: nn.Module, folded: Mapping[str, str]) -> None:
         packed.scale = packed.scale.expand(shape).clone()
         bias = packed.scale.new_zeros(layer.out_channels) if layer.bias is None else layer.bias.detach().clone()
         layer.bias = nn.Parameter(bias.to(packed.dtype), requires_grad=False)
-        model.set_submodule(norm, nn.Identity())
+        replace_module_(model, norm, nn.Identity())
     model.adq_folded = {**getattr(model, "adq_folded", {}), **folded}  # type: ignore[assignment]
 
 

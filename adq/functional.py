@@ -225,7 +225,7 @@ def threshold_quantize(
         TypeError, ValueError: wrong dtype, device or number of elements.
     """
     steps = interval.numel() if steps is None else steps
-    offset = torch.zeros(1, device=x.device) if offset is None else offset
+    offset = torch.zeros(1, dtype=torch.float32, device=x.device) if offset is None else offset
     start, interval, in_scale, out_scale, offset = map(_as_table, (start, interval, in_scale, out_scale, offset))
     return quantize_activation(x, start, interval, in_scale, out_scale, offset, steps)
 

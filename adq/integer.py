@@ -19,8 +19,8 @@ from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
-from adq.convert import quantized_layers, to_device
-from adq.deploy import LayerTracer, batch_norm_affine, integer_levels, layer_problem, listed
+from adq.convert import quantized_layers, replace_module_, to_device
+from adq.deploy import IN_PLACE, LayerTracer, batch_norm_affine, integer_levels, layer_problem, listed
 from adq.nn.activation import ActivationQuantizer
 from adq.nn.integer import (
     Affine,
@@ -34,6 +34,7 @@ from adq.nn.integer import (
 )
 from adq.nn.layers import QConv1d, QConv2d, QLinear, QuantizedLayer
 from adq.nn.weight import WeightQuantizer
+from adq.parity import as_inputs
 
 KINDS: dict[type[QuantizedLayer], type[IntegerLayer]] = {
     QConv1d: IntegerConv1d,
@@ -43,7 +44,12 @@ KINDS: dict[type[QuantizedLayer], type[IntegerLayer]] = {
 LARGEST_SUM = 2**31
 _NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 _ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")
-_IN_PLACE = {"iadd", "isub", "imul", "itruediv", "setitem"}
+_VIEWS = {
+    "chunk", "contiguous", "detach", "diagonal", "expand", "expand_as", "flatten", "getattr", "getitem", "mT",
+    "movedim", "narrow", "permute", "reshape", "reshape_as", "select", "split", "squeeze", "swapaxes", "t",
+    "tensor_split", "transpose", "unbind", "unflatten", "unfold", "unsqueeze", "view", "view_as",
+}  # fmt: skip
+"""What may give a tensor that shares memory with its first argument."""
 _BOUNDS: dict[Any, tuple[float, float]] = {
     nn.ReLU: (0.0, torch.inf),
     nn.ReLU6: (0.0, 6.0),
@@ -162,6 +168,11 @@ def _input(node: fx.Node) -> fx.Node:
     return cast(fx.Node, node.args[0] if node.args else node.kwargs["input"])
 
 
+def _name(node: fx.Node) -> str:
+    """Of the function or method that a node calls."""
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
 def _shape(node: fx.Node) -> tuple[int, ...] | None:
     meta = node.meta.get("tensor_meta")
     return tuple(meta.shape) if isinstance(meta, TensorMetadata) else None
@@ -174,6 +185,7 @@ class _Fuser:
         self.graph, self.traced, self.names = traced.graph, traced, names
         self.modules = dict(traced.named_modules())
         self.used: set[str] = set()
+        self.changed: set[fx.Node] = set()
 
     def _module(self, node: fx.Node) -> nn.Module | None:
         return self.modules[cast(str, node.target)] if node.op == "call_module" else None
@@ -227,6 +239,8 @@ class _Fuser:
         if user is None or user.target not in _ADDS or user.kwargs or len(user.args) != 2:
             return
         others = [arg for arg in user.args if arg is not fusion.last]
+        if self._is_in_place(user) and others == [user.args[0]] and self._shares(user.args[0]) is not None:
+            return  # it changes more than the graph says
         if len(others) == 1 and isinstance(others[0], fx.Node) and _shape(others[0]) == _shape(fusion.last) is not None:
             fusion.sum = user
             fusion.nodes.append(user)
@@ -253,18 +267,55 @@ class _Fuser:
         return False
 
     def _is_in_place(self, node: fx.Node) -> bool:
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        changes = node.op in ("call_method", "call_function") and (name.endswith("_") or name in _IN_PLACE)
+        name = _name(node)
+        named = name.endswith("_") and not name.endswith("__") and getattr(operator, name, None) is not node.target
+        changes = node.op in ("call_method", "call_function") and (named or name in (*IN_PLACE, "setitem"))
         return changes or bool(node.kwargs.get("inplace")) or bool(getattr(self._module(node), "inplace", False))
+
+    def _shares(self, node: Any) -> fx.Node | None:
+        """Whose memory a node's value may share, besides that of values changed in place."""
+        if not isinstance(node, fx.Node) or not node.args or not isinstance(node.args[0], fx.Node):
+            return None
+        module = self._module(node)
+        is_view = node.op in ("call_method", "call_function") and _name(node) in _VIEWS
+        return node.args[0] if is_view or isinstance(module, (*_NOTHING, nn.Flatten, nn.Unflatten)) else None
+
+    def rebind(self) -> None:
+        """Let all that reads a tensor after it has been changed in place read the node that changed it.
+
+        To the graph these are two values, and levels would be those of the first one. What is changed through a view,
+        or in part, is noted: no levels are taken of it.
+        """
+        place = {node: i for i, node in enumerate(self.graph.nodes)}
+        for node in [node for node in self.graph.nodes if self._is_in_place(node)]:
+            target = node.args[0] if node.args else None
+            if not isinstance(target, fx.Node):
+                continue
+            if _shape(target) is None:  # a number, which stays what it is
+                node.target = IN_PLACE.get(_name(node), node.target)
+                continue
+            if _name(node) == "setitem":
+                self.changed.add(target)
+            else:
+                later = [user for user in target.users if place[user] > place[node]]
+                target.replace_all_uses_with(node, delete_user_cb=later.__contains__)
+            while (base := self._shares(target)) is not None:
+                self.changed |= {target, base}
+                target = base
 
     # the new graph
 
     def rewrite(self) -> int:
         """Put integer layers in place of the fusions; returns how many of them take levels from another."""
+        self.rebind()
+        for node in self.graph.nodes:  # what layers give is channels_last, of which there may be no such view
+            if node.op == "call_method" and node.target == "view" and node not in self.changed:
+                node.target = "view" if isinstance(node.args[1], torch.dtype) else "reshape"
         return sum(self._replace(fusion) for fusion in self.fusions())
 
     def _replace(self, fusion: _Fusion) -> int:
         readers = [user for user in fusion.last.users if self._is_integer(user) and _input(user) is fusion.last]
+        readers = [] if fusion.last in self.changed else readers
         quantizers = [cast(ActivationQuantizer, cast(QuantizedLayer, self._module(r)).input_quantizer) for r in readers]
         keep = len(readers) < len(fusion.last.users)
         layer = _integer_layer(fusion.layer, fusion.affine, Epilogue(*fusion.bounds, quantizers, keep))
@@ -326,7 +377,7 @@ def _replace_each(model: nn.Module, names: list[str]) -> None:
     """Put integer layers in place, without what follows them."""
     for name in names:
         layer = cast(QuantizedLayer, model.get_submodule(name))
-        model.set_submodule(name, _integer_layer(layer, _bias(layer), Epilogue()))
+        replace_module_(model, name, _integer_layer(layer, _bias(layer), Epilogue()))
 
 
 @torch.no_grad()
@@ -359,7 +410,7 @@ def to_integer(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...], *,
         raise ValueError(f"adq: cannot compute with integers: {reasons}")
     if isinstance(model, QuantizedLayer):
         return _reported(_integer_layer(model, _bias(model), Epilogue()), IntegerReport(names, 0, left, None))
-    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    inputs = as_inputs(example_inputs)  # two images: one can be added to many
     try:
         graph = LayerTracer().trace(model)
     except Exception as error:  # whatever the model's code raises when it meets a proxy

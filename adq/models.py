@@ -11,7 +11,7 @@ import difflib
 import importlib.util
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -310,7 +310,7 @@ def load_float_weights(model: nn.Module, path: str | Path) -> None:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no weight file at {path}" + (": it is a folder" if path.is_dir() else ""))
-    state = _strip_prefixes(_read_state(path))
+    state = _strip_prefixes(_read_state(path), model.state_dict().keys())
     _check_state(model, state, path)
     model.load_state_dict(state, strict=False)  # checked above; only num_batches_tracked may be missing
 
@@ -363,9 +363,12 @@ def _unwrap(loaded: Any, path: Path) -> dict[str, Tensor]:
     return dict(loaded)
 
 
-def _strip_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _strip_prefixes(state: dict[str, Tensor], own: Set[str]) -> dict[str, Tensor]:
+    """The state without the names of wrappers, unless the model itself has these names."""
     for prefix in ("module.", "_orig_mod.", "module."):  # compiled inside or outside the wrapper
-        if state and all(key.startswith(prefix) for key in state):
+        if state.keys() <= own:
+            break
+        if all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
     return state
 

@@ -49,20 +49,28 @@ def replacing_directory(path: str | Path) -> Iterator[Path]:
         yield temporary
         for entry in (temporary, *temporary.rglob("*")):
             entry.chmod(mode if entry.is_dir() else mode & 0o666)
+        _sync_all(temporary)
         if path.exists():
             os.rename(path, old)
-        publish_directory(temporary, path)
+        os.rename(temporary, path)
+        _sync(path.parent)
     finally:
+        if old.exists() and not path.exists():
+            os.rename(old, path)
         for directory in (temporary, old):
             shutil.rmtree(directory, ignore_errors=True)
 
 
 def publish_directory(temporary: Path, path: Path) -> None:
     """Give a finished directory its name, once all its files have reached the disk; ``path`` must not exist."""
-    for inside in (*temporary.rglob("*"), temporary):
-        _sync(inside)
+    _sync_all(temporary)
     os.rename(temporary, path)
     _sync(path.parent)
+
+
+def _sync_all(folder: Path) -> None:
+    for inside in (*folder.rglob("*"), folder):
+        _sync(inside)
 
 
 def seal_directory(folder: Path, about: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from adq.allocate import FLOAT_BITS
 from adq.artifact import packed_bytes
 from adq.codebook import sqnr
-from adq.convert import activation_quantizers, quantized_layers, weight_quantizers
+from adq.convert import activation_quantizers, has_own_weight, quantized_layers, weight_quantizers
 from adq.nn.activation import ActivationQuantizer
 from adq.nn.layers import QUANTIZED, QMultiheadAttention, QuantizedLayer
 from adq.nn.packed import PackedWeight
@@ -144,6 +144,8 @@ def _reason(layer: Any) -> str:
         return f"{type(layer).__name__} has a forward of its own"
     if isinstance(layer, nn.MultiheadAttention) and (problem := QMultiheadAttention.problem(layer)):
         return problem
+    if not has_own_weight(layer):
+        return "its weight is recomputed at each call"
     return getattr(layer, "adq_in_float", "it was not asked for")
 
 

@@ -40,11 +40,11 @@ def uniform_thresholds(step: Tensor, zero_level: Tensor, config: ActivationConfi
     have the same magnitude whatever the scale of its inputs, and one learning rate serves them all.
     """
     width = ACTIVATION_RANGE / config.steps
-    one = torch.ones(1, device=step.device)
+    one = torch.ones(1, dtype=torch.float32, device=step.device)
     offset = width * zero_level.float().reshape(1)
     return Thresholds(
         start=-offset,
-        interval=torch.full((num_intervals(config),), width, device=step.device),
+        interval=torch.full((num_intervals(config),), width, dtype=torch.float32, device=step.device),
         in_scale=width * one / step,
         out_scale=step * one / width,
         offset=offset,

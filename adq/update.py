@@ -61,7 +61,7 @@ def _pace(group: dict[str, Any]) -> Pace:
 
 @lru_cache(maxsize=64)
 def _constant_rates(rates: tuple[float, ...], device: torch.device) -> Tensor:
-    return torch.tensor(rates, device=device)
+    return torch.tensor(rates, dtype=torch.float32, device=device)
 
 
 def _update(layers: Iterable[QuantizedLayer], paces: dict[int, Pace] | None) -> None:

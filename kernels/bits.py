@@ -134,12 +134,12 @@ def code_levels(code, codebook, table, K: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def _scales(scale, start, tile, inner, channels, ROWS: tl.constexpr):
+def _scales(scale, start, tile, numel, inner, channels, ROWS: tl.constexpr):
     """The scale of each element of a tile, or one that serves all (``ROWS`` is None)."""
     if ROWS is None:
         factor = tl.load(scale)
     else:
-        element = (start + tile).to(inner.dtype)
+        element = (start + tile).to(numel.dtype)
         factor = tl.load(scale + element // inner % channels, eviction_policy="evict_last")
     return factor
 
@@ -178,13 +178,13 @@ def decode_kernel(
     for start in range(program * SIZE, whole, programs * SIZE):
         value = code_levels(four_codes(packed, start, lane, BITS, UNIT), codebook, table, K, BITS)
         if ROWS == 4:
-            factor = _scales(scale, start, lane * 4, inner, channels, ROWS)[:, None]
+            factor = _scales(scale, start, lane * 4, numel, inner, channels, ROWS)[:, None]
         else:
-            factor = _scales(scale, start, tile, inner, channels, ROWS)
+            factor = _scales(scale, start, tile, numel, inner, channels, ROWS)
         tl.store(w_q + start + tile, value * factor)
     tile = tile_offsets(LANES, 1)
     for start in range(whole + program * LANES, numel, programs * LANES):
         value = code_levels(any_codes(packed, start, tile, numel, BITS), codebook, table, K, BITS)
         inside = tile_mask(tile, start, numel)
-        factor = _scales(scale, start, tl.where(inside, tile, 0), inner, channels, ROWS)
+        factor = _scales(scale, start, tl.where(inside, tile, 0), numel, inner, channels, ROWS)
         tl.store(w_q + start + tile, value * factor, mask=inside)

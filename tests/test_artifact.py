@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import adq
 from adq import ADQConfig, artifact, container, models
+from adq.convert import is_packed
 from adq.functional import unpack
 
 
@@ -302,3 +303,26 @@ def test_a_float_model_is_not_saved(tmp_path):
     with pytest.raises(ValueError, match="the model is not quantized"):
         adq.save(Net(), tmp_path / "m.safetensors")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel, lambda model: nn.DataParallel(torch.compile(model))])
+def test_wrappers_are_left_out_of_files(tmp_path, wrap):
+    torch.manual_seed(0)
+    model = adq.calibrate_(adq.quantize_(adq.create_model("digits_cnn")), [torch.randn(4, 1, 8, 8)])
+    adq.save(model, tmp_path / "plain.safetensors")
+    adq.save(wrap(model), tmp_path / "wrapped.safetensors")
+    assert (tmp_path / "wrapped.safetensors").read_bytes() == (tmp_path / "plain.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("quantizer", ["weight_quantizer", "input_quantizer"])
+def test_disabled_quantizers_are_refused(tmp_path, quantizer):
+    model = adq.calibrate_(adq.quantize_(adq.create_model("digits_cnn")), [torch.randn(4, 1, 8, 8)])
+    getattr(model.conv2, quantizer).enabled = False
+    for refused in (
+        lambda: adq.save(model, tmp_path / "file"),
+        lambda: adq.save(model, tmp_path / "file", packed=True),
+        lambda: adq.pack_(model),
+    ):
+        with pytest.raises(ValueError, match="a quantizer of layer 'conv2' is disabled"):
+            refused()
+    assert not (tmp_path / "file").exists() and not is_packed(model)

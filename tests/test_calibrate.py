@@ -140,3 +140,10 @@ def test_calibration_leaves_flags_switches_and_hooks(fails):
         True,
     ]
     assert all(not layer._forward_pre_hooks for layer in convert.quantized_layers(model).values())
+
+
+def test_large_inputs_under_another_default_device():
+    model, x = adq.quantize_(nn.Sequential(nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 4))), torch.randn(1024, 64)
+    with torch.device("meta"):  # as under set_default_device("cuda"), where the model is elsewhere
+        adq.calibrate_(model, [x])
+    assert model[0].input_quantizer.is_calibrated

@@ -105,3 +105,22 @@ def test_evaluation_uses_the_adapted_codebook():
 )
 def test_inductor():
     assert_trains_alike(block(), "inductor", exact=False)
+
+
+def test_a_part_compiled_by_itself_is_one_graph():
+    torch.manual_seed(0)
+    parts = [nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU()) for _ in range(2)]
+    model = nn.Sequential(*parts, nn.Conv2d(3, 4, 3))
+    adq.calibrate_(adq.quantize_(model), [images(0)])
+    eager, counter = copy.deepcopy(model), CompileCounterWithBackend("eager")
+    for part in model[:2]:
+        part.compile(backend=counter, fullgraph=True)
+    for net in (model, eager):
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        for seed in range(3):
+            optimizer.zero_grad()
+            net(images(seed)).square().mean().backward()
+            optimizer.step()
+    assert counter.frame_count <= 2
+    for one, other in zip(model.state_dict().values(), eager.state_dict().values(), strict=True):
+        assert torch.equal(one, other)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from networks import LAYERS, assert_same_state, images, net, quantized, train
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import adq
 from adq import ADQConfig, WeightConfig, convert
@@ -235,3 +236,12 @@ def test_set_weight_bits_is_all_or_nothing():
     convert.set_weight_bits(model, {"body.0": 4})
     assert model.body[0].weight_quantizer.codebook.numel() == 15
     np.testing.assert_array_equal(model.body[2].weight_quantizer.codebook, before["body.2.weight_quantizer.codebook"])
+
+
+@pytest.mark.parametrize("recompute", [lambda x: prune.l1_unstructured(x, "weight", 0.5), nn.utils.spectral_norm])
+def test_weights_that_are_recomputed_at_each_call_stay_in_float(recompute):
+    model = net()
+    recompute(model.body[0])
+    adq.quantize_(model)
+    assert list(convert.quantized_layers(model)) == ["stem", "body.2", "head"]
+    assert "body.0" in str(adq.summary(model)) and "recomputed at each call" in str(adq.summary(model))

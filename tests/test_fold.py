@@ -268,3 +268,28 @@ def test_the_command_folds(tmp_path):
     assert result.exit_code == 0 and adq.load(out).adq_folded
     refused = runner.invoke(app, ["export", str(file), str(tmp_path / "m.onnx"), "--to", "onnx", "--fold-batch-norm"])
     assert refused.exit_code == 1 and "--fold-batch-norm is for --to packed" in refused.output
+
+
+class TwoNames(nn.Module):
+    """A batch norm that the model calls by its second name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.conv = settled(nn.BatchNorm2d(6)), nn.Conv2d(4, 6, 3)
+        self.features = nn.Sequential(self.conv, self.norm, nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.features(x).mean((2, 3))
+
+
+def test_a_batch_norm_of_two_names_is_folded_once(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(5, 4, 7, 7)
+    model = adq.calibrate_(adq.quantize_(TwoNames()), [x], batch_norm=False).eval()
+    adq.save(model, tmp_path / "folded.safetensors", packed=True, fold_batch_norm=True)
+    loaded = adq.load(tmp_path / "folded.safetensors", TwoNames())
+    folded = adq.fold_batch_norm_(copy.deepcopy(model))
+    with torch.no_grad():
+        for other in (folded, loaded):
+            torch.testing.assert_close(other(x), model(x), rtol=1e-5, atol=1e-5)
+    assert isinstance(loaded.features[1], nn.Identity) and isinstance(folded.features[1], nn.Identity)

@@ -282,3 +282,12 @@ def test_what_fast_linear_refuses(model):
         adq.fast_linear_(model[:2])
     with pytest.raises(RuntimeError, match="is packed and cannot train"):
         adq.fast_linear_(model).train()(normal(1, 4, 12))
+
+
+def test_fast_linear_layers_under_autocast():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 4, bias=False))
+    adq.fast_linear_(adq.pack_(adq.calibrate_(adq.quantize_(model), [torch.randn(8, 32)])))
+    for rows in (1, 4, 9):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            assert model(torch.randn(rows, 32)).dtype == model[0](torch.randn(rows, 32)).dtype == torch.bfloat16

@@ -301,3 +301,17 @@ def test_real_resnet20_weights_on_real_images():
     load_float_weights(model, Path(ROOT) / "weights" / "resnet20-cifar10.safetensors")
     config = DataConfig("imagefolder", Path(ROOT) / "cifar10", limit_train=10, limit_test=2000, eval_batch_size=500)
     assert abs(accuracy(model, build_data(config).test) - 0.9173) < 0.02
+
+
+class Inner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = nn.Sequential(nn.Linear(3, 2))
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_model_whose_own_layers_are_named_module(tmp_path, wrapped):
+    model, other = Inner(), Inner()
+    torch.save((nn.DataParallel(model) if wrapped else model).state_dict(), tmp_path / "own.pt")
+    load_float_weights(other, tmp_path / "own.pt")
+    assert torch.equal(model.module[0].weight, other.module[0].weight)

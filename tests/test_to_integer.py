@@ -322,3 +322,135 @@ def test_eval_with_integers(tmp_path, snap):
     assert "integer layers" in result.output
     top1, expected = (float(text.split("top-1 ")[1].split(",")[0]) for text in (result.output, evaluated(path).output))
     assert abs(top1 - expected) < 0.5  # of 360 images: at most one, where the float sums decide
+
+
+# ---- what is changed in place --------------------------------------------------------------------------
+
+
+def added(model, x):
+    out = model.first(x)
+    out.add_(x)
+    return out
+
+
+def added_and_bounded(model, x):
+    out = added(model, x)
+    model.relu(out)
+    return out
+
+
+def added_to_the_input(model, x):
+    x = x * 1
+    x.add_(model.first(x))
+    return x
+
+
+def added_to_another_name(model, x):
+    x = skip = x * 1
+    x += model.first(x)
+    return x + skip
+
+
+def changed_through_a_view(model, x):
+    out = model.first(x)
+    out.flatten(2).add_(1.0)
+    return out
+
+
+def added_through_a_view(model, x):
+    x = x * 1
+    view = x.permute(0, 1, 2, 3)
+    view.add_(model.first(x))
+    return x
+
+
+def bounded_behind_a_dropout(model, x):
+    out = model.first(x)
+    model.relu(model.dropout(out))
+    return out
+
+
+def scaled_by_another_name(model, x):
+    out = other = model.relu(model.first(x))
+    other *= 0.5
+    return out + other
+
+
+def viewed_by_a_counted_size(model, x):
+    out, size = model.first(x), x.size(0)
+    kept = size
+    size += 1
+    return out.view(kept, -1).view(kept, 3, 6, 6)
+
+
+class InPlace(nn.Module):
+    def __init__(self, change):
+        super().__init__()
+        torch.manual_seed(0)
+        self.change = change
+        self.first = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3))
+        self.relu, self.dropout = nn.ReLU(inplace=True), nn.Dropout()
+        self.second, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 10)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.second(self.change(self, x))).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("change", "from_levels"),
+    [
+        (added, 1),
+        (added_and_bounded, 1),
+        (added_to_the_input, 1),
+        (added_to_another_name, 0),
+        (changed_through_a_view, 0),
+        (added_through_a_view, 0),
+        (bounded_behind_a_dropout, 0),
+        (scaled_by_another_name, 0),
+        (viewed_by_a_counted_size, 0),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_what_is_changed_in_place_is_read_changed(change, from_levels):
+    x = images(8, 3, 6, 6)
+    converted = integer(quantized(InPlace(change), x), x, from_levels)
+    assert converted.adq_integer.unfused is None
+
+
+class Positions(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.position = nn.Conv2d(3, 4, 3), nn.Parameter(torch.randn(1, 4, 4, 4))
+
+    def forward(self, x):
+        return torch.relu(self.conv(x) + self.position).mean((2, 3))
+
+
+def test_an_example_of_one_image_says_nothing_of_others():
+    torch.manual_seed(0)
+    x = images(5, 3, 6, 6)
+    model = quantized(Positions(), x)
+    converted = adq.to_integer(model, x[:1])
+    with torch.no_grad():
+        for batch in (x, x[:1]):
+            torch.testing.assert_close(converted(batch), model(batch), rtol=1e-5, atol=2e-5)
+
+
+class TwoNames(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1)
+        self.layers = nn.ModuleList([self.a, self.b])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x) if x.sum() != 0 else x
+        return x.mean((2, 3))
+
+
+def test_layers_of_two_names_in_a_model_that_cannot_be_traced():
+    torch.manual_seed(0)
+    x = images(2, 3, 6, 6)
+    converted = integer(quantized(TwoNames(), x), x, 0)
+    assert converted.adq_integer.unfused
+    assert all(isinstance(layer, IntegerConv2d) for layer in converted.layers)

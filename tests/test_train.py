@@ -149,6 +149,16 @@ def test_given_weights_a_teacher_of_its_own_reversed_bits_and_reestimated_batch_
     assert dampening_loss(models[1]) < 0.3 * dampening_loss(models[0])
 
 
+def test_the_model_itself_is_not_written_over(finished):
+    folder, _ = finished
+    before = (folder / "whole" / "model.safetensors").read_bytes()
+    for to in ("packed", "plain", "onnx"):
+        code, text = adq(folder / "whole", "export", ".", "model.safetensors", "--to", to)
+        assert code == 1
+        assert "model.safetensors is the model itself; choose another file" in text
+    assert (folder / "whole" / "model.safetensors").read_bytes() == before
+
+
 def test_quantization_starts_from_another_quantized_network(finished):
     folder, _ = finished
     weights, start = str(folder / "whole" / "float.safetensors"), folder / "whole" / "model.safetensors"

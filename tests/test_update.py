@@ -326,3 +326,17 @@ def test_a_copy_adapts_on_its_own():
     optimizer.step()
     assert steps(twin) == [1, 1, 1]
     assert same(before, state(net))
+
+
+def test_other_default_dtypes():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        net = adq.quantize_(float_network(), adq.ADQConfig(first_last_bits=4))
+        adq.calibrate_(net, [inputs().bfloat16()])
+        net(inputs().bfloat16()).float().square().mean().backward()
+        sgd(net).step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert steps(net) == [1, 1, 1]
+    quantizer = net[2].input_quantizer
+    assert all(tensor.dtype == torch.float32 for tensor in quantizer.state_dict().values())

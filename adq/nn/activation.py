@@ -47,16 +47,16 @@ class ActivationQuantizer(nn.Module):
         self.config = config
         self.name = name
         self.enabled = True
-        interval = torch.full((num_intervals(config),), ACTIVATION_RANGE / config.steps)
+        interval = torch.full((num_intervals(config),), ACTIVATION_RANGE / config.steps, dtype=torch.float32)
         if config.is_uniform:
             self.register_buffer("interval", interval)
         else:
             self.interval = nn.Parameter(interval)
-        self.start = nn.Parameter(torch.zeros(1))
-        self.in_scale = nn.Parameter(torch.ones(1))
-        self.out_scale = nn.Parameter(torch.ones(1))
-        self.register_buffer("offset", torch.zeros(1))
-        self.register_buffer("calibrated", torch.zeros(()))
+        self.start = nn.Parameter(torch.zeros(1, dtype=torch.float32))
+        self.in_scale = nn.Parameter(torch.ones(1, dtype=torch.float32))
+        self.out_scale = nn.Parameter(torch.ones(1, dtype=torch.float32))
+        self.register_buffer("offset", torch.zeros(1, dtype=torch.float32))
+        self.register_buffer("calibrated", torch.zeros((), dtype=torch.float32))
         self._ready = False
 
     @property

@@ -216,6 +216,9 @@ class PackedLinear(PackedLayer, QLinear):
         x = self.input_quantizer(input)
         y = codebook_linear(x, weight.codes, weight.codebook, weight.scale, self.out_features)
         (added,) = bias or (self.bias,)
+        if torch.is_autocast_enabled(x.device.type):  # as the larger inputs
+            y = y.to(torch.get_autocast_dtype(x.device.type))
+            added = None if added is None else added.to(y.dtype)
         return y if added is None else y + added
 
     def _on_codes(self, input: Tensor) -> bool:

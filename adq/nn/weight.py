@@ -130,7 +130,9 @@ class WeightQuantizer(nn.Module):
             return (w_q * self.scale).to(weight.dtype)
         if self.config.update == "step":
             return learned_step(weight, self.scale, self.codebook).to(weight.dtype)
-        ready = None if self.prepared is None else self.prepared.of(weight, self.codebook)
+        ready = None  # a part that is compiled by itself looks up for itself
+        if self.prepared is not None and not torch.compiler.is_compiling():
+            ready = self.prepared.of(weight, self.codebook)
         return quantize_weight(weight, self.scale, self.codebook, ready)
 
     @torch.no_grad()

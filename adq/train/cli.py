@@ -296,6 +296,8 @@ def export(
         if fold_batch_norm and to != "packed":
             raise ValueError(f"--fold-batch-norm is for --to packed, not {to}")
         file = model / "model.safetensors" if model.is_dir() else model
+        if output.resolve() == file.resolve():
+            raise ValueError(f"{output} is the model itself; choose another file to write")
         if to in EXPORTS:
             recipe = config or (str(model / "config.yaml") if model.is_dir() else None)
             changes = [_nested(data__name=data, data__root=root), *(parse_assignment(text) for text in set_ or [])]
