@@ -9,7 +9,6 @@ pytest.importorskip("triton", reason="needs Triton")
 
 import triton
 import triton.language as tl
-
 from adq.kernels.bits import _scales
 
 pytestmark = pytest.mark.skipif(os.environ["TRITON_INTERPRET"] != "1", reason="needs Triton's interpreter")
