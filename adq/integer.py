@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import operator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -34,7 +35,6 @@ from adq.nn.integer import (
 )
 from adq.nn.layers import QConv1d, QConv2d, QLinear, QuantizedLayer
 from adq.nn.weight import WeightQuantizer
-from adq.parity import as_inputs
 
 KINDS: dict[type[QuantizedLayer], type[IntegerLayer]] = {
     QConv1d: IntegerConv1d,
@@ -47,7 +47,8 @@ _ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _VIEWS = {
     "chunk", "contiguous", "detach", "diagonal", "expand", "expand_as", "flatten", "getattr", "getitem", "mT",
     "movedim", "narrow", "permute", "reshape", "reshape_as", "select", "split", "squeeze", "swapaxes", "t",
-    "tensor_split", "transpose", "unbind", "unflatten", "unfold", "unsqueeze", "view", "view_as",
+    "tensor_split", "to", "float", "type", "type_as", "transpose", "unbind", "unflatten", "unfold", "unsqueeze",
+    "view", "view_as",
 }  # fmt: skip
 """What may give a tensor that shares memory with its first argument."""
 _BOUNDS: dict[Any, tuple[float, float]] = {
@@ -173,6 +174,13 @@ def _name(node: fx.Node) -> str:
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 
+def _gives_sizes(view: fx.Node) -> bool:
+    """Whether a ``view`` is given sizes, and not a dtype."""
+    kind = view.args[1] if len(view.args) > 1 and not view.kwargs else torch.uint8
+    is_dtype = isinstance(kind, torch.dtype) or (isinstance(kind, fx.Node) and kind.args[1:] == ("dtype",))
+    return not is_dtype
+
+
 def _shape(node: fx.Node) -> tuple[int, ...] | None:
     meta = node.meta.get("tensor_meta")
     return tuple(meta.shape) if isinstance(meta, TensorMetadata) else None
@@ -202,6 +210,8 @@ class _Fuser:
             fusion = self._follow(node, with_sum=True)
             if fusion.residual and (fusion.last in taken or self._is_disturbed(fusion)):
                 fusion = self._follow(node, with_sum=False)
+            if self._is_disturbed(fusion):
+                fusion = _Fusion(fusion.layer, [node], _bias(fusion.layer))
             taken.add(fusion.last)
             found.append(fusion)
         return found
@@ -239,7 +249,8 @@ class _Fuser:
         if user is None or user.target not in _ADDS or user.kwargs or len(user.args) != 2:
             return
         others = [arg for arg in user.args if arg is not fusion.last]
-        if self._is_in_place(user) and others == [user.args[0]] and self._shares(user.args[0]) is not None:
+        through_view = others == [user.args[0]] and self._shares(user.args[0]) is not None
+        if self._is_in_place(user) and (through_view or user in self.changed):
             return  # it changes more than the graph says
         if len(others) == 1 and isinstance(others[0], fx.Node) and _shape(others[0]) == _shape(fusion.last) is not None:
             fusion.sum = user
@@ -258,7 +269,7 @@ class _Fuser:
             fusion.nodes.append(user)
 
     def _is_disturbed(self, fusion: _Fusion) -> bool:
-        """Whether something is changed in place between the layer and the sum, where it will be computed."""
+        """Whether something is changed in place between the layer and the last node, where it will be computed."""
         node = fusion.first
         while node is not fusion.last:
             node = node.next
@@ -270,6 +281,7 @@ class _Fuser:
         name = _name(node)
         named = name.endswith("_") and not name.endswith("__") and getattr(operator, name, None) is not node.target
         changes = node.op in ("call_method", "call_function") and (named or name in (*IN_PLACE, "setitem"))
+        changes = changes or isinstance(node.kwargs.get("out"), fx.Node)
         return changes or bool(node.kwargs.get("inplace")) or bool(getattr(self._module(node), "inplace", False))
 
     def _shares(self, node: Any) -> fx.Node | None:
@@ -280,6 +292,11 @@ class _Fuser:
         is_view = node.op in ("call_method", "call_function") and _name(node) in _VIEWS
         return node.args[0] if is_view or isinstance(module, (*_NOTHING, nn.Flatten, nn.Unflatten)) else None
 
+    def _views(self, node: fx.Node) -> list[fx.Node]:
+        """What shows a node's memory, and what shows that."""
+        views = [user for user in node.users if self._shares(user) is node]
+        return views + [further for view in views for further in self._views(view)]
+
     def rebind(self) -> None:
         """Let all that reads a tensor after it has been changed in place read the node that changed it.
 
@@ -288,7 +305,7 @@ class _Fuser:
         """
         place = {node: i for i, node in enumerate(self.graph.nodes)}
         for node in [node for node in self.graph.nodes if self._is_in_place(node)]:
-            target = node.args[0] if node.args else None
+            target = node.kwargs.get("out", node.args[0] if node.args else None)
             if not isinstance(target, fx.Node):
                 continue
             if _shape(target) is None:  # a number, which stays what it is
@@ -299,6 +316,8 @@ class _Fuser:
             else:
                 later = [user for user in target.users if place[user] > place[node]]
                 target.replace_all_uses_with(node, delete_user_cb=later.__contains__)
+            if earlier := [view for view in self._views(target) if place.get(view, -1) < place[node]]:
+                self.changed |= {node, target, *earlier}
             while (base := self._shares(target)) is not None:
                 self.changed |= {target, base}
                 target = base
@@ -309,8 +328,8 @@ class _Fuser:
         """Put integer layers in place of the fusions; returns how many of them take levels from another."""
         self.rebind()
         for node in self.graph.nodes:  # what layers give is channels_last, of which there may be no such view
-            if node.op == "call_method" and node.target == "view" and node not in self.changed:
-                node.target = "view" if isinstance(node.args[1], torch.dtype) else "reshape"
+            if node.op == "call_method" and node.target == "view" and node not in self.changed and _gives_sizes(node):
+                node.target = "reshape"
         return sum(self._replace(fusion) for fusion in self.fusions())
 
     def _replace(self, fusion: _Fusion) -> int:
@@ -325,6 +344,8 @@ class _Fuser:
         with self.graph.inserting_before(fusion.last.next):
             node = self.graph.call_module(name, arguments)
             y = self.graph.call_function(operator.getitem, (node, 0)) if readers else node
+            if fusion.last in self.changed:  # views of it are to be views
+                y = self.graph.call_method("contiguous", (y,))
             levels = self.graph.call_function(operator.getitem, (node, 1)) if readers else node
             for i, reader in enumerate(readers):
                 reader.replace_input_with(fusion.last, self.graph.call_function(operator.getitem, (levels, i)))
@@ -410,7 +431,7 @@ def to_integer(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...], *,
         raise ValueError(f"adq: cannot compute with integers: {reasons}")
     if isinstance(model, QuantizedLayer):
         return _reported(_integer_layer(model, _bias(model), Epilogue()), IntegerReport(names, 0, left, None))
-    inputs = as_inputs(example_inputs)  # two images: one can be added to many
+    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     try:
         graph = LayerTracer().trace(model)
     except Exception as error:  # whatever the model's code raises when it meets a proxy
@@ -419,11 +440,20 @@ def to_integer(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...], *,
     called = {node.target for node in graph.nodes if node.op == "call_module"}
     _replace_each(model, [name for name in names if name not in called])  # within another layer: an attention's
     traced = fx.GraphModule(model, graph, type(model).__name__)
-    ShapeProp(traced).propagate(*to_device(inputs, next(iter(model.parameters())).device))
+    _note_shapes(traced, to_device(inputs, next(iter(model.parameters())).device))
     from_levels = _Fuser(traced, set(names)).rewrite()
     traced.delete_all_unused_submodules()
     traced.recompile()
     return _reported(traced.eval(), IntegerReport(names, from_levels, left, None))
+
+
+def _note_shapes(traced: fx.GraphModule, inputs: tuple[Any, ...]) -> None:
+    """Run the model once; on two images where it is given one, which could be added to many."""
+    if all(isinstance(x, Tensor) and x.dim() > 0 and len(x) == 1 for x in inputs):
+        with suppress(Exception):  # it wants one
+            ShapeProp(traced).propagate(*(torch.cat([x, x]) for x in inputs))
+            return
+    ShapeProp(traced).propagate(*inputs)
 
 
 def _reported(model: nn.Module, report: IntegerReport) -> nn.Module:

@@ -17,6 +17,7 @@ import sys
 import weakref
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -134,7 +135,7 @@ def step(model: nn.Module) -> None:
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     # a fused optimizer steps even when its gradient scaler has found an infinity, and then changes nothing
     skipped = getattr(optimizer, "found_inf", None)
-    if not _LAYERS or (skipped is not None and bool(skipped)) or _is_inner_step():
+    if not _LAYERS or (skipped is not None and bool(skipped)) or _is_inner_step(optimizer):
         return
     paces = {id(p): pace for group in optimizer.param_groups for pace in [_pace(group)] for p in group["params"]}
     place = {key: i for i, key in enumerate(paces)}  # processes must agree on the order
@@ -144,18 +145,24 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
             layer.input_quantizer.trained |= id(layer.input_quantizer.start) in place
 
 
-def _is_inner_step() -> bool:
-    """Whether the optimizer that has stepped belongs to another, whose own step has yet to end.
+def _is_inner_step(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer that holds the same weights steps through this one, and has yet to end.
 
-    Seen on the stack, where torch's wrapper of each ``step`` calls this hook: a counter would be off for good once a
+    Seen on the stack, where torch's wrapper of each ``step`` calls the hook: a counter would be off for good once a
     step raises. ``ZeroRedundancyOptimizer`` is of this kind: its inner optimizer holds this process's share alone.
     """
-    steps, frame = 0, sys._getframe(1)
-    while frame is not None and steps < 2:
-        code = frame.f_code
-        steps += code.co_name == "wrapper" and code.co_filename == _OPTIMIZER_FILE
-        frame = frame.f_back  # type: ignore[assignment]
-    return steps == 2
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "wrapper" and frame.f_code.co_filename == _OPTIMIZER_FILE:
+            outer = (frame.f_locals.get("args") or (optimizer,))[0]
+            if outer is not optimizer and _parameters(optimizer) <= _parameters(outer):
+                return True
+        frame = frame.f_back
+    return False
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> set[int]:
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
 register_optimizer_step_post_hook(_after_step)

@@ -149,17 +149,19 @@ def test_runs_of_another_configuration_are_not_mixed_in(finished, weights):
 
 def test_rows_may_come_from_another_machine():
     one = {
-        "model": {"weights": "here/float.safetensors"},
+        "model": {"weights": "here/net.safetensors"},
         "data": {"name": "imagefolder", "root": "here", "workers": 0},
     }
-    other = {"model": {"weights": "/there/float.safetensors"}, "data": {"name": "imagefolder", "root": "/there"}}
+    other = {"model": {"weights": "/there/net.safetensors"}, "data": {"name": "imagefolder", "root": "/there"}}
     other["data"].update(index="lists", workers=3)
     assert differences(resolve("digits", [one]), resolve("digits", [other])) == []
-    for key in ("model.weights", "start", "distillation.teacher.weights"):
+    for key in ("model.weights", "start", "allocation.file", "distillation.teacher.weights"):
         changes = [parse_assignment(f"{key}={place}") for place in ("here/a.pt", "/there/a.pt", "here/b.pt")]
         same, moved, another = (resolve("digits", [one, change]) for change in changes)
         assert differences(same, moved) == []
         assert differences(same, another) == [key]
+        changes = [parse_assignment(f"{key}={run}/model.safetensors") for run in ("a", "b")]
+        assert differences(*(resolve("digits", [change]) for change in changes)) == [key]  # every run has one
 
 
 @pytest.mark.parametrize(

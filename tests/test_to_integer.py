@@ -383,6 +383,43 @@ def viewed_by_a_counted_size(model, x):
     return out.view(kept, -1).view(kept, 3, 6, 6)
 
 
+def changed_between_a_layer_and_its_norm(model, x):
+    x = x * 1
+    out = model.first[0](x)
+    x *= 0.5
+    return x + model.first[1](out)
+
+
+def read_by_an_earlier_view(model, x):
+    x = x * 1
+    view = x.permute(0, 1, 2, 3)
+    x += model.first(x)
+    return view
+
+
+def flattened_and_changed(model, x):
+    out = model.first(x)
+    out.flatten(1).add_(1.0)
+    return out
+
+
+def written_into_itself(model, x):
+    out = model.first(x)
+    torch.mul(out, 0.5, out=out)
+    return out
+
+
+def changed_under_another_dtype(model, x):
+    out = model.first(x)
+    out.to(x.dtype).add_(1.0)
+    return out
+
+
+def viewed_as_another_dtype(model, x):
+    out = model.first(x)
+    return out.view(dtype=torch.int32).view(x.dtype)
+
+
 class InPlace(nn.Module):
     def __init__(self, change):
         super().__init__()
@@ -408,6 +445,12 @@ class InPlace(nn.Module):
         (bounded_behind_a_dropout, 0),
         (scaled_by_another_name, 0),
         (viewed_by_a_counted_size, 0),
+        (changed_between_a_layer_and_its_norm, 0),
+        (read_by_an_earlier_view, 0),
+        (flattened_and_changed, 0),
+        (written_into_itself, 0),
+        (changed_under_another_dtype, 0),
+        (viewed_as_another_dtype, 0),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
@@ -424,6 +467,26 @@ class Positions(nn.Module):
 
     def forward(self, x):
         return torch.relu(self.conv(x) + self.position).mean((2, 3))
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x, factor):
+        return self.head(torch.relu(self.linear(x) * factor))
+
+
+@pytest.mark.parametrize("factor", [torch.tensor(2.0), torch.rand(1, 8), 2.0], ids=["scalar", "row", "number"])
+def test_examples_that_are_not_all_batches(factor):
+    torch.manual_seed(0)
+    x = images(4, 8)
+    model = adq.quantize_(Scaled(), ADQConfig(WEIGHT, ActivationConfig(bits=3), overrides={"re:.*": SIGNED}))
+    adq.calibrate_(model, [{"x": x, "factor": factor}], batch_norm=False).eval()
+    converted = adq.to_integer(model, (x, factor))
+    with torch.no_grad():
+        torch.testing.assert_close(converted(x, factor), model(x, factor), rtol=1e-5, atol=2e-5)
 
 
 def test_an_example_of_one_image_says_nothing_of_others():

@@ -14,6 +14,7 @@ from faults import Runner
 from safetensors.torch import load_file
 
 from adq import create_model, dampening_loss, load
+from adq.config import dump_yaml
 
 pytest.importorskip("accelerate", reason="adq train needs the extra 'train'")
 pytest.importorskip("sklearn", reason="the digits need scikit-learn")
@@ -214,6 +215,12 @@ def test_what_is_wrong_is_said_in_one_line(finished, arguments, message):
 def test_the_seed_of_the_data_follows_that_of_the_run_unless_given():
     assert resolve("digits", [{"seed": 3}]).data.seed == 3
     assert resolve("digits", [{"seed": 3, "data": {"seed": 0}}]).data.seed == 0
+
+
+def test_a_run_as_a_recipe_fixes_the_seed_of_the_data_only_where_it_was_given(tmp_path):
+    for changes, found in (({}, 5), ({"data": {"seed": 7}}, 7)):
+        (tmp_path / "run.yaml").write_text(dump_yaml(resolve("digits", [{"seed": 3}, changes])))
+        assert resolve(str(tmp_path / "run.yaml"), [{"seed": 5}]).data.seed == found
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -175,6 +175,19 @@ def test_an_optimizer_that_wraps_another_takes_one_step():
     assert steps(net) == [2, 2, 2]
 
 
+def test_a_step_within_that_of_an_optimizer_of_other_weights_counts():
+    net, other = model(), nn.Parameter(torch.ones(1))
+    inner, outer = sgd(net), torch.optim.SGD([other], lr=0.1)
+
+    def closure():
+        backward(net)
+        inner.step()
+        return other.sum()
+
+    outer.step(closure)
+    assert steps(net) == [1, 1, 1]
+
+
 @pytest.mark.parametrize("weights_too", [True, False])
 def test_quantized_in_inference_mode(weights_too):
     expected = model()(inputs())

@@ -273,6 +273,9 @@ def resolve(recipe: str | None, changes: Sequence[Mapping[str, Any]]) -> RunConf
             or a value of the wrong kind, each with its place.
     """
     values = read_recipe(recipe or "digits")
+    data = values.get("data")
+    if isinstance(data, dict) and data.get("seed") == values.get("seed", 0):  # as every run writes it
+        values = {**values, "data": {key: value for key, value in data.items() if key != "seed"}}
     for change in changes:
         values = merge(values, change)
     config = from_dict(RunConfig, values)
@@ -282,7 +285,8 @@ def resolve(recipe: str | None, changes: Sequence[Mapping[str, Any]]) -> RunConf
 
 
 FILES = ("model.weights", "start", "allocation.file", "distillation.teacher.weights")
-"""Fields of which the folder does not count."""
+"""Fields of which the folder does not count, unless the file has a name that adq gives in every run."""
+OWN_NAMES = ("float.safetensors", "model.safetensors", "model-packed.safetensors", "allocation.yaml")
 
 
 def differences(first: RunConfig, second: RunConfig) -> list[str]:
@@ -294,7 +298,7 @@ def differences(first: RunConfig, second: RunConfig) -> list[str]:
     a, b = (flatten(yaml.safe_load(dump_yaml(config))) for config in (first, second))
     for values in (a, b):
         for key in FILES:
-            if values.get(key) is not None:
+            if values.get(key) is not None and Path(values[key]).name not in OWN_NAMES:
                 values[key] = Path(values[key]).name
     changed = sorted(key for key in {*a, *b} if a.get(key) != b.get(key) or (key in a) != (key in b))
     elsewhere = ("output", "data.root", "data.index", "data.workers")
