@@ -171,6 +171,10 @@ def test_rows_may_come_from_another_machine():
         ({"set": {"quantization": {"weight": {"bits": 9}}}}, "row 'bad': weight bits must be a whole number"),
         ({"set": {"quantization": {"overrides": {"convv": None}}}}, "row 'bad': overrides match no layer: convv"),
         ({"set": {"model": {"weights": "nowhere.pt"}}}, "row 'bad': no such file: nowhere.pt"),
+        (
+            {"set": {"distillation": {"teacher": {"name": "digits_cnn", "weights": "nowhere.pt"}}}},
+            "row 'bad': no such file: nowhere.pt",
+        ),
         ({"set": {"model": {"name": "resnet21"}}}, "row 'bad': "),
         ({"set": {"seed": 3}}, "row 'bad' sets seed"),
         ({"set": [1]}, "set of row 'bad' must be a mapping"),

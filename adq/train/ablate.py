@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
+from adq.config import to_dict
 from adq.convert import choose_layers
 from adq.models import create_model
 from adq.store import write_text
 from adq.train.ablation_config import Ablation, Row, check_seeds, read_ablation
 from adq.train.ablation_report import ERROR, found_seeds, read_saved, run_folder, write_report
-from adq.train.config import RunConfig, differences, resolve
+from adq.train.config import FILES, RunConfig, differences, flatten, resolve
 from adq.train.display import Display
 from adq.train.run import Run, RunFolder
 from adq.train.together import Preempted
@@ -194,8 +195,8 @@ def _check_saved(job: Job) -> None:
 
 def _check_runnable(config: RunConfig) -> None:
     """Raise for files that do not exist, an unknown network, and overrides that match none of its layers."""
-    teacher = config.distillation.teacher
-    for file in (config.model.weights, config.start, config.allocation.file, teacher.weights if teacher else None):
+    named = flatten(to_dict(config))
+    for file in (named.get(key) for key in FILES):
         if file is not None and not Path(file).is_file():
             raise FileNotFoundError(f"adq: no such file: {file}")
     if config.data.root is not None:
