@@ -176,7 +176,8 @@ def fit(w: Tensor, config: WeightConfig, axis: int = 0) -> Fit:
     else:
         weights = spectrum(w, scale, *_limits(scale, bounds))
         codebook = quantile_codebook(weights, config.num_levels, config.levels).to(w.device)
-    codebook = snap_codebook(codebook) if config.snap else codebook
+    if config.snap and config.update != "step":  # signed integers are on the grid as they are
+        codebook = snap_codebook(codebook)
     return Fit(codebook, scale, _statistics(w, scale, codebook)[0].float())
 
 

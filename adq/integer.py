@@ -88,7 +88,7 @@ def integer_problem(layer: QuantizedLayer) -> str | None:
         return "its weight or its input is in float"
     if problem := layer_problem(layer):
         return problem
-    if integer_levels(weight.codebook.detach().sort().values) is None:
+    if integer_levels(weight.levels) is None:
         return 'its levels lie on no int8 grid (train with snap="int8")'
     if isinstance(layer, (QConv1d, QConv2d)) and (layer.padding_mode != "zeros" or _padding(layer) is None):
         return f"its padding is {layer.padding!r}, {layer.padding_mode}"
@@ -120,7 +120,7 @@ def _geometry(layer: QuantizedLayer) -> Geometry:
 
 def _weight(layer: QuantizedLayer) -> IntegerWeight:
     quantizer = cast(WeightQuantizer, layer.weight_quantizer)
-    grid = integer_levels(quantizer.codebook.detach().sort().values)
+    grid = integer_levels(quantizer.levels)
     assert grid is not None
     levels, step = grid
     integer = levels.to(torch.int8)[quantizer.encode(layer.weight).int()]

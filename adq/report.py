@@ -365,7 +365,7 @@ def _weights(panel: Panel) -> str:
     quantizer, weight = panel.layer.weight_quantizer, panel.layer.weight
     if not isinstance(quantizer, WeightQuantizer):
         return "<p>Weights in float.</p>"
-    values, codebook = weight / quantizer.scale, quantizer.codebook.detach().sort().values
+    values, codebook = weight / quantizer.scale, quantizer.levels
     counts = codebook_statistics(values, codebook)[0].tolist()
     values, levels = values.float().flatten().cpu(), codebook.tolist()
     values = values[values.isfinite()]

@@ -49,12 +49,14 @@ def unregister(layer: nn.Module) -> None:
 
 
 def _pace(group: dict[str, Any]) -> Pace:
-    """Learning rate of a parameter group over its peak, at most 1; without a record of the peak, 1.
+    """Learning rate of a parameter group over its peak, at most 1; without one, or a record of the peak, 1.
 
     Schedulers of torch that lower the rate by a formula, step by step, record it as ``initial_lr`` or ``max_lr``;
-    ``ReduceLROnPlateau`` and ``CyclicLR`` do not.
+    ``ReduceLROnPlateau`` and ``CyclicLR`` do not. Optimizers that find their rate themselves may have none.
     """
-    rate, peak = group["lr"], group.get("max_lr", group.get("initial_lr", group["lr"]))
+    rate, peak = group.get("lr"), group.get("max_lr", group.get("initial_lr"))
+    if rate is None or peak is None:
+        return 1.0
     if isinstance(rate, Tensor):  # of a capturable optimizer: not to be read back
         return torch.where(torch.as_tensor(peak, device=rate.device) > 0, rate / peak, 1.0).clamp_max(1.0).float()
     return min(1.0, float(rate) / float(peak)) if float(peak) > 0.0 else 1.0
@@ -137,9 +139,12 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
     skipped = getattr(optimizer, "found_inf", None)
     if not _LAYERS or (skipped is not None and bool(skipped)) or _is_inner_step(optimizer):
         return
-    paces = {id(p): pace for group in optimizer.param_groups for pace in [_pace(group)] for p in group["params"]}
-    place = {key: i for i, key in enumerate(paces)}  # processes must agree on the order
-    _update(sorted((x for x in _LAYERS if id(x.weight) in place), key=lambda x: place[id(x.weight)]), paces)
+    groups = optimizer.param_groups
+    group_of = {id(parameter): i for i, group in enumerate(groups) for parameter in group["params"]}
+    place = {key: i for i, key in enumerate(group_of)}  # processes must agree on the order
+    held = sorted((x for x in _LAYERS if id(x.weight) in place), key=lambda x: place[id(x.weight)])
+    pace_of = {i: _pace(groups[i]) for i in {group_of[id(x.weight)] for x in held}}
+    _update(held, {id(x.weight): pace_of[group_of[id(x.weight)]] for x in held})
     for layer in _LAYERS:
         if layer.training and not isinstance(layer.input_quantizer, nn.Identity):
             layer.input_quantizer.trained |= id(layer.input_quantizer.start) in place

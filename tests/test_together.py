@@ -137,6 +137,26 @@ def test_nothing_is_kept_after_a_forward_pass_also_one_that_fails():
     assert [q.prepared for q in quantizers] == [None] * 4
 
 
+def test_another_thread_may_end_its_forward_pass_at_any_moment():
+    class Released(adq.nn.WeightQuantizer):
+        """What was prepared is gone once it has been looked at."""
+
+        @property
+        def prepared(self):
+            return self.__dict__.pop("ready", None)
+
+        @prepared.setter
+        def prepared(self, value):
+            self.__dict__["ready"] = value
+
+    net = model()
+    expected = net(inputs())
+    quantizer = net.first.weight_quantizer
+    quantizer.__class__ = Released
+    quantizer.__dict__.pop("prepared", None)
+    assert torch.equal(net(inputs()), expected)
+
+
 def test_activation_checkpointing_recomputes_the_same():
     def block(net, x):
         return net.again(net.first(x).relu())

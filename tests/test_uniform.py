@@ -9,7 +9,10 @@ from torch import Tensor, nn
 import adq
 from adq import ActivationConfig, ADQConfig, WeightConfig
 from adq.codebook import fit, sqnr
+from adq.convert import weight_quantizers
+from adq.deploy import integer_levels
 from adq.functional import learned_step
+from adq.reference import snap_codebook
 
 from .networks import assert_same_state, images, quantized, train
 
@@ -126,3 +129,38 @@ def test_uniform_activations_learn_one_step(bits):
 def test_thresholds_must_be_known():
     with pytest.raises(ValueError, match="thresholds must be one of 'learned', 'uniform'"):
         ActivationConfig(thresholds="lsq")
+
+
+def test_levels_on_an_int8_grid_are_the_integers_that_they_are():
+    w = weight(16, 512)
+    for bits in (2, 8):
+        plain, snapped = (fit(w, WeightConfig(bits=bits, update="step", snap=snap)) for snap in (None, "int8"))
+        assert torch.equal(plain.codebook, snapped.codebook) and torch.equal(plain.scale, snapped.scale)
+
+
+def test_a_learned_codebook_stays_on_the_int8_grid_that_it_is_used_by():
+    config = WeightConfig(bits=3, update="gradient", snap="int8")
+    model = train(quantized(weight=config), 3)
+    for layer, quantizer in weight_quantizers(model).values():
+        levels = quantizer.levels
+        assert integer_levels(levels) is not None and torch.equal(snap_codebook(levels), levels)
+        v = layer.weight.detach() / quantizer.scale
+        nearest = levels[(v[..., None] > (levels[:-1] + levels[1:]) / 2).sum(-1)]
+        assert torch.equal(layer.quantized_weight(), (nearest * quantizer.scale).to(v.dtype))
+    body = model.body[0].weight_quantizer
+    assert not torch.equal(body.codebook.detach().sort().values, body.levels)  # what is learned is finer
+    with torch.no_grad():
+        expected = model.eval()(images())
+        assert torch.equal(adq.pack_(model)(images()), expected)
+
+
+def test_a_learned_codebook_of_another_width_is_the_same_parameter():
+    wide, narrow = (quantized(weight=WeightConfig(bits=b, update="gradient")) for b in (4, 2))
+    optimizer = torch.optim.SGD(wide.parameters(), lr=0.1)
+    codebook = wide.body[0].weight_quantizer.codebook
+    wide.load_state_dict(narrow.state_dict())
+    before = codebook.detach().clone()
+    assert len(before) == 4
+    wide.train()(images()).square().mean().backward()
+    optimizer.step()
+    assert not torch.equal(wide.body[0].weight_quantizer.codebook.detach(), before)

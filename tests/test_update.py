@@ -218,6 +218,31 @@ def test_step_for_foreign_optimizers():
     assert steps(foreign) == [1, 1, 1]
 
 
+class WithoutRate(torch.optim.Optimizer):
+    """Finds its rate itself; its groups have None for it, or no entry at all."""
+
+    def __init__(self, parameters, **defaults) -> None:
+        super().__init__(parameters, defaults)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter -= 0.1 * parameter.grad
+
+
+@pytest.mark.parametrize("defaults", [{"lr": None}, {"rho": 0.05}, {"lr": None, "initial_lr": None}])
+def test_optimizers_without_a_learning_rate(defaults):
+    net, plain = model(), model()
+    WithoutRate([nn.Parameter(torch.zeros(1))], **defaults).step()
+    for each, optimizer in ((net, WithoutRate(net.parameters(), **defaults)), (plain, sgd(plain))):
+        backward(each)
+        optimizer.step()
+    assert steps(net) == [1, 1, 1]
+    assert same(state(net), state(plain))
+
+
 SCHEDULES = {
     "lambda": (lambda o: LambdaLR(o, lambda t: 1 - t / 8), lambda t: 1 - t / 8),
     "cosine": (lambda o: CosineAnnealingLR(o, 8), lambda t: (1 + np.cos(np.pi * t / 8)) / 2),

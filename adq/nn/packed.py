@@ -72,7 +72,7 @@ class PackedWeight(WeightQuantizer):
         if codes is None:
             codes = pack(quantizer.encode(weight), quantizer.bits)
         self.register_buffer(CODES, codes)
-        self.register_buffer("codebook", quantizer.codebook.detach().sort().values)
+        self.register_buffer("codebook", quantizer.levels.clone())
         self.register_buffer("scale", quantizer.scale.detach().clone())
 
     def forward(self, weight: Tensor | None = None) -> Tensor:

@@ -13,7 +13,7 @@ from adq.codebook import Fit, fit
 from adq.config import WeightConfig
 from adq.functional import code_bits, learned_lookup, learned_step, quantize_weight
 from adq.nn.dtype import keeping_dtype
-from adq.reference import decision_thresholds
+from adq.reference import decision_thresholds, snap_codebook
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,8 @@ class WeightQuantizer(nn.Module):
             present = getattr(self, name, None)
             if present is not None and present.shape == value.shape:
                 present.copy_(value)  # in place: optimizers and compiled graphs hold it
+            elif isinstance(present, nn.Parameter):
+                present.data, present.grad = value, None  # an optimizer that was built before goes on with it
             elif (name, self.config.update) in (("codebook", "gradient"), ("scale", "step")):
                 setattr(self, name, nn.Parameter(value))
             else:
@@ -121,24 +123,33 @@ class WeightQuantizer(nn.Module):
         """Width of a code, from the length of the codebook."""
         return code_bits(self.codebook.numel())
 
+    @property
+    def levels(self) -> Tensor:
+        """The codebook as weights are looked up in it, float32 ``[K]``, without gradient: ascending, on its grid."""
+        levels = self.codebook.detach().sort().values
+        learned = self.config.update == "gradient"  # the others are on it already
+        return snap_codebook(levels) if learned and self.config.snap else levels
+
     def forward(self, weight: Tensor) -> Tensor:
         """Quantized weight, same shape and dtype, straight-through gradient."""
         if not self.enabled:
             return weight
         if self.config.update == "gradient":
-            w_q = learned_lookup(weight / self.scale, self.codebook.sort().values)
-            return (w_q * self.scale).to(weight.dtype)
+            levels = self.codebook.sort().values
+            if self.config.snap:  # straight-through: their values, the gradient of the codebook
+                levels = levels - levels.detach() + snap_codebook(levels.detach())
+            return (learned_lookup(weight / self.scale, levels) * self.scale).to(weight.dtype)
         if self.config.update == "step":
             return learned_step(weight, self.scale, self.codebook).to(weight.dtype)
-        ready = None  # a part that is compiled by itself looks up for itself
-        if self.prepared is not None and not torch.compiler.is_compiling():
-            ready = self.prepared.of(weight, self.codebook)
+        # a part that is compiled by itself looks up for itself; another thread may end its pass at any moment
+        prepared = None if torch.compiler.is_compiling() else self.prepared
+        ready = None if prepared is None else prepared.of(weight, self.codebook)
         return quantize_weight(weight, self.scale, self.codebook, ready)
 
     @torch.no_grad()
     def encode(self, weight: Tensor) -> Tensor:
         """Codes of the weight, uint8, same shape."""
-        codebook = self.codebook.detach().sort().values
+        codebook = self.levels
         return torch.ops.adq.codebook_lookup(weight / self.scale, codebook, decision_thresholds(codebook), True)[1]
 
     def refit_(self, weight: Tensor) -> None:

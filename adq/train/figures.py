@@ -30,7 +30,7 @@ def codebook_view(model: nn.Module, name: str) -> CodebookView:
     """What :func:`draw_codebook` shows of a layer."""
     layer, quantizer = weight_quantizers(model)[name]
     weights = (layer.weight.float() / quantizer.scale).flatten().cpu().numpy()
-    return CodebookView(weights, quantizer.codebook.detach().cpu().clone().numpy())
+    return CodebookView(weights, quantizer.levels.cpu().clone().numpy())
 
 
 def shown_layer(model: nn.Module) -> str:
@@ -48,6 +48,11 @@ def _pyplot() -> Any:
     from matplotlib import pyplot
 
     return pyplot
+
+
+def label(text: str) -> str:
+    """A name as matplotlib shall print it: a dollar is no formula, and a leading underscore no reason to hide it."""
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
 def _write(figure: Any, path: Path) -> None:
