@@ -7,7 +7,7 @@ that alone costs several points of accuracy, more than the rounding itself.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -124,21 +124,30 @@ def float_network(model: nn.Module) -> Iterator[None]:
 
 
 def _moments(x: Tensor) -> Statistics:
-    """Mean and variance of each channel of ``[N, C, ...]``."""
+    """Mean and variance of each channel of ``[N, C, ...]``; the variance is NaN where it is not finite."""
     var, mean = torch.var_mean(x.float(), [d for d in range(x.dim()) if d != 1], correction=0)
-    return mean, var
+    return mean, torch.where(var.isfinite(), var, torch.nan)
 
 
 def _weighted(statistics: Statistics, samples: int) -> Weighted:
     return samples, statistics[0].cpu(), statistics[1].cpu()
 
 
-def _mean(batches: list[Weighted]) -> Statistics:
-    """Mean over all samples, added up in the order of the batches."""
+def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What a batch norm is called with."""
+    return args[0] if args else kwargs["input"]
+
+
+def _mean(batches: list[Weighted], name: str) -> Statistics:
+    """Mean over all samples, added up in the order of the batches; ValueError names the batch norm."""
     mean, var = torch.zeros_like(batches[0][1]), torch.zeros_like(batches[0][2])
     for samples, batch_mean, batch_var in batches:
         mean += batch_mean * samples
         var += batch_var * samples
+    if not bool(mean.isfinite().all() and var.isfinite().all()):
+        raise ValueError(
+            f"adq: NaN or infinity among the inputs of batch norm {name!r}, or an overflow of their squares"
+        )
     total = sum(samples for samples, _, _ in batches)
     return mean / total, var / total
 
@@ -146,20 +155,24 @@ def _mean(batches: list[Weighted]) -> Statistics:
 class _Correction:
     """What the calibration batches say about one batch norm."""
 
-    def __init__(self, norm: BatchNorm) -> None:
-        self.norm = norm
+    def __init__(self, name: str, norm: BatchNorm) -> None:
+        self.name, self.norm = name, norm
         self.start = _float_statistics(norm)
         self.seen: deque[Statistics] = deque()
         self.fitted: list[Weighted] = []
 
     def observe(self, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hook of the float pass."""
-        _assign(self.norm, self.start)
-        self.seen.append(_moments(args[0] if args else kwargs["input"]))
+        x = _input(args, kwargs)
+        if len(x):
+            _assign(self.norm, self.start)
+            self.seen.append(_moments(x))
 
     def correct(self, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hook of the quantized pass: normalise to the mean and variance that the float network has here."""
-        x = args[0] if args else kwargs["input"]
+        x = _input(args, kwargs)
+        if not len(x):
+            return
         (mean, var), (mean_float, var_float), (start_mean, start_var) = _moments(x), self.seen.popleft(), self.start
         ratio = (var + self.norm.eps) / (var_float + self.norm.eps)
         fitted = mean - (mean_float - start_mean) * ratio.sqrt(), start_var * ratio
@@ -174,8 +187,47 @@ class _Correction:
     def finish(self, fitted: list[Weighted]) -> None:
         """Put the mean over all samples in place, and remember what was there."""
         if fitted:
-            _assign(self.norm, _mean(fitted))
+            _assign(self.norm, _mean(fitted, self.name))
             self.norm._adq_replaced = _Replaced(self.start, _copy(_running(self.norm)))  # type: ignore[assignment]
+
+
+class _Estimate:
+    """What the batches say about one batch norm, which normalises each by its own statistics, as in training.
+
+    In evaluation mode: ``SyncBatchNorm`` would wait for the other processes, whose batches may be fewer.
+    """
+
+    def __init__(self, name: str, norm: BatchNorm) -> None:
+        self.name, self.norm = name, norm
+        self.seen: list[Weighted] = []
+
+    def observe(self, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Hook of the forward pass."""
+        x = _input(args, kwargs)
+        if not len(x):
+            return
+        values = x.numel() // x.shape[1]
+        if values == 1:
+            raise ValueError(f"adq: a batch has a single value for each channel of batch norm {self.name!r}")
+        mean, var = _moments(x)
+        _assign(self.norm, (mean, var))
+        self.seen.append(_weighted((mean, var * (values / (values - 1))), len(x)))
+
+    def take(self) -> list[Weighted]:
+        """What the last batch says, call by call."""
+        seen, self.seen = self.seen, []
+        return seen
+
+    def finish(self, seen: list[Weighted]) -> None:
+        """Put the mean over all samples in place."""
+        if seen:
+            _assign(self.norm, _mean(seen, self.name))
+
+
+def _finish(norms: Sequence[_Correction | _Estimate], found: list[list[list[Weighted]]]) -> None:
+    """Put in place what was found batch by batch, norm by norm, call by call."""
+    for norm, batches in zip(norms, zip(*found, strict=True), strict=True):
+        norm.finish([call for calls in batches for call in calls])
 
 
 @contextmanager
@@ -219,17 +271,16 @@ def correct_batch_norm_(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
         The same model; unchanged if anything fails. Networks without batch norm stay as they are.
 
     Raises:
-        ValueError: no batches.
+        ValueError: no batches, or NaN or infinite inputs (the batch norm is named).
     """
-    corrections = [_Correction(norm) for norm in _batch_norms(model)]
+    corrections = [_Correction(name, norm) for name, norm in _named_batch_norms(model).items()]
     if not corrections:
         return model
     with evaluating(model), _restored_on_error(model):
         found = pool(lambda: [_correct(model, batch, corrections) for batch in batches])
         if not found:
             raise ValueError("adq: no batches to correct batch-norm statistics with")
-        for correction, fitted in zip(corrections, zip(*found, strict=True), strict=True):
-            correction.finish([call for calls in fitted for call in calls])
+        _finish(corrections, found)
     return model
 
 
@@ -262,41 +313,22 @@ def reestimate_batch_norm_(model: nn.Module, batches: Iterable[Any]) -> nn.Modul
         The same model; unchanged if anything fails.
 
     Raises:
-        ValueError: no batches.
+        ValueError: no batches; NaN or infinite inputs, or a single value a channel, which has no variance (the batch
+            norm is named).
     """
-    norms = _batch_norms(model)
-    if not norms:
+    estimates = [_Estimate(name, norm) for name, norm in _named_batch_norms(model).items()]
+    if not estimates:
         return model
     with evaluating(model), _restored_on_error(model):
-        with _forgetful(norms):
-            found = pool(lambda: [_estimate(model, batch, norms) for batch in batches])
+        with _hooked((e.norm, e.observe) for e in estimates):
+            found = pool(lambda: [_estimate(model, batch, estimates) for batch in batches])
         if not found:
             raise ValueError("adq: no batches to estimate batch-norm statistics with")
-        for norm, statistics in zip(norms, zip(*found, strict=True), strict=True):
-            _assign(norm, _mean(list(statistics)))
+        _finish(estimates, found)
     return model
 
 
-@contextmanager
-def _forgetful(norms: list[BatchNorm]) -> Iterator[None]:
-    """Running statistics that are those of the last batch, for a while; batches are not counted."""
-    before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
-    try:
-        for norm in norms:
-            norm.training, norm.momentum, norm.num_batches_tracked = True, 1.0, None
-        yield
-    finally:
-        for norm, momentum, tracked in before:
-            norm.training, norm.momentum, norm.num_batches_tracked = False, momentum, tracked
-
-
-def _estimate(model: nn.Module, batch: Any, norms: list[BatchNorm]) -> list[Weighted]:
-    """Statistics of one batch, of batch norms that remember nothing else."""
+def _estimate(model: nn.Module, batch: Any, estimates: list[_Estimate]) -> list[list[Weighted]]:
+    """Run a batch through the network; what it says of each batch norm."""
     forward_batch(model, to_device(batch, model_device(model)))
-    return [_weighted(_copy(_running(norm)), _batch_size(batch)) for norm in norms]
-
-
-def _batch_size(batch: Any) -> int:
-    while not isinstance(batch, Tensor):
-        batch = next(iter(batch.values())) if isinstance(batch, dict) else batch[0]
-    return len(batch)
+    return [estimate.take() for estimate in estimates]

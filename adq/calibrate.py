@@ -39,6 +39,7 @@ class _Sampler:
     def __init__(self) -> None:
         self.parts: Parts = []
         self.stride = 1
+        self.finite: Tensor | bool = True
 
     def begin(self, batch: int) -> None:
         """A batch is about to come; ``batch`` is its number among those of all processes."""
@@ -47,18 +48,27 @@ class _Sampler:
 
     def __call__(self, quantizer: nn.Module, args: tuple[Tensor]) -> None:
         values = args[0].detach().reshape(-1)
+        self.finite = values.isfinite().all() & self.finite  # of all of them, and not read back yet
         if values.numel() > SAMPLES_PER_BATCH:
             index = torch.randint(values.numel(), (SAMPLES_PER_BATCH,), generator=self.generator, device="cpu")
             values = values[index.to(values.device)]
         self.parts[-1].append(values.float()[:: self.stride])
         self.parts, self.stride = _thinned(self.parts, self.stride)
 
-    def pooled(self) -> Tensor | None:
-        """The sample of the batches of all processes, in their order, ``[n]`` on the CPU; None if no input came."""
-        shares = gather(lambda: (self.stride, [[part.cpu() for part in calls] for calls in self.parts]))
-        stride = max(own for own, _ in shares)
-        batches = in_order([[[p[:: stride // own] for p in calls] for calls in parts] for own, parts in shares])
-        values = [part for calls in _thinned(batches, stride)[0] for part in calls]
+    def pooled(self, name: str) -> Tensor | None:
+        """The sample of the batches of all processes, in their order, ``[n]`` on the CPU; None if no input came.
+
+        Raises:
+            ValueError: an input of the layer ``name`` was not finite.
+        """
+        shares = gather(
+            lambda: (self.stride, [[part.cpu() for part in calls] for calls in self.parts], bool(self.finite))
+        )
+        if not all(finite for _, _, finite in shares):
+            raise ValueError(f"adq: NaN or infinity among the observed inputs (layer {name!r})")
+        stride = max(own for own, _, _ in shares)
+        batches = in_order([[[p[:: stride // own] for p in calls] for calls in parts] for own, parts, _ in shares])
+        values = [part for calls in _thinned(batches, stride)[0] for part in calls if len(part)]
         return torch.cat(values) if values else None
 
 
@@ -90,7 +100,8 @@ def calibrate_(model: nn.Module, batches: Iterable[Any], *, batch_norm: bool = T
         The same model.
 
     Raises:
-        ValueError: not quantized, no batches, NaN or infinite inputs (the layer is named).
+        ValueError: not quantized, no batches, NaN or infinite inputs (the layer is named); no thresholds are changed
+            then.
         RuntimeError: the model has been trained since its calibration; of one with weights in float a file does not
             tell.
     """
@@ -116,7 +127,7 @@ def calibrate_(model: nn.Module, batches: Iterable[Any], *, batch_norm: bool = T
             hook.remove()
     if sum(counts) == 0:
         raise ValueError("adq: no batches to calibrate with")
-    samples = {name: sampler.pooled() for name, sampler in samplers.items()}
+    samples = {name: sampler.pooled(name) for name, sampler in samplers.items()}
     unseen = [name for name, values in samples.items() if values is None]
     if unseen:
         warnings.warn(
@@ -124,9 +135,13 @@ def calibrate_(model: nn.Module, batches: Iterable[Any], *, batch_norm: bool = T
             "another module, and which is not called itself, is not quantized there",
             stacklevel=2,
         )
-    for name, values in samples.items():
-        if values is not None:
-            quantizers[name].calibrate_(values.to(quantizers[name].start.device))
+    fitted = {
+        name: quantizers[name].fit(values.to(quantizers[name].start.device))
+        for name, values in samples.items()
+        if values is not None
+    }
+    for name, thresholds in fitted.items():
+        quantizers[name].assign_(thresholds)
     return correct_batch_norm_(model, batches) if batch_norm and not trained else model
 
 

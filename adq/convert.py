@@ -18,6 +18,7 @@ from adq.nn.activation import ActivationQuantizer
 from adq.nn.layers import QUANTIZED, QMultiheadAttention, QuantizedLayer
 from adq.nn.packed import PackedLinear, PackedWeight, pack_layer_
 from adq.nn.weight import WeightQuantizer
+from adq.sharded import refuse_sharded
 from adq.update import prepare_together, unregister
 
 FilterFn = Callable[[nn.Module, str], bool]
@@ -155,7 +156,8 @@ def quantize_(model: nn.Module, config: ADQConfig | None = None, filter_fn: Filt
 
     Conv1d/2d/3d, ConvTranspose1d/2d/3d, Linear and MultiheadAttention become quantized layers; subclasses of these stay
     in float, and so does the output projection of an attention that does.
-    Parameters keep their identity and name. Thresholds of the activations wait for :func:`calibrate_`.
+    Parameters keep their identity and name, and new ones come for the activations, whose thresholds wait for
+    :func:`calibrate_`: build the optimizer, and wrap the model for several processes, afterwards.
 
     Args:
         model: float model; its training flag stays as it is.
@@ -167,9 +169,15 @@ def quantize_(model: nn.Module, config: ADQConfig | None = None, filter_fn: Filt
 
     Raises:
         ValueError: nothing to quantize, or already quantized; an empty, all-zero or non-finite weight, an
-            override that matches nothing (named). The model is unchanged then.
+            override that matches nothing (named); a model inside ``DistributedDataParallel``. The model is unchanged
+            then.
     """
     config = config or ADQConfig()
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
+        raise ValueError(
+            "adq: DistributedDataParallel averages the gradients of the parameters that it finds when it is made; "
+            "quantize_ adds parameters, so call it, and calibrate_, before wrapping the model"
+        )
     if quantized_layers(model):
         raise ValueError("adq: the model is quantized already; quantize_ takes a float model")
     choices = choose_layers(model, config, filter_fn)
@@ -263,9 +271,7 @@ def packed_weights(model: nn.Module, codes: Mapping[str, Tensor] | None = None) 
     codes are given, by the name of a layer, they are taken, and other weights left out.
     """
     layers = {n: layer for n, layer in quantized_layers(model).items() if _has_weight_quantizer(layer)}
-    named = quantized_layers(model, every_name=True)
-    own = {f"{name}.{q.weight_name}".lstrip(".") for name, q in named.items() if _has_weight_quantizer(q)}
-    in_float = {tensor.data_ptr() for key, tensor in model.state_dict().items() if key not in own}
+    in_float = float_tensors(model)
     made: dict[int, PackedWeight] = {}
     for name, layer in layers.items():
         quantizer: Any = layer.weight_quantizer
@@ -277,6 +283,13 @@ def packed_weights(model: nn.Module, codes: Mapping[str, Tensor] | None = None) 
             made[id(quantizer)] = PackedWeight(quantizer, layer.weight, codes[name] if codes is not None else None)
     keys = {name: id(layer.weight_quantizer) for name, layer in layers.items()}
     return {name: made[key] for name, key in keys.items() if key in made}
+
+
+def float_tensors(model: nn.Module) -> set[int]:
+    """Where the tensors lie that files hold in float; among them weights that a layer in float uses too."""
+    named = quantized_layers(model, every_name=True)
+    own = {f"{name}.{q.weight_name}".lstrip(".") for name, q in named.items() if _has_weight_quantizer(q)}
+    return {tensor.data_ptr() for key, tensor in model.state_dict().items() if key not in own}
 
 
 def _has_weight_quantizer(layer: QuantizedLayer) -> bool:
@@ -403,6 +416,27 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return batch
 
 
+def batch_size(batch: Any) -> int:
+    """Samples of a batch as :func:`forward_batch` takes it: the length of the first tensor among its inputs.
+
+    Raises:
+        ValueError: it has none.
+    """
+    inputs = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    for tensor in _tensors(inputs):
+        if tensor.dim():
+            return len(tensor)
+    raise ValueError(f"adq: a batch of {type(batch).__name__} has no tensor among its inputs")
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (Mapping, tuple, list)):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(part)
+
+
 def forward_batch(model: nn.Module, batch: Any) -> Any:
     """Run a model on the inputs of a batch: a tensor, ``(inputs, ...)``, or a mapping of keyword arguments."""
     if isinstance(batch, Mapping):
@@ -418,6 +452,7 @@ def set_weight_bits(model: nn.Module, bits: Mapping[str, int]) -> None:
     """
     refuse_packed(model, "changing bit-widths")
     known = weight_quantizers(model)
+    refuse_sharded((layer.weight for layer, _ in known.values()), "changing bit-widths")
     for name, width in bits.items():
         if name not in known:
             raise ValueError(f"adq: no quantized layer {name!r}; layers: {', '.join(known)}")

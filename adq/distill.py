@@ -41,13 +41,30 @@ class DistillationLoss(nn.Module):
         self.task = task
 
     def forward(self, logits: Tensor, inputs: Tensor, target: Tensor) -> Tensor:
-        """Scalar loss of the student's logits ``[B, classes]`` on inputs ``[B, ...]`` with targets ``[B]``."""
+        """Scalar loss of the student's logits ``[B, classes]`` on inputs ``[B, ...]`` with targets ``[B]``.
+
+        Raises:
+            ValueError: student and teacher do not both have logits of one shape ``[B, classes]``.
+        """
         loss = logits.new_zeros(()) if self.alpha == 1.0 else (1.0 - self.alpha) * self.task(logits, target)
         if self.alpha == 0.0:
             return loss
         teacher = self._teacher[0].eval()
         with torch.no_grad():
-            expected = teacher(inputs).float() / self.temperature
+            expected = teacher(inputs)
+        _check_logits(logits, expected)
         student = F.log_softmax(logits.float() / self.temperature, dim=1)
-        divergence = F.kl_div(student, F.log_softmax(expected, dim=1), reduction="batchmean", log_target=True)
+        taught = F.log_softmax(expected.float() / self.temperature, dim=1)
+        divergence = F.kl_div(student, taught, reduction="batchmean", log_target=True)
         return loss + self.alpha * self.temperature**2 * divergence
+
+
+def _check_logits(student: Any, teacher: Any) -> None:
+    outputs = student, teacher
+    if all(isinstance(x, Tensor) and x.dim() == 2 for x in outputs) and student.shape == teacher.shape:
+        return
+    found = " and ".join(str(list(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in outputs)
+    raise ValueError(
+        f"adq: distillation needs logits [B, classes] of student and teacher, got {found}; let both return logits "
+        "alone, with the tokens or pixels that have some of their own counted by the first dimension"
+    )

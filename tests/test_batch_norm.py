@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+from collections import UserDict
 
 import pytest
 import torch
@@ -218,6 +219,77 @@ def test_reestimation_is_the_mean_over_samples():
     torch.testing.assert_close(model[1].running_mean.double(), mean, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(model[1].running_var.double(), var, rtol=1e-5, atol=1e-6)
     assert model[1].momentum is None and all(module.training for module in model.modules())
+
+
+def calibrated() -> Chain:
+    return adq.calibrate_(chain(), [images()], batch_norm=False)
+
+
+class Mapped(nn.Module):
+    """Takes its inputs by name, as Hugging Face's models do."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, pixel_values: Tensor, mask: object = None) -> Tensor:
+        return self.inner(pixel_values)
+
+
+def test_batches_that_are_mappings_but_no_dicts():
+    plain, mapped = calibrated(), Mapped(calibrated())
+    batches = [images(1, 8), images(2, 2)]
+    for change in (adq.correct_batch_norm_, adq.reestimate_batch_norm_):
+        change(plain.eval(), batches)
+        change(mapped.eval(), [UserDict(mask=None, pixel_values=x) for x in batches])
+        assert same(statistics(plain), statistics(mapped.inner))
+
+
+def test_empty_batches_say_nothing():
+    model, same_model = calibrated(), calibrated()
+    for change in (adq.correct_batch_norm_, adq.reestimate_batch_norm_):
+        change(model, [images(1, 8), images(1, 8)[:0], images(2, 2)])
+        change(same_model, [images(1, 8), images(2, 2)])
+        assert same(statistics(model), statistics(same_model))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_what_is_not_finite_is_refused_by_name(value):
+    model = calibrated()
+    before = statistics(model)
+
+    def float_estimate(model: nn.Module, batches: list[Tensor]) -> None:  # an activation quantizer clips infinity
+        with quantizers_enabled(model, weights=False, activations=False):
+            adq.reestimate_batch_norm_(model, batches)
+
+    for change in (adq.correct_batch_norm_, float_estimate):
+        with pytest.raises(ValueError, match="NaN or infinity among the inputs of batch norm 'norm1'"):
+            change(model, [images(), images() * value])
+        assert same(statistics(model), before)
+
+
+def test_a_single_value_has_no_variance():
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6))
+    with pytest.raises(ValueError, match="a single value for each channel of batch norm '1'"):
+        adq.reestimate_batch_norm_(model, [torch.randn(8, 4), torch.randn(1, 4)])
+    assert statistics(model)[0].tolist() == [0.0] * 6
+
+
+def test_reestimation_counts_every_call_of_a_norm():
+    model = nn.Sequential(shared := nn.BatchNorm1d(3, affine=False), nn.Tanh(), shared)
+    x = torch.randn(64, 3, generator=torch.Generator().manual_seed(0))
+    adq.reestimate_batch_norm_(model, [x])
+    inside = torch.tanh((x - x.mean(0)) / x.var(0, correction=0).sqrt())
+    torch.testing.assert_close(shared.running_mean, (x.mean(0) + inside.mean(0)) / 2, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(shared.running_var, (x.var(0) + inside.var(0)) / 2, rtol=1e-4, atol=1e-5)
+
+
+def test_synchronized_norms_estimate_without_a_process_group():
+    plain, synchronized = calibrated(), nn.SyncBatchNorm.convert_sync_batchnorm(calibrated())
+    assert any(isinstance(module, nn.SyncBatchNorm) for module in synchronized.modules())
+    for model in (plain, synchronized):
+        adq.reestimate_batch_norm_(model, [images(1, 8), images(2, 2)])
+    assert same(statistics(plain), statistics(synchronized))
 
 
 @pytest.mark.skipif(not ROOT, reason="ADQ_TEST_DATA is not set (folder with weights/ and cifar10/)")

@@ -116,6 +116,37 @@ def test_an_unreached_layer_warns():
         quantized()
 
 
+def test_every_input_is_looked_at_and_nothing_changes_where_one_is_bad():
+    x = torch.randn(64, 1, 32, 32)  # more values than are kept
+    x[63, 0, 31, 31] = float("inf")
+    model = adq.quantize_(net())
+    with pytest.raises(ValueError, match=r"NaN or infinity among the observed inputs \(layer 'stem'\)"):
+        adq.calibrate_(model, [x])
+    config = ADQConfig(overrides={"1": {"activation": {"signed": False}}})
+    model = adq.quantize_(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), config)
+    with pytest.raises(ValueError, match=r"signed=False, .* \(layer '1'\)"):
+        adq.calibrate_(model, [torch.randn(8, 4)])
+    assert not model[0].input_quantizer.is_calibrated
+
+
+class Experts(nn.Module):
+    """The second expert gets no rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.cat([self.first(x), self.second(x[:0])]))
+
+
+def test_a_layer_that_is_called_with_no_rows_warns():
+    model = adq.quantize_(Experts())
+    with pytest.warns(UserWarning, match="not calibrated, never reached by the batches: second"):
+        adq.calibrate_(model, [torch.randn(3, 4)])
+    assert [layer.input_quantizer.is_calibrated for layer in model.children()] == [True, False, True]
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_calibration_leaves_flags_switches_and_hooks(fails):
     model = adq.quantize_(net())

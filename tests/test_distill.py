@@ -98,3 +98,20 @@ def test_half_precision_logits_are_compared_in_float32():
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         DistillationLoss(teacher(), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("student", "taught", "found"),
+    [
+        (torch.zeros(2, 7, 3), torch.zeros(2, 7, 3), r"\[2, 7, 3\] and \[2, 7, 3\]"),
+        (torch.zeros(2, 3), torch.zeros(2, 4), r"\[2, 3\] and \[2, 4\]"),
+        (torch.zeros(2, 3), (torch.zeros(2, 3),), r"\[2, 3\] and tuple"),
+    ],
+)
+def test_what_is_no_logits_is_refused(student, taught, found):
+    class Fixed(nn.Module):
+        def forward(self, x: torch.Tensor) -> object:
+            return taught
+
+    with pytest.raises(ValueError, match=rf"needs logits \[B, classes\] of student and teacher, got {found}"):
+        DistillationLoss(Fixed())(student, INPUTS, TARGET)

@@ -334,3 +334,15 @@ def test_torchrun(two, tmp_path):
     assert finished.stdout.count("run folder: two") == 1
     one, other = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "two"))
     assert [key for key in one if not torch.equal(one[key], other[key])] == []
+
+
+def wrapped_first() -> str:
+    model = DistributedDataParallel(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
+    with pytest.raises(ValueError, match="quantize_ adds parameters, so call it, and calibrate_, before wrapping"):
+        adq.quantize_(model)
+    assert not any("quantizer" in name for name, _ in model.named_modules())
+    return "refused"
+
+
+def test_a_wrapped_model_is_refused():
+    assert run(wrapped_first, 2) == ["refused"] * 2

@@ -100,13 +100,19 @@ class ActivationQuantizer(nn.Module):
     @torch.no_grad()
     def calibrate_(self, values: Tensor) -> None:
         """Set the thresholds from a sample of inputs, float32 ``[n]``; ValueError names the layer."""
+        self.assign_(self.fit(values))
+
+    @torch.no_grad()
+    def fit(self, values: Tensor) -> Thresholds:
+        """Thresholds for a sample of inputs, float32 ``[n]``; nothing is changed yet. ValueError names the layer."""
         try:
-            fitted = fit_thresholds(values, self.config)
+            return fit_thresholds(values, self.config)
         except ValueError as error:
             raise ValueError(f"{error} (layer {self.name!r})") from error
-        self._assign(fitted)
 
-    def _assign(self, fitted: Thresholds) -> None:
+    @torch.no_grad()
+    def assign_(self, fitted: Thresholds) -> None:
+        """Set fitted thresholds."""
         for name in _FITTED:
             getattr(self, name).copy_(getattr(fitted, name))
         self.calibrated.fill_(1.0)
