@@ -48,22 +48,31 @@ class Budget:
 
     def cost(self, layer: LayerCost, bits: int) -> int:
         """Cost of one layer at a width, in whole units: bits, bytes or bit-operations."""
+        if layer.in_float and self.bit_ops is None:
+            return 0
         if self.weight_bits is not None:
             return layer.weights * bits
         return packed_size(layer.weights, bits) if self.bytes is not None else layer.macs * bits * layer.activation_bits
 
     def limit(self, layers: Sequence[LayerCost]) -> int:
         """The budget in the unit of :meth:`cost`."""
+        amount = self.bytes if self.bytes is not None else self.bit_ops or 0.0
         if self.weight_bits is not None:
-            total = self.weight_bits * sum(layer.weights for layer in layers)
-            return math.floor(total * (1.0 + 1e-12))  # 4.35 bits of 100 weights are 435, not 434.999...
-        return math.floor(self.bytes if self.bytes is not None else self.bit_ops or 0.0)
+            # 4.35 bits of 100 weights are 435, not 434.999...
+            amount = self.weight_bits * _weights_in_codes(layers) * (1.0 + 1e-12)
+        largest = sum(max(self.cost(layer, bits) for bits in layer.scores) for layer in layers)
+        return math.floor(min(amount, largest))
 
     def describe(self, cost: int, layers: Sequence[LayerCost]) -> str:
         """A cost in the budget's own unit, as text."""
         if self.weight_bits is not None:
-            return f"{cost / sum(layer.weights for layer in layers):.4f} average weight bits"
+            return f"{cost / max(1, _weights_in_codes(layers)):.4f} average weight bits"
         return f"{cost} bytes" if self.bytes is not None else f"{cost} bit-operations"
+
+
+def _weights_in_codes(layers: Sequence[LayerCost]) -> int:
+    """Number of weights that files hold as codes."""
+    return sum(layer.weights for layer in layers if not layer.in_float)
 
 
 @dataclass(frozen=True)
@@ -125,7 +134,7 @@ def allocate(
 
     Args:
         table: from :func:`adq.sensitivity`; pinned layers keep their width and count towards the budget.
-        budget: what the allocation may cost.
+        budget: what the allocation may cost; with ``math.inf`` the least sum of scores is taken.
         limits: ``{layer: (lowest, highest)}`` widths.
         tied: groups of layers that must get the same width.
 
@@ -133,20 +142,36 @@ def allocate(
         The allocation; the same one for the same arguments.
 
     Raises:
-        ValueError: no allocation meets the budget (the smallest that is possible is named); an unknown
-            layer; limits or ties that leave a layer no width.
+        ValueError: no allocation meets the budget (the smallest that is possible is named); a table without layers; an
+            unknown layer; limits that are no pair; limits or ties that leave a layer no width.
     """
+    if not table.layers:
+        raise ValueError("adq: the sensitivity table has no layers")
     groups = _merged(tied)
     choices = _choices(table, limits or {}, groups)
-    limit = budget.limit(table.layers)
-    smallest = sum(min(budget.cost(layer, b) for b in choices[layer.name]) for layer in table.layers)
+    check_reachable(budget, table.layers, choices)
+    bits = _solve(table.layers, choices, budget, budget.limit(table.layers), groups)
+    return describe_allocation(table, bits)
+
+
+def check_reachable(
+    budget: Budget, layers: Sequence[LayerCost], choices: Mapping[str, Iterable[int]] | None = None
+) -> None:
+    """Raise ValueError, which names the smallest possible cost, if no allocation of the layers meets the budget.
+
+    Args:
+        budget: what the allocation may cost.
+        layers: of a table.
+        choices: widths by layer; None for those that have a score.
+    """
+    widths = choices or {layer.name: layer.scores for layer in layers}
+    limit = budget.limit(layers)
+    smallest = sum(min(budget.cost(layer, bits) for bits in widths[layer.name]) for layer in layers)
     if smallest > limit:
         raise ValueError(
-            f"adq: no allocation meets the budget of {budget.describe(limit, table.layers)}; "
-            f"the smallest possible has {budget.describe(smallest, table.layers)}"
+            f"adq: no allocation meets the budget of {budget.describe(limit, layers)}; "
+            f"the smallest possible has {budget.describe(smallest, layers)}"
         )
-    bits = _solve(table.layers, choices, budget, limit, groups)
-    return describe_allocation(table, bits)
 
 
 def _merged(tied: Iterable[Sequence[str]]) -> list[list[str]]:
@@ -162,20 +187,23 @@ def _merged(tied: Iterable[Sequence[str]]) -> list[list[str]]:
 
 def describe_allocation(table: SensitivityTable, bits: Mapping[str, int]) -> Allocation:
     """An :class:`Allocation` with its averages, from widths by layer."""
-    weights = sum(layer.weights for layer in table.layers)
-    total = sum(layer.weights * bits[layer.name] for layer in table.layers)
-    everything = weights + table.float_weights
-    network = (total + FLOAT_BITS * table.float_weights) / everything
-    return Allocation({layer.name: int(bits[layer.name]) for layer in table.layers}, total / weights, network)
+    weights = _weights_in_codes(table.layers)
+    total = sum(layer.weights * bits[layer.name] for layer in table.layers if not layer.in_float)
+    network = (total + FLOAT_BITS * table.float_weights) / (weights + table.float_weights)
+    quantized = total / weights if weights else float(FLOAT_BITS)
+    return Allocation({layer.name: int(bits[layer.name]) for layer in table.layers}, quantized, network)
 
 
 def _choices(
     table: SensitivityTable, limits: Mapping[str, tuple[int, int]], tied: Iterable[Sequence[str]]
 ) -> dict[str, list[int]]:
     choices = {layer.name: sorted(layer.scores) for layer in table.layers}
-    for name, (low, high) in limits.items():
+    for name, widths in limits.items():
         if name not in choices:
             raise ValueError(f"adq: limits name an unknown layer {name!r}")
+        if not isinstance(widths, Sequence) or len(widths) != 2:
+            raise ValueError(f"adq: limits of layer {name!r} must be (lowest, highest), got {widths!r}")
+        low, high = widths
         choices[name] = [b for b in choices[name] if low <= b <= high]
     for group in tied:
         unknown = [name for name in group if name not in choices]
@@ -184,7 +212,7 @@ def _choices(
         common = set.intersection(*(set(choices[name]) for name in group))
         for name in group:
             choices[name] = sorted(common)
-    empty = [name for name, widths in choices.items() if not widths]
+    empty = [name for name, left in choices.items() if not left]
     if empty:
         raise ValueError(f"adq: limits and ties leave no width for layer {empty[0]!r}")
     return choices

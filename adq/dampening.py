@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from adq.convert import weight_quantizers
+from adq.sharded import whole
 
 
 def dampening_loss(model: nn.Module) -> Tensor:
@@ -16,7 +17,8 @@ def dampening_loss(model: nn.Module) -> Tensor:
     at each step, which disturbs batch-norm statistics. Near ``1e-2`` it is felt; 0 leaves it out.
 
     Args:
-        model: from :func:`adq.quantize_`. Under data parallelism the module inside of the wrapper.
+        model: from :func:`adq.quantize_`. Under data parallelism the module inside of the wrapper; weights that
+            FSDP2 has sharded are gathered, so every process must call it.
 
     Returns:
         Scalar float32, on the device of the weights.
@@ -28,8 +30,9 @@ def dampening_loss(model: nn.Module) -> Tensor:
     if not layers:
         raise ValueError("adq: no weight of the model is quantized; call adq.quantize_(model) first")
     distances = []
-    for layer, _ in layers.values():
+    for layer, quantizer in layers.values():
+        weight = whole(layer.weight)
         with torch.no_grad():
-            nearest = layer.quantized_weight()
-        distances.append((layer.weight - nearest).float().square().sum())
+            nearest = quantizer(weight)
+        distances.append((weight - nearest).float().square().sum())
     return 0.5 * torch.stack(distances).sum()

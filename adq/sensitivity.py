@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any, Literal
@@ -17,6 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from adq.batch_norm import float_network
 from adq.config import check_bits
 from adq.convert import (
+    batch_size,
+    float_tensors,
     forward_batch,
     model_device,
     quantized_layers,
@@ -48,6 +50,8 @@ class LayerCost:
         activation_bits: width of its input, 32 if in float.
         scores: estimated rise of the loss by bit-width; a pinned layer has only its own width.
         pinned: whether its width is fixed by the configuration (first and last layer).
+        in_float: whether a layer in float, an embedding say, uses its weight too, so that files hold it in float: it is
+            quantized when this layer computes, and takes nothing of a budget in bits or bytes.
     """
 
     name: str
@@ -56,6 +60,7 @@ class LayerCost:
     activation_bits: int
     scores: dict[int, float]
     pinned: bool = False
+    in_float: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,7 @@ class SensitivityTable:
                 "macs": layer.macs,
                 "activation_bits": layer.activation_bits,
                 "pinned": layer.pinned,
+                **({"in_float": True} if layer.in_float else {}),
                 "scores": {int(bits): float(score) for bits, score in layer.scores.items()},
             }
             for layer in self.layers
@@ -123,7 +129,8 @@ def sensitivity(
 
     Args:
         model: from :func:`adq.quantize_`; need not be calibrated.
-        batches: iterable of ``(inputs, targets)``; kept in memory.
+        batches: iterable of ``(inputs, targets)``, or of mappings of keyword arguments, which ``loss_fn`` gets whole in
+            place of targets; kept in memory.
         loss_fn: ``(outputs, targets) -> scalar``, mean over the batch.
         bits: widths to score, each 1..8.
         estimator: see above.
@@ -155,6 +162,7 @@ def sensitivity(
         if not macs:
             raise ValueError("adq: no batches to score with")
         scores = _scores(estimator, lambda: _ESTIMATORS[estimator](model, kept, loss_fn, widths, free), widths, free)
+    in_float = float_tensors(model)
     costs = tuple(
         LayerCost(
             name,
@@ -163,6 +171,7 @@ def sensitivity(
             getattr(getattr(layer.input_quantizer, "config", None), "bits", 32),
             scores.get(name, {quantizer.bits: 0.0}),
             pinned=name in fixed,
+            in_float=layer.weight.data_ptr() in in_float,
         )
         for name, (layer, quantizer) in layers.items()
     )
@@ -206,8 +215,10 @@ def _dealt(layer: LayerCost, giver: LayerCost) -> LayerCost:
 
 
 def float_parameters(model: nn.Module) -> int:
-    """Parameters of the network proper that stay in float: biases, norms, unquantized layers."""
-    quantized = {id(layer.weight) for layer, _ in weight_quantizers(model).values()}
+    """Parameters of the network proper that files hold in float: biases, norms, unquantized layers."""
+    in_float = float_tensors(model)
+    weights = [layer.weight for layer, _ in weight_quantizers(model).values()]
+    quantized = {id(weight) for weight in weights if weight.data_ptr() not in in_float}
     own = re.compile(r"(^|\.)(weight_quantizer|input_quantizer)\.")
     return sum(p.numel() for name, p in model.named_parameters() if id(p) not in quantized and not own.search(name))
 
@@ -219,10 +230,11 @@ def _macs(model: nn.Module, batch: Any) -> dict[str, int]:
     Layers that share a weight, and so a quantizer, are counted together, and so are repeated calls of a layer.
     """
     counts: dict[int, int] = {}
+    samples = max(1, batch_size(batch))
 
     def count(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         assert isinstance(layer, QuantizedLayer)
-        macs = layer.macs(output, *args, **kwargs) // len(batch[1])
+        macs = layer.macs(output, *args, **kwargs) // samples
         counts[id(layer.weight_quantizer)] = counts.get(id(layer.weight_quantizer), 0) + macs
 
     handles = [layer.register_forward_hook(count, with_kwargs=True) for layer in quantized_layers(model).values()]
@@ -235,19 +247,37 @@ def _macs(model: nn.Module, batch: Any) -> dict[str, int]:
 
 
 def _loss(model: nn.Module, batch: Any, loss_fn: LossFn) -> Tensor:
-    inputs, target = to_device(batch, model_device(model))[:2]
-    loss = loss_fn(model(inputs), target)
+    batch = to_device(batch, model_device(model))
+    loss = loss_fn(forward_batch(model, batch), _target(batch))
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        found = f"a tensor {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"adq: loss_fn must return one number, the mean over the batch, as a tensor; got {found}")
     if not bool(loss.isfinite()):
         raise ValueError(f"adq: the loss is {loss.item()} on a calibration batch")
     return loss
 
 
+def _target(batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        return batch
+    if not isinstance(batch, (tuple, list)) or len(batch) < 2:
+        raise ValueError(
+            f"adq: to score with a loss takes batches (inputs, targets), or mappings, which loss_fn gets whole; got "
+            f"{type(batch).__name__}{f' of {len(batch)}' if isinstance(batch, (tuple, list)) else ''}"
+        )
+    return batch[1]
+
+
+def _probe(layer: QuantizedLayer, quantizer: WeightQuantizer, bits: int) -> WeightQuantizer:
+    """A freshly fitted codebook of ``bits`` bits."""
+    config = replace(quantizer.config, bits=bits)
+    return WeightQuantizer(layer.weight.detach(), config, quantizer.axis, quantizer.name)
+
+
+@torch.no_grad()
 def _change(layer: QuantizedLayer, quantizer: WeightQuantizer, bits: int) -> Tensor:
     """dw of a layer under a freshly fitted codebook of ``bits`` bits."""
-    config = replace(quantizer.config, bits=bits)
-    probe = WeightQuantizer(layer.weight.detach(), config, quantizer.axis, quantizer.name)
-    with torch.no_grad():
-        return probe(layer.weight) - layer.weight
+    return _probe(layer, quantizer, bits)(layer.weight) - layer.weight
 
 
 Layers = dict[str, tuple[QuantizedLayer, WeightQuantizer]]
@@ -268,17 +298,23 @@ def _scores(estimator: str, find: Callable[[], Found], widths: list[int], layers
     return {name: dict(zip(widths, row, strict=True)) for name, row in zip(layers, mean.tolist(), strict=True)}
 
 
-def _each_change(layers: Layers, widths: list[int], measure: Callable[[], list[float]]) -> Tensor:
-    """``measure()``, a number a batch, with each layer alone quantized to each width: ``[batches, layers, widths]``."""
+def _each_change(model: nn.Module, layers: Layers, widths: list[int], measure: Callable[[], list[float]]) -> Tensor:
+    """``measure()``, a number a batch, with each layer alone quantized to each width: ``[batches, layers, widths]``.
+
+    Layers that share a quantizer are quantized together; a layer in float that shares the weight stays in float.
+    """
     measured = []
     for layer, quantizer in layers.values():
-        original = layer.weight.detach().clone()
+        sharing = [other for other in quantized_layers(model).values() if other.weight_quantizer is quantizer]
         for bits in widths:
+            probe = _probe(layer, quantizer, bits)
             try:
-                layer.weight.add_(_change(layer, quantizer, bits))
+                for other in sharing:
+                    other.weight_quantizer = probe
                 measured.append(measure())
             finally:
-                layer.weight.copy_(original)
+                for other in sharing:
+                    other.weight_quantizer = quantizer
     columns = torch.tensor(measured, dtype=torch.float64)
     return columns.T.reshape(-1, len(layers), len(widths))
 
@@ -289,7 +325,7 @@ def _loss_scores(model: nn.Module, batches: list[Any], loss_fn: LossFn, widths: 
         return [float(_loss(model, batch, loss_fn)) for batch in batches]
 
     base = torch.tensor(losses(), dtype=torch.float64)
-    return [(1, rise) for rise in _each_change(layers, widths, losses) - base[:, None, None]]
+    return [(1, rise) for rise in _each_change(model, layers, widths, losses) - base[:, None, None]]
 
 
 @torch.no_grad()
@@ -305,7 +341,7 @@ def _kl_scores(model: nn.Module, batches: list[Any], loss_fn: LossFn, widths: li
             for batch, p in zip(batches, expected, strict=True)
         ]
 
-    sums = KL_TEMPERATURE**2 * _each_change(layers, widths, divergences)
+    sums = KL_TEMPERATURE**2 * _each_change(model, layers, widths, divergences)
     return [(len(p), values) for p, values in zip(expected, sums, strict=True)]
 
 
@@ -348,7 +384,9 @@ class _requiring_grad:
 
 def _half_squares(layers: Layers, widths: list[int]) -> list[list[Tensor]]:
     """``0.5 dw^2`` by layer and width."""
-    return [[0.5 * _change(layer, quantizer, b).square() for b in widths] for layer, quantizer in layers.values()]
+    return [
+        [0.5 * _change(layer, quantizer, b).float().square() for b in widths] for layer, quantizer in layers.values()
+    ]
 
 
 @torch.enable_grad()
@@ -359,7 +397,7 @@ def _fisher_scores(model: nn.Module, batches: list[Any], loss_fn: LossFn, widths
         sums = [(g * change).sum() for g, row in zip(squares, changes, strict=True) for change in row]
         scores = torch.stack(sums).double().cpu().reshape(len(layers), len(widths))
         # the gradient of a mean over B samples has B times less variance than that of one sample
-        found.append((1, len(batch[1]) * scores))
+        found.append((1, batch_size(batch) * scores))
     return found
 
 
@@ -375,7 +413,8 @@ def _true_fisher_scores(
         labels = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator)[:, 0]
         return F.nll_loss(log_p, labels.to(log_p.device))
 
-    return _fisher_scores(model, batches, own_loss, widths, layers)
+    without = [b if isinstance(b, Mapping) else (b[0] if isinstance(b, (tuple, list)) else b, None) for b in batches]
+    return _fisher_scores(model, without, own_loss, widths, layers)
 
 
 @torch.enable_grad()
@@ -407,7 +446,7 @@ def _traces(gradients: Sequence[Tensor], weights: list[Tensor], generator: torch
             materialize_grads=True,
         )
         for i, (v, hv) in enumerate(zip(signs, product, strict=True)):
-            traces[i] += float((v * hv).sum()) / HUTCHINSON_PROBES
+            traces[i] += float((v.float() * hv.float()).sum()) / HUTCHINSON_PROBES
     return torch.tensor(traces, dtype=torch.float64)
 
 

@@ -6,7 +6,7 @@ and moves every codebook by the sums: on all processes by the same ones, so code
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +28,20 @@ Member = tuple[Any, "WeightQuantizer"]
 def is_sharded(weight: Tensor) -> bool:
     """Whether a weight is a DTensor; known without importing what makes them."""
     return hasattr(weight, "device_mesh")
+
+
+def whole(weight: Tensor) -> Tensor:
+    """A weight with all its rows: of a sharded one gathered from all processes, the gradient goes back to its rows."""
+    return weight.full_tensor() if is_sharded(weight) else weight  # type: ignore[attr-defined]
+
+
+def refuse_sharded(weights: Iterable[Tensor], what: str) -> None:
+    """Raise ValueError if a weight is a DTensor."""
+    if any(is_sharded(weight) for weight in weights):
+        raise ValueError(
+            f"adq: {what} needs whole weights, and this model is sharded; do it before fully_shard, or on a model that "
+            "the gathered state dict was loaded into"
+        )
 
 
 def shard_quantizers_(model: nn.Module, **options: Any) -> nn.Module:

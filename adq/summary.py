@@ -12,13 +12,14 @@ from torch import nn
 from adq.allocate import FLOAT_BITS
 from adq.artifact import packed_bytes
 from adq.codebook import sqnr
-from adq.convert import activation_quantizers, has_own_weight, quantized_layers, weight_quantizers
+from adq.convert import activation_quantizers, float_tensors, has_own_weight, quantized_layers, weight_quantizers
 from adq.nn.activation import ActivationQuantizer
 from adq.nn.layers import QUANTIZED, QMultiheadAttention, QuantizedLayer
 from adq.nn.packed import PackedWeight
 from adq.nn.weight import WeightQuantizer
 from adq.ops import packed_size
 from adq.sensitivity import float_parameters
+from adq.sharded import refuse_sharded
 
 WIDTH = 120
 _WHOLE_NAMES: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
@@ -26,7 +27,11 @@ _WHOLE_NAMES: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": F
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One layer: widths in bits (None: float), levels in use, SQNR in dB, packed bytes of its weight."""
+    """One layer: widths in bits (None: float), levels in use, SQNR in dB, bytes of its weight in a packed file.
+
+    A weight that a layer in float uses too, an embedding's say, is quantized when this layer computes, and in float in
+    a packed file.
+    """
 
     name: str
     kind: str
@@ -47,7 +52,7 @@ class Summary:
         layers: quantized layers, in order of registration.
         left_in_float: every module with parameters of its own that is not quantized, with the reason; parameters of
             modules that hold layers are named themselves.
-        average_bits_quantized: average weight bits over the quantized layers.
+        average_bits_quantized: average weight bits over the quantized layers, without weights that files hold in float.
         average_bits_network: average over all parameters, those in float counted at 32 bits.
         bytes_float: tensors of the float network.
         bytes_packed: tensors of the packed file.
@@ -99,7 +104,7 @@ def _row(layer: LayerSummary, width: int, kind: int) -> str:
 
 
 @torch.no_grad()
-def _summarise(name: str, layer: QuantizedLayer, activation_bits: int | None) -> LayerSummary:
+def _summarise(name: str, layer: QuantizedLayer, activation_bits: int | None, in_float: set[int]) -> LayerSummary:
     quantizer = layer.weight_quantizer
     weights = layer.weight.numel()
     if not isinstance(quantizer, WeightQuantizer):
@@ -107,7 +112,9 @@ def _summarise(name: str, layer: QuantizedLayer, activation_bits: int | None) ->
             name, type(layer).__name__, weights, None, activation_bits, None, None, None, layer.weight.nbytes
         )
     used = quantizer.encode(layer.weight).unique().numel()
-    size = packed_size(weights, quantizer.bits) + quantizer.codebook.nbytes + quantizer.scale.nbytes
+    kept = not layer.packed and layer.weight.data_ptr() in in_float
+    codes = layer.weight.nbytes if kept else packed_size(weights, quantizer.bits)
+    size = codes + quantizer.codebook.nbytes + quantizer.scale.nbytes
     quality = sqnr(layer.weight, layer.quantized_weight())
     return LayerSummary(
         name,
@@ -175,12 +182,17 @@ def summary(model: nn.Module) -> Summary:
     layers = quantized_layers(model)
     if not layers:
         raise ValueError("adq: the model is not quantized; call adq.quantize_(model) first")
-    activation = activation_quantizers(model)
+    refuse_sharded((layer.weight for layer in layers.values()), "a summary")
+    activation, kept = activation_quantizers(model), float_tensors(model)
     rows = tuple(
-        _summarise(name, layer, activation[name].config.bits if name in activation else None)
+        _summarise(name, layer, activation[name].config.bits if name in activation else None, kept)
         for name, layer in layers.items()
     )
-    widths = [(layer.weight.numel(), quantizer.bits) for layer, quantizer in weight_quantizers(model).values()]
+    widths = [
+        (layer.weight.numel(), quantizer.bits)
+        for layer, quantizer in weight_quantizers(model).values()
+        if layer.packed or layer.weight.data_ptr() not in kept
+    ]
     weights, bits = sum(n for n, _ in widths), sum(n * b for n, b in widths)
     in_float = float_parameters(model)
     return Summary(

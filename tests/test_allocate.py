@@ -184,10 +184,31 @@ def test_scores_of_very_different_size_are_all_respected(seed):
     assert score(made.layers, found.bits) <= least_score(made.layers, int(2.8 * weights + 1e-6)) * (1 + 1e-12)
 
 
+@pytest.mark.parametrize("kind", ["weight_bits", "bytes", "bit_ops"])
+def test_an_infinite_budget_takes_the_least_score(kind):
+    assert allocate(SMALL, Budget(**{kind: math.inf})).bits == {"a": 4, "b": 4, "c": 8}
+
+
+def test_a_weight_that_files_hold_in_float_takes_no_bits_or_bytes():
+    layers = (*SMALL.layers[:2], LayerCost("head", 900, 100, 8, {2: 1.0, 3: 0.5, 4: 0.1}, in_float=True))
+    made = SensitivityTable("loss", layers, 910)
+    for budget, others in ((Budget(weight_bits=3), {"a": 4, "b": 2}), (Budget(bytes=50 + 75), {"a": 4, "b": 2})):
+        found = allocate(made, budget)
+        assert found.bits == {**others, "head": 4}
+        assert found.average_quantized == (100 * 4 + 300 * 2) / 400
+        assert found.average_network == (100 * 4 + 300 * 2 + 32 * 910) / (400 + 910)
+    least = 1000 * 8 * 2 + 500 * 4 * 2 + 100 * 8 * 2
+    assert allocate(made, Budget(bit_ops=least)).bits == {"a": 2, "b": 2, "head": 2}
+    with pytest.raises(ValueError, match=f"the smallest possible has {least} bit-operations"):
+        allocate(made, Budget(bit_ops=least - 1))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"limits": {"z": (2, 3)}}, "limits name an unknown layer 'z'"),
+        ({"limits": {"a": 4}}, r"limits of layer 'a' must be \(lowest, highest\), got 4"),
+        ({"limits": {"a": (2, 3, 4)}}, r"limits of layer 'a' must be \(lowest, highest\), got \(2, 3, 4\)"),
         ({"tied": [["a", "z"]]}, "tied names an unknown layer 'z'"),
         ({"limits": {"a": (5, 8)}}, "limits and ties leave no width for layer 'a'"),
         ({"tied": [["a", "c"]]}, "limits and ties leave no width for layer 'a'"),
@@ -208,6 +229,8 @@ def test_bad_budgets_and_tables():
             Budget(bytes=amount)
     with pytest.raises(ValueError, match="NaN or infinity"):
         allocate(table(("a", 10, 10, 8, {2: float("nan"), 3: 1.0})), Budget(weight_bits=3))
+    with pytest.raises(ValueError, match="the sensitivity table has no layers"):
+        allocate(table(), Budget(weight_bits=3))
 
 
 # ---- the file ----------------------------------------------------------------------------------------

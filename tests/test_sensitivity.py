@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections import UserDict
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -356,6 +358,103 @@ def test_errors(change, message):
     arguments = {"model": scored(), "batches": batches(), "loss_fn": F.cross_entropy} | change
     with pytest.raises(ValueError, match=message):
         adq.sensitivity(**arguments)
+
+
+class Output(NamedTuple):
+    logits: Tensor
+
+
+class Named(nn.Module):
+    """Takes its inputs by name, as Hugging Face's models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = float_net().float()
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Output:
+        return Output(self.inner(x))
+
+
+@pytest.mark.parametrize("estimator", ["loss", "fisher", "hessian"])
+def test_mappings_go_whole_to_the_loss(estimator):
+    named = adq.quantize_(Named())
+    mapped = [UserDict(x=x, labels=y) for x, y in batches()]
+    found = adq.sensitivity(
+        named, mapped, lambda out, batch: F.cross_entropy(out.logits, batch["labels"]), (2,), estimator
+    )
+    expected = adq.sensitivity(scored(), batches(), F.cross_entropy, (2,), estimator)
+    assert {name.removeprefix("inner."): scores for name, scores in by_name(found).items()} == by_name(expected)
+    assert [layer.macs for layer in found.layers] == [layer.macs for layer in expected.layers] == [40, 64, 24]
+
+
+@pytest.mark.parametrize("estimator", ["true_fisher", "kl"])
+def test_estimators_on_logits_take_inputs_alone(estimator):
+    expected = adq.sensitivity(scored(), batches(), F.cross_entropy, (2,), estimator)
+    for alone in ([x for x, _ in batches()], [(x,) for x, _ in batches()]):
+        assert adq.sensitivity(scored(), alone, F.cross_entropy, (2,), estimator) == expected
+
+
+@pytest.mark.parametrize("estimator", ["loss", "fisher", "hessian"])
+def test_batches_without_targets_and_losses_that_are_no_number(estimator):
+    for alone, found in (([x for x, _ in batches()], "Tensor"), ([(x,) for x, _ in batches()], "tuple of 1")):
+        with pytest.raises(ValueError, match=rf"takes batches \(inputs, targets\), or mappings.*; got {found}"):
+            adq.sensitivity(scored(), alone, F.cross_entropy, (2,), estimator)
+    for loss, found in (
+        (lambda o, y: F.cross_entropy(o, y, reduction="none"), r"a tensor \[7\]"),
+        (lambda o, y: 1.0, "float"),
+    ):
+        with pytest.raises(ValueError, match=f"loss_fn must return one number, .*; got {found}"):
+            adq.sensitivity(scored(), batches(), loss, (2,), estimator)
+
+
+@pytest.mark.parametrize("estimator", ["fisher", "hessian"])
+def test_squares_of_half_precision_changes_do_not_vanish(estimator):
+    def score(dtype: torch.dtype) -> float:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(5, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 3)).to(dtype)
+        net[2].weight.data /= 32
+        typed = [(x.to(dtype), y) for x, y in batches()]
+        table = adq.sensitivity(
+            adq.quantize_(net), typed, lambda out, y: F.cross_entropy(out.float(), y), (8,), estimator, pinned=[]
+        )
+        return by_name(table)["2"][8]
+
+    assert score(torch.float16) == pytest.approx(score(torch.float32), rel=0.5)
+    assert score(torch.float32) > 0
+
+
+class Tied(nn.Module):
+    """A head that shares its weight with an embedding, which stays in float."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.inner, self.head = nn.Embedding(9, 6), nn.Linear(6, 6), nn.Linear(6, 9, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.inner(self.embed(x))))
+
+
+@pytest.mark.parametrize("estimator", ["loss", "kl"])
+def test_a_weight_that_an_embedding_shares_is_quantized_for_the_layer_alone(estimator):
+    x, y = torch.arange(9), torch.arange(9).roll(1)
+    table = adq.sensitivity(
+        adq.quantize_(Tied(), ADQConfig(activation=None)), [(x, y)], F.cross_entropy, (2,), estimator, pinned=[]
+    )
+    float_model, model = Tied(), Tied()
+    model.head.weight = nn.Parameter(
+        model.embed.weight.detach() + torch.from_numpy(changes(model.embed.weight, 2)).float()
+    )
+    p = (float_model(x) / 2).log_softmax(1).exp()
+    expected = {
+        "loss": F.cross_entropy(model(x), y) - F.cross_entropy(float_model(x), y),
+        "kl": 4 * (p * (p.log() - (model(x) / 2).log_softmax(1))).sum(1).mean(),
+    }[estimator]
+    assert by_name(table)["head"][2] == pytest.approx(expected.item(), abs=1e-5)
+    assert [(layer.name, layer.in_float) for layer in table.layers] == [("inner", False), ("head", True)]
+    assert table.float_weights == 9 * 6 + 6
+    assert SensitivityTable.from_dict(yaml.safe_load(dump_yaml(table.to_dict()))) == table
 
 
 # ---- control orders ----------------------------------------------------------------------------------

@@ -131,6 +131,43 @@ def test_what_fully_shard_does_not_do_is_refused():
     assert run(other_placement, 2) == ["refused"] * 2
 
 
+def damped(which: str) -> dict:
+    """The gradients that the dampening term gives, and what a sharded model refuses."""
+    model = quantized()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)  # off the codewords
+    if which == "sharded":
+        shard(model)
+    loss = adq.dampening_loss(model)  # before any forward pass
+    loss.backward()
+    gradients = {
+        name: parameter.grad.full_tensor() if which == "sharded" else parameter.grad
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+    refused = []
+    for act in (adq.summary, lambda model: adq.apply_allocation_(model, {"block.0": 2})):
+        try:
+            act(model)
+        except ValueError as error:
+            refused.append(str(error))
+    return {"loss": loss.item(), "gradients": gradients, "refused": refused}
+
+
+def test_dampening_gathers_the_weights_and_what_needs_whole_ones_is_refused():
+    (alone,), found = run(damped, 1, "whole"), run(damped, 2, "sharded")
+    for each in found:
+        assert each["loss"] == pytest.approx(alone["loss"], rel=1e-6)
+        assert each["gradients"].keys() == alone["gradients"].keys() != set()
+        for name, gradient in alone["gradients"].items():
+            torch.testing.assert_close(each["gradients"][name], gradient)
+        assert [text.partition(", and")[0] for text in each["refused"]] == [
+            "adq: a summary needs whole weights",
+            "adq: changing bit-widths needs whole weights",
+        ]
+
+
 # ---- dtypes ------------------------------------------------------------------------------------------
 
 

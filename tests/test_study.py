@@ -126,10 +126,12 @@ def test_whole_allocations_meet_the_budget_and_sum_their_layers_scores(studied):
                 else result["estimators"][name]["scores"][0]
             )
             assert total == pytest.approx(sum(scores[n][str(b)] for n, b in free.items()))
+    distinct = {tuple(point["bits"].items()): point for point in points.values()}.values()
+    assert result["additivity"]["distinct"] == len(distinct) < len(points)
     for name in names:
-        sums = [point["sums"][name] for point in points.values()]
+        sums = [point["sums"][name] for point in distinct]
         for kind, found in result["additivity"]["spearman"].items():
-            actual = [point[kind]["loss"] for point in points.values()]
+            actual = [point[kind]["loss"] for point in distinct]
             assert found[name] == pytest.approx(spearmanr(sums, actual)[0])
         assert name == "truth" or points[name]["bits"] == result["estimators"][name]["allocations"][0]
 

@@ -166,6 +166,26 @@ def test_shared_weights_count_once():
     assert found.bytes_packed == (8 + 4 * 16 + 4 * 4) + (4 + 4 * 16 + 4 * 2)
 
 
+class Language(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.inner, self.head = nn.Embedding(9, 6), nn.Linear(6, 6, bias=False), nn.Linear(6, 9, bias=False)
+        self.head.weight = self.embed.weight
+
+
+def test_a_weight_that_an_embedding_shares_is_counted_as_the_file_holds_it():
+    model = adq.quantize_(Language(), ADQConfig(activation=None, first_last_bits=4))
+    found = adq.summary(model)
+    quantizers = {"inner": 4 * 16 + 4 * 6, "head": 4 * 16 + 4 * 9}
+    assert {layer.name: layer.bytes for layer in found.layers} == {
+        "inner": 18 + quantizers["inner"],
+        "head": 4 * 54 + quantizers["head"],
+    }
+    assert found.average_bits_quantized == 4.0
+    assert found.average_bits_network == (36 * 4 + 54 * 32) / (36 + 54)
+    assert found.bytes_float == 4 * (36 + 54)
+
+
 def test_a_float_model_has_no_summary():
     with pytest.raises(ValueError, match=r"not quantized; call adq\.quantize_"):
         adq.summary(nn.Linear(2, 2))

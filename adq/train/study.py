@@ -209,7 +209,10 @@ class Subject:
         return replace(self.table, layers=layers)
 
     def additivity(self, base: Measured, truth: Mapping[str, Any], estimators: Mapping[str, Any]) -> dict[str, Any]:
-        """Whole allocations: the loss with all layers quantized at once, beside the sums of the layers' scores."""
+        """Whole allocations: the loss with all layers quantized at once, beside the sums of the layers' scores.
+
+        Allocations of the same bits count once in the rank correlations.
+        """
         scores: dict[str, Scores] = {TRUTH: of_target(truth, "loss")}
         scores |= {name: estimator["scores"][0] for name, estimator in estimators.items()}
         tables = {name: self._with_scores(values) for name, values in scores.items()}
@@ -226,13 +229,13 @@ class Subject:
                     rise = self.measure().rise(base)
             sums = {name: sum(values[n][allocation.bits[n]] for n in values) for name, values in scores.items()}
             points.append({"name": label, "bits": allocation.bits, "rise": rise, "corrected": corrected, "sums": sums})
+        distinct = list({tuple(point["bits"].items()): point for point in points}.values())
         return {
             "points": points,
+            "distinct": len(distinct),
             "spearman": {
                 kind: {
-                    name: _rank(
-                        spearmanr, [point["sums"][name] for point in points], [point[kind]["loss"] for point in points]
-                    )
+                    name: _rank(spearmanr, [p["sums"][name] for p in distinct], [p[kind]["loss"] for p in distinct])
                     for name in scores
                 }
                 for kind in ("rise", "corrected")
