@@ -265,6 +265,8 @@ def _convert(hint: Any, value: Any, base: Any, where: str) -> Any:
     members = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     if value is None and type(None) in members:
         return None
+    if value is False and "no" in _literals(hint):
+        return "no"  # what YAML takes for a truth value
     if value in _literals(hint):
         return value
     members = tuple(member for member in members if member is not type(None))

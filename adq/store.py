@@ -1,13 +1,16 @@
-"""Files that are either the old ones or the new ones, never half of each: written aside, then renamed."""
+"""Files that are either the old ones or the new ones, never half of each: written aside, then renamed; and locks."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+import socket
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -143,3 +146,29 @@ def write_text(path: str | Path, text: str) -> None:
     """Write a text file: to a temporary name, then renamed."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def locked(path: Path, wait: bool = False) -> Iterator[str | None]:
+    """Hold a lock file; yields None, or, unless ``wait``, who else holds it. A process that dies lets go.
+
+    On a file system without locks it holds nothing, and says so in a warning.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            file.seek(0)
+            yield file.read().strip() or "another process"
+            return
+        except OSError as error:
+            warnings.warn(f"adq: {path} cannot be locked ({error}): let no other process use the folder", stacklevel=3)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        try:
+            yield None
+        finally:
+            with suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_UN)  # closing is not enough: loader workers inherit the open file

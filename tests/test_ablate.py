@@ -3,10 +3,12 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from contextlib import ExitStack
 
 import pytest
@@ -17,12 +19,15 @@ pytest.importorskip("sklearn", reason="the digits need scikit-learn")
 
 from typer.testing import CliRunner
 
+from adq.store import locked
 from adq.train import ablate as ablation
-from adq.train.ablate import ablate, lock, read_ablation
+from adq.train import ablation_report
+from adq.train.ablate import ablate, read_ablation, report_only
 from adq.train.ablation_config import Row
 from adq.train.ablation_report import collect, run_folder, table, write_report
 from adq.train.cli import app
 from adq.train.config import differences, merge, parse_assignment, resolve
+from adq.train.figures import label
 from adq.train.run import Run
 from adq.train.together import Preempted
 
@@ -147,6 +152,40 @@ def test_runs_of_another_configuration_are_not_mixed_in(finished, weights):
         write_report(finished, read_ablation(changed))
 
 
+def test_what_a_row_sets_of_the_engine_must_be_what_it_was_run_with(finished, weights, tmp_path):
+    shutil.copytree(finished / "runs" / "k-means-ema-seed0", tmp_path / "runs" / "k-means-ema-seed0")
+    for engine, fits in (({}, True), ({"accumulation": 1}, True), ({"accumulation": 2}, False)):
+        row = {**ROWS[0], "set": {"engine": engine}}
+        file = write(tmp_path, weights, rows=[row], seeds=[0])
+        for act in (lambda file=file: ablate(file, tmp_path), lambda file=file: report_only(file, tmp_path)):
+            if fits:
+                act()
+            else:
+                with pytest.raises(ValueError, match=r"row 'k-means, EMA': .* with another engine\.accumulation"):
+                    act()
+    file = write(tmp_path, weights, rows=[ROWS[0]], seeds=[0])
+    assert ablate(file, tmp_path, [{"engine": {"accumulation": 2}}]) == 0  # of the machine, not of the row
+
+
+def test_a_base_beside_the_file(tmp_path):
+    (tmp_path / "mine.yaml").write_text("seed: 5\n")
+    file = tmp_path / "ablation.yaml"
+    file.write_text(yaml.safe_dump({"base": "mine.yaml", "rows": [{"name": "a"}]}))
+    assert read_ablation(file).base == str(tmp_path / "mine.yaml")
+    file.write_text(yaml.safe_dump({"base": "digits", "rows": [{"name": "a"}]}))
+    assert read_ablation(file).base == "digits"
+
+
+def test_a_report_of_some_runs_alone_is_refused(finished, weights, tmp_path):
+    file = write(tmp_path, weights)
+    said = CliRunner().invoke(
+        app, ["ablate", "--config", file, "--output", str(finished), "--report", "--seeds", "0", "--only", "k"]
+    )
+    assert said.exit_code == 1 and "--report reads what has been run, and takes no --seeds, --only" in said.output
+    said = CliRunner().invoke(app, ["ablate", "--config", file, "--output", str(finished), "--report"])
+    assert said.exit_code == 0 and said.output.strip().replace("\n", "").endswith("table.md")
+
+
 def test_rows_may_come_from_another_machine():
     one = {
         "model": {"weights": "here/net.safetensors"},
@@ -181,6 +220,8 @@ def test_rows_may_come_from_another_machine():
         ({"sett": {}}, "unknown key 'sett' in rows[2] (bad); did you mean 'set'"),
         ({"name": "Frozen-codebook"}, "rows 'Frozen codebook' and 'Frozen-codebook' would share the folder"),
         ({"name": "?"}, "a row needs a name with a letter or a digit"),
+        ({"name": "two\nlines"}, "are printed on one line, got 'two\\nlines'"),
+        ({"name": "bad", "curve": "a\tb"}, "are printed on one line"),
     ],
 )
 def test_a_bad_row_is_refused_before_any_runs(tmp_path, weights, fields, message):
@@ -200,6 +241,7 @@ def test_a_bad_row_is_refused_before_any_runs(tmp_path, weights, fields, message
         ({"rows": {"name": "a"}}, {}, "rows must be a list"),
         ({}, {"only": "gradient"}, "--only 'gradient' fits no row; rows: k-means, EMA, Frozen codebook"),
         ({}, {"only": "("}, "no regular expression"),
+        ({}, {"changes": [{"seed": 4}]}, "sets seed, which adq ablate chooses itself"),
     ],
 )
 def test_what_is_wrong_with_the_whole_is_said(tmp_path, weights, fields, options, message):
@@ -274,7 +316,7 @@ def test_what_another_process_saw_fail_is_not_tried_again(tmp_path, weights, mon
     error = tmp_path / "runs" / "k-means-ema-seed0" / "error.txt"
     monkeypatch.setattr(ablation, "Run", None)
     with ExitStack() as other:
-        other.enter_context(lock(tmp_path / "locks" / "k-means-ema-seed0.lock"))
+        other.enter_context(locked(tmp_path / "locks" / "k-means-ema-seed0.lock"))
 
         def fail(seconds):
             error.parent.mkdir(parents=True)
@@ -299,11 +341,11 @@ def test_what_a_kill_left_of_a_finished_row_is_removed(tmp_path, weights):
 # ---- the report, of results made up ------------------------------------------------------------------
 
 
-def made_up(folder, top1, **fields):
+def made_up(folder, top1, reference="a", **fields):
     """An ablation whose rows have the top-1 of ``top1[name][seed]``, None for a failure."""
     rows = [{"name": name, **fields.get(name.split()[0], {})} for name in top1]
     file = folder / "made-up.yaml"
-    file.write_text(yaml.safe_dump({"rows": rows, "reference": "a"}, sort_keys=False))
+    file.write_text(yaml.safe_dump({"rows": rows, "reference": reference}, sort_keys=False))
     parsed = read_ablation(file)
     for row in parsed.rows:
         for seed, value in enumerate(top1[row.name]):
@@ -352,6 +394,27 @@ def test_files_of_the_report(tmp_path):
     assert [row["name"] for row in rows] == list(top1)
     assert float(rows[1]["quantized_top1"]) == 88.5 and rows[1]["seeds"] == "2" and rows[5]["quantized_top1"] == ""
     assert "| late | not finished |" in (tmp_path / "table.md").read_text()
+
+
+def test_names_are_drawn_as_they_are(tmp_path):
+    top1 = {"costs $5_ and $6^": [90], "_one": [91], "two": [92]}
+    fields = {name.split()[0]: {"curve": name, "group": "$g_$"} for name in top1}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write_report(tmp_path, made_up(tmp_path, top1, reference="two", **fields))
+    assert label("costs $5_") == r"costs \$5_" and label("_one") == " _one"
+    for name in ("ablation", "pareto"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 0
+
+
+def test_a_figure_that_cannot_be_drawn_is_said_and_ends_nothing(tmp_path, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr(ablation_report, "draw_rows", fail)
+    with pytest.warns(UserWarning, match="the figures of .* could not be drawn: no font"):
+        write_report(tmp_path, made_up(tmp_path, {"a": [90]}))
+    assert "| a | 90.00 (1) |" in (tmp_path / "table.md").read_text()
 
 
 def test_names_become_folders():

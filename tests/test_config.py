@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Literal
 
 import pytest
 import yaml
@@ -237,3 +238,14 @@ def test_merging_overrides():
 
 def test_with_bits_pins_what_is_quantized():
     assert with_bits(LayerConfig(WeightConfig(), None), 8) == LayerConfig(WeightConfig(bits=8), None, pinned=True)
+
+
+def test_no_is_a_word_where_it_is_a_choice():
+    """YAML 1.1 reads a bare ``no`` as false."""
+
+    @dataclass(frozen=True)
+    class Engine:
+        precision: Literal["no", "bf16"] | None = "bf16"
+        fast: bool = True
+
+    assert from_dict(Engine, yaml.safe_load("{precision: no, fast: no}"), where="engine") == Engine("no", False)

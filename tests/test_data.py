@@ -135,7 +135,8 @@ def test_splits(tmp_path):
     assert (len(data.train.dataset), len(data.test.dataset)) == (16, 4)
     assert torch.cat([labels for _, labels in data.test]).tolist() == [0, 0, 1, 1]
     assert same(data.test, build_data(folder(tmp_path / "plain", val_fraction=0.2)).test)
-    assert not same(data.test, build_data(folder(tmp_path / "plain", val_fraction=0.2, seed=1)).test)
+    assert same(data.test, build_data(folder(tmp_path / "plain", val_fraction=0.2, seed=1)).test)
+    assert not same(data.test, build_data(folder(tmp_path / "plain", val_fraction=0.2, split_seed=1)).test)
     write_tree(tmp_path / "only", splits=("train",), count=10)
     assert len(build_data(folder(tmp_path / "only")).test.dataset) == 2
     write_tree(tmp_path / "val", splits=("train", "val"))
@@ -151,6 +152,8 @@ def test_limits_keep_the_shares_of_the_classes(tmp_path):
     data = build_data(folder(write_tree(tmp_path, count=10), limit_train=8, limit_test=6))
     assert data.train.dataset.labels.tolist() == [0] * 4 + [1] * 4
     assert data.test.dataset.labels.tolist() == [0] * 3 + [1] * 3
+    other = build_data(folder(tmp_path, limit_train=8, limit_test=6, seed=1))
+    assert same(data.test, other.test) and np.array_equal(data.train.dataset.images, other.train.dataset.images)
     digits = build_data(DataConfig("digits", limit_train=100, limit_test=20))
     assert np.bincount(digits.train.dataset.labels).tolist() == [10] * 10
     assert np.bincount(digits.test.dataset.labels).tolist() == [2] * 10

@@ -13,13 +13,15 @@ import yaml
 from faults import Runner
 from safetensors.torch import load_file
 
-from adq import create_model, dampening_loss, load
+from adq import Allocation, create_model, dampening_loss, load
 from adq.config import dump_yaml
 
 pytest.importorskip("accelerate", reason="adq train needs the extra 'train'")
 pytest.importorskip("sklearn", reason="the digits need scikit-learn")
 
-from adq.train.config import recipe_names, resolve
+from adq.train.config import PhaseConfig, recipe_names, resolve
+from adq.train.engine import build_schedule
+from adq.train.run import RunFolder
 
 SHORT = ["--float-epochs", "2", "--epochs", "2", "--set", "engine.checkpoint_steps=4"]
 
@@ -182,10 +184,10 @@ def test_quantization_starts_from_another_quantized_network(finished):
         (["--set", "allocation.bits=[2,9]"], "allocation.bits must be a whole number from 1 to 8, got 9"),
         (["--set", "allocation.weight_bits=-1"], "allocation.weight_bits must be positive"),
         (["--set", "quantization.weight=null"], "quantization.weight leaves all of them in float"),
-        (["--set", "distillation.teacher={name: digits_cnn, weights: missing.pt}"], "no weight file at missing.pt"),
+        (["--set", "distillation.teacher={name: digits_cnn, weights: missing.pt}"], "no such file: missing.pt"),
         (["--set", "start=missing.safetensors"], "no such file: missing.safetensors"),
         (["--set", "start=whole/model-packed.safetensors"], "a start of training needs float weights"),
-        (["--set", "start=whole/model.safetensors", "--model", "resnet20"], "another architecture"),
+        (["--set", "start=whole/model.safetensors", "--set", "model.kwargs={width: 16}"], "another architecture"),
         (["--set", "qat.epoch=3"], "unknown key 'epoch' in qat; did you mean 'epochs'"),
         (["--set", "quantization.weight.bits=9"], "weight bits must be a whole number from 1 to 8, got 9"),
         (["--data", "cifar11"], "unknown data 'cifar11'"),
@@ -198,6 +200,14 @@ def test_quantization_starts_from_another_quantized_network(finished):
         (["--set", "qat.dampening=-1"], "dampening must not be negative"),
         (["--set", "float.dampening=0.1"], "weights in float have no codewords; set qat.dampening"),
         (["--set", "qat.reestimate_batches=-1"], "reestimate_batches must not be negative"),
+        (["--set", "qat.label_smoothing=2"], "label_smoothing must be in [0, 1], got 2"),
+        (["--set", "distillation.alpha=2"], "distillation.alpha must be in [0, 1], got 2"),
+        (["--set", "distillation.temperature=0"], "distillation.temperature must be positive, got 0"),
+        (
+            ["--set", "qat={dampening: 0.1, schedule: constant}"],
+            "dampening grows as the learning rate falls",
+        ),
+        (["--set", "distillation.teacher={name: x"], "--set distillation.teacher: '{name: x' is not valid YAML"),
         (["--config", "missing.yaml"], "no such file: missing.yaml"),
         (["--config", "cifar"], "no recipe 'cifar'"),
         (["--output", "whole"], "whole holds a run already; pass --resume"),
@@ -230,12 +240,68 @@ def test_networks_and_teachers_of_the_recipes_exist(name):
         assert create_model(network.name, **network.kwargs).adq_architecture["name"].endswith(network.name)
 
 
-def test_an_impossible_budget_names_the_smallest(finished):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--weight-bits", "1.5"],
+            "no allocation meets the budget of 1.5000 average weight bits; the smallest possible has 2.0",
+        ),
+        (["--set", "quantization.overrides={conv9: {weight: {bits: 2}}}"], "overrides match no layer: conv9"),
+        (["--set", "allocation.file=nowhere.yaml"], "no such file: nowhere.yaml"),
+        (["--set", "allocation.file=other.yaml"], "other.yaml names an unknown layer 'conv9'"),
+        (["--model", "resnet20"], "the model 'resnet20' does not take images of 1x8x8, as 'digits' has them"),
+    ],
+)
+def test_what_cannot_be_quantized_is_said_before_anything_is_trained_or_written(finished, arguments, message):
     folder, _ = finished
-    weights = str(folder / "whole" / "float.safetensors")
-    code, text = adq(folder, "train", "--output", "poor", "--weights", weights, "--weight-bits", "1.5")
+    Allocation({"conv9": 2}, 2.0, 2.0).save(folder / "other.yaml")
+    code, text = adq(folder, "train", "--output", "late", *arguments)
     assert code == 1
-    assert "no allocation meets the budget of 1.5000 average weight bits; the smallest possible has 2.0" in text
+    assert message in text and "training the float network" not in text
+    assert not (folder / "late").joinpath("config.yaml").exists()
+
+
+def test_runs_that_begin_together_have_folders_of_their_own(tmp_path):
+    runs = [command(tmp_path, "train", "--seed", str(seed), *SHORT) for seed in (0, 1)]
+    texts = [process.communicate(timeout=300)[0] for process in runs]
+    assert [process.returncode for process in runs] == [0, 0], texts
+    found = {yaml.safe_load(path.read_text())["seed"]: path.parent for path in tmp_path.glob("runs/*/config.yaml")}
+    assert sorted(folder.name for folder in found.values()) == ["digits-digits_cnn", "digits-digits_cnn-2"]
+    for seed, text in enumerate(texts):
+        assert f"run folder: {found[seed].relative_to(tmp_path)}" in text
+        assert phases(found[seed]) == ["float"] * 2 + ["sensitivity", "calibrated"] + ["qat"] * 2 + ["result"]
+        assert not (found[seed] / "run.lock").exists()
+
+
+def test_a_folder_that_a_run_is_in_is_refused(tmp_path):
+    with RunFolder(tmp_path / "run").claimed() as owner:
+        assert owner is None
+        for options in ([], ["--resume"]):
+            code, text = adq(tmp_path, "train", "--output", "run", *options)
+            assert code == 1 and f"run is in use: process {os.getpid()} on " in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_stopped_before_training_it_chooses_the_bits_again_and_keeps_the_row_that_says_what_it_took(finished):
+    folder, _ = finished
+    run = folder / "stopped"
+    arguments = ["train", "--output", "stopped", "--weights", str(folder / "whole" / "float.safetensors"), *SHORT]
+    kill_when(command(folder, *arguments), run, "allocation.yaml")
+    assert not list(run.glob("checkpoints/*-qat-*")), "it trained before it was killed"
+    code, text = adq(folder, *arguments, "--resume")
+    assert code == 0, text
+    assert phases(run) == ["sensitivity", "calibrated", "qat", "qat", "result"]
+
+
+@pytest.mark.parametrize(("epochs", "warmup", "rises"), [(1, 1.0, 0.5), (1, 0.25, 0.25), (4, 1.0, 1.0), (2, 3.0, 1.0)])
+def test_the_learning_rate_falls_in_half_of_the_epochs_at_least(epochs, warmup, rises):
+    config = PhaseConfig(epochs=epochs, warmup_epochs=warmup)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    factor = build_schedule(optimizer, config, 100).lr_lambdas[0]
+    rates = [factor(step) for step in range(100 * epochs + 1)]
+    assert max(rates) == 1.0 and rates.index(1.0) == 100 * rises
+    assert rates[-1] == 0.0
 
 
 def test_info_names_the_backends(tmp_path):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import gc
 import os
 import re
 import shutil
-import socket
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,15 +17,14 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
-from adq.config import to_dict
 from adq.convert import choose_layers
 from adq.models import create_model
-from adq.store import write_text
-from adq.train.ablation_config import Ablation, Row, check_seeds, read_ablation
-from adq.train.ablation_report import ERROR, found_seeds, read_saved, run_folder, write_report
-from adq.train.config import FILES, RunConfig, differences, flatten, resolve
+from adq.store import locked, write_text
+from adq.train.ablation_config import Ablation, Row, check_changes, check_seeds, read_ablation
+from adq.train.ablation_report import ERROR, changed_settings, found_seeds, read_saved, run_folder, write_report
+from adq.train.config import RunConfig, resolve
 from adq.train.display import Display
-from adq.train.run import Run, RunFolder
+from adq.train.run import Run, RunFolder, check_files
 from adq.train.together import Preempted
 
 POLL_SECONDS = 2.0
@@ -105,6 +102,8 @@ def ablate(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("adq: ablate runs each row in one process; start it several times to share the rows")
     ablation = read_ablation(file)
+    for change in changes:
+        check_changes(change, "a change of all rows")
     chosen = seeds or ablation.seeds
     check_seeds(chosen)
     names = {row.name for row in choose(ablation.rows, only)}
@@ -161,7 +160,10 @@ def plan(ablation: Ablation, output: Path, changes: Sequence[Mapping[str, Any]],
             _check_saved(job)
     for job in jobs[: len(ablation.rows)]:
         with _naming(job.row):
-            _check_runnable(job.config)
+            config = job.config
+            check_files(config)
+            network = create_model(config.model.name, 10, **config.model.kwargs)
+            choose_layers(network, config.quantization)
     return jobs
 
 
@@ -183,7 +185,7 @@ def _naming(row: Row) -> Iterator[None]:
 
 def _check_saved(job: Job) -> None:
     try:
-        changed = differences(read_saved(job.folder), job.config)
+        changed = changed_settings(job.row, read_saved(job.folder), job.config)
     except ValueError as error:
         raise ValueError(f"adq: row {job.row.name!r}: {job.folder.config} cannot be read: {error}") from error
     if changed:
@@ -191,18 +193,6 @@ def _check_saved(job: Job) -> None:
             f"adq: row {job.row.name!r}: {job.folder.path} holds a run with another {', '.join(changed)}; "
             "remove the folder or choose another --output"
         )
-
-
-def _check_runnable(config: RunConfig) -> None:
-    """Raise for files that do not exist, an unknown network, and overrides that match none of its layers."""
-    named = flatten(to_dict(config))
-    for file in (named.get(key) for key in FILES):
-        if file is not None and not Path(file).is_file():
-            raise FileNotFoundError(f"adq: no such file: {file}")
-    if config.data.root is not None:
-        _ = config.data.folder
-    network = create_model(config.model.name, 10, **config.model.kwargs)
-    choose_layers(network, config.quantization)
 
 
 # ---- running -----------------------------------------------------------------------------------------
@@ -219,7 +209,7 @@ def run_jobs(jobs: Sequence[Job], ablation: Ablation, output: Path, display: Dis
     while pending:
         held = []
         for job in pending:
-            with lock(job.lock) as owner:
+            with locked(job.lock) as owner:
                 if owner is not None:
                     held.append(job)
                     if owners.get(job.label) != owner:
@@ -278,25 +268,5 @@ def prune(folder: RunFolder) -> None:
 
 def report(ablation: Ablation, output: Path) -> None:
     """Write the table and the figures, one process at a time."""
-    with lock(output / "locks" / "report.lock", wait=True):
+    with locked(output / "locks" / "report.lock", wait=True):
         write_report(output, ablation)
-
-
-@contextmanager
-def lock(path: Path, wait: bool = False) -> Iterator[str | None]:
-    """Hold a lock file; yields None, or, unless ``wait``, who else holds it. A process that dies lets go."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            file.seek(0)
-            yield file.read().strip() or "another process"
-            return
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        try:
-            yield None
-        finally:
-            fcntl.flock(file, fcntl.LOCK_UN)  # closing is not enough: loader workers inherit the open file

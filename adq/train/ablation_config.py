@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,10 @@ class Row:
     def __post_init__(self) -> None:
         if not self.slug:
             raise ValueError(f"adq: a row needs a name with a letter or a digit, got {self.name!r}")
-        _check_changes(self.set, f"row {self.name!r}")
+        for text in (self.name, self.group, self.curve or ""):
+            if not text.isprintable():
+                raise ValueError(f"adq: names of rows, groups and curves are printed on one line, got {text!r}")
+        check_changes(self.set, f"row {self.name!r}")
 
     @property
     def slug(self) -> str:
@@ -43,7 +46,8 @@ class Ablation:
     """An ablation file.
 
     Attributes:
-        base: name of a recipe, or a YAML file, that every row starts from.
+        base: name of a recipe, or a YAML file (beside the ablation's, or relative to the working directory), that every
+            row starts from.
         set: changes to it for all rows.
         seeds: each row is run once with each.
         reference: name of the row that differences are taken to.
@@ -57,7 +61,7 @@ class Ablation:
     rows: tuple[Row, ...] = ()
 
     def __post_init__(self) -> None:
-        _check_changes(self.set, "the ablation")
+        check_changes(self.set, "the ablation")
         check_seeds(self.seeds)
         if not self.rows:
             raise ValueError("adq: an ablation needs rows")
@@ -71,7 +75,8 @@ class Ablation:
             raise ValueError(f"adq: the reference {self.reference!r} is none of the rows: {', '.join(names)}")
 
 
-def _check_changes(changes: Any, where: str) -> None:
+def check_changes(changes: Any, where: str) -> None:
+    """Raise ValueError unless it is a mapping that leaves seed and output alone."""
     if not isinstance(changes, Mapping):
         raise ValueError(f"adq: set of {where} must be a mapping, got {changes!r}")
     taken = {"seed", "output"} & set(changes)
@@ -97,7 +102,9 @@ def read_ablation(path: str | Path) -> Ablation:
     if not isinstance(rows, list):
         raise ValueError(f"adq: rows must be a list, got {rows!r}")
     parsed = tuple(from_dict(Row, row, where=_place(index, row)) for index, row in enumerate(rows))
-    return from_dict(Ablation, {**values, "rows": parsed})
+    ablation = from_dict(Ablation, {**values, "rows": parsed})
+    beside = Path(path).parent / ablation.base
+    return replace(ablation, base=str(beside)) if beside.is_file() else ablation
 
 
 def _place(index: int, row: Any) -> str:

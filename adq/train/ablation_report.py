@@ -8,16 +8,17 @@ import json
 import math
 import re
 import statistics
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-from adq.config import from_dict, load_yaml
+from adq.config import from_dict, load_yaml, to_dict
 from adq.store import write_text
 from adq.train.ablation_config import Ablation, Row
 from adq.train.config import RunConfig, differences, flatten, merge
-from adq.train.figures import BLUE, GREY, ORANGE
+from adq.train.figures import BLUE, GREY, ORANGE, label
 from adq.train.figures import _pyplot as load_pyplot
 from adq.train.figures import _write as write_png
 from adq.train.run import RunFolder
@@ -95,9 +96,19 @@ def _check_row(row: Row, folder: RunFolder) -> None:
     if not folder.config.exists():
         return
     saved = read_saved(folder)
-    changed = differences(saved, from_dict(RunConfig, merge(load_yaml(folder.config), row.set)))
-    if changed:
+    wanted = from_dict(RunConfig, merge(load_yaml(folder.config), row.set))
+    if changed := changed_settings(row, saved, wanted):
         raise ValueError(f"adq: row {row.name!r}: {folder.path} was run with another {', '.join(changed)}")
+
+
+def changed_settings(row: Row, saved: RunConfig, wanted: RunConfig) -> list[str]:
+    """Fields in which a run of the row was made with other settings than are wanted.
+
+    Those of the engine may change from machine to machine, but not where the row itself sets them.
+    """
+    a, b = flatten(to_dict(saved)), flatten(to_dict(wanted))
+    of_engine = [key for key in flatten(row.set) if key.startswith("engine.") and a[key] != b[key]]
+    return [*differences(saved, wanted), *of_engine]
 
 
 def _numbers(folder: RunFolder) -> dict[str, float]:
@@ -136,10 +147,13 @@ def write_report(output: Path, ablation: Ablation) -> None:
     write_text(output / "ablation.csv", _csv(report["rows"]))
     write_text(output / "table.md", table(report))
     done = [row for row in report["rows"] if row["seeds"]]
-    if done:
-        draw_rows(output / "ablation.png", done, ablation.reference)
-    if sum(row["curve"] is not None for row in done) >= 3:
-        draw_curves(output / "pareto.png", [row for row in done if row["curve"] is not None])
+    try:
+        if done:
+            draw_rows(output / "ablation.png", done, ablation.reference)
+        if sum(row["curve"] is not None for row in done) >= 3:
+            draw_curves(output / "pareto.png", [row for row in done if row["curve"] is not None])
+    except Exception as error:  # a picture that cannot be drawn shall not end the runs
+        warnings.warn(f"adq: the figures of {output} could not be drawn: {error}", stacklevel=2)
 
 
 def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -214,9 +228,9 @@ def draw_rows(path: Path, rows: Sequence[Mapping[str, Any]], reference: str | No
             _draw_row(axis, y, row, color, low)
             if row["name"] == reference:
                 axis.axvline(row["quantized_top1"], color=color, linestyle="--", linewidth=1, zorder=1)
-    axis.set_yticks(range(len(lines)), [text for text, _ in lines])
-    for label, (_, row) in zip(axis.get_yticklabels(), lines, strict=True):
-        label.set_fontweight("bold" if row is None else "normal")
+    axis.set_yticks(range(len(lines)), [label(text) for text, _ in lines])
+    for tick, (_, row) in zip(axis.get_yticklabels(), lines, strict=True):
+        tick.set_fontweight("bold" if row is None else "normal")
     axis.tick_params(axis="y", length=0)
     axis.set_ylim(len(lines) - 0.4, -0.6)
     if low is not None:
@@ -268,7 +282,7 @@ def draw_curves(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         ("average_bits_quantized", 1, "weight bits, average over quantized layers"),
         ("bytes_packed", 1e-3, "packed size, kB"),
     )
-    for axis, (key, unit, label) in zip(axes, panels, strict=True):
+    for axis, (key, unit, quantity) in zip(axes, panels, strict=True):
         for curve in dict.fromkeys(row["curve"] for row in rows):
             points = sorted((row for row in rows if row["curve"] == curve), key=lambda row: row[key])
             axis.errorbar(
@@ -277,10 +291,10 @@ def draw_curves(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
                 yerr=[row["quantized_top1_std"] or 0.0 for row in points],
                 fmt="o-",
                 capsize=4,
-                label=curve,
+                label=label(curve),
             )
         axis.axhline(_mean(row["float_top1"] for row in rows), color=GREY, linestyle="--", label="float")
-        axis.set_xlabel(label)
+        axis.set_xlabel(quantity)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("top-1 %, mean and standard deviation")
     axes[0].legend(loc="lower right")

@@ -143,6 +143,9 @@ def train(
         Run(resolved, resume=resume).execute()
 
 
+_OF_RUNS = ("--root", "--weights", "--seeds", "--only", "--set")
+
+
 @app.command("ablate")
 def ablate_(
     config: Annotated[str, typer.Option("--config", help="The ablation: a base, and rows that change it (YAML).")],
@@ -161,11 +164,17 @@ def ablate_(
         from adq.train.ablate import ablate, parse_seeds, report_only
 
         if report:
+            options = zip(_OF_RUNS, (root, weights, seeds, only, set_), strict=True)
+            if given := [name for name, value in options if value]:
+                raise ValueError(f"adq: --report reads what has been run, and takes no {', '.join(given)}")
             report_only(config, output)
-            return
-        options = _nested(data__root=root, model__weights=weights)
-        changes = [options, *(parse_assignment(text) for text in set_ or [])]
-        failed = ablate(config, output, changes, parse_seeds(seeds) if seeds else None, only)
+            failed = 0
+        else:
+            changes = [
+                _nested(data__root=root, model__weights=weights),
+                *(parse_assignment(text) for text in set_ or []),
+            ]
+            failed = ablate(config, output, changes, parse_seeds(seeds) if seeds else None, only)
     typer.echo(f"{output / 'table.md'}" + (f"; {failed} failed" if failed else ""))
     if failed:
         raise typer.Exit(1)

@@ -54,11 +54,12 @@ class PhaseConfig:
         momentum: of SGD.
         weight_decay: of weights of two or more dimensions; biases, norms and quantizer parameters get none.
         schedule: ``cosine`` or ``linear`` decay to zero, or ``constant``.
-        warmup_epochs: linear rise at the start.
+        warmup_epochs: linear rise at the start, over half of all epochs at most.
         label_smoothing: of cross entropy.
         clip_grad_norm: largest gradient norm, None for no limit.
         dampening: factor of :func:`adq.dampening_loss` where the learning rate has fallen to zero; it grows from zero
-            as the rate falls from its peak. 0: none. Of quantization-aware training alone.
+            as the rate falls from its peak, which a constant one never does. 0: none. Of quantization-aware training
+            alone.
         reestimate_batches: after the last epoch, replace batch-norm running statistics by their means over so many
             training batches; 0 keeps the running averages.
     """
@@ -79,12 +80,21 @@ class PhaseConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
+        if not 0.0 <= self.label_smoothing <= 1.0:
+            raise ValueError(f"label_smoothing must be in [0, 1], got {self.label_smoothing}")
+        if self.dampening and self.schedule == "constant":
+            raise ValueError("dampening grows as the learning rate falls, and schedule: constant keeps it")
         for name in ("epochs", "reestimate_batches"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("lr", "threshold_lr", "scale_lr", "weight_decay", "warmup_epochs", "momentum", "dampening"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+
+    @property
+    def warmup(self) -> float:
+        """Epochs in which the learning rate rises."""
+        return min(self.warmup_epochs, self.epochs / 2)
 
 
 @dataclass(frozen=True)
@@ -158,6 +168,10 @@ class DistillationConfig:
     teacher: ModelConfig | None = None
 
     def __post_init__(self) -> None:
+        if not 0.0 <= self.alpha <= 1.0:
+            raise ValueError(f"distillation.alpha must be in [0, 1], got {self.alpha}")
+        if not self.temperature > 0.0:
+            raise ValueError(f"distillation.temperature must be positive, got {self.temperature}")
         if self.teacher is not None and self.teacher.weights is None:
             raise ValueError("distillation.teacher needs weights: a network without training teaches nothing")
 
@@ -202,7 +216,7 @@ class RunConfig:
     """A whole run of ``adq train``: data, network, float training, quantization, QAT.
 
     Attributes:
-        seed: of everything random; ``data.seed``, where given, is that of splits, order and augmentation.
+        seed: of everything random in training; ``data.seed``, where given, is that of order and augmentation.
         start: file of :func:`adq.save`, as another run's ``model.safetensors``: quantization starts from the weights
             and batch norms of that network, trained at more bits say, instead of the float network's. Its bits,
             codebooks and thresholds are not taken over, and the float network stays baseline and teacher.
@@ -250,7 +264,10 @@ def parse_assignment(text: str) -> dict[str, Any]:
     path, equals, value = text.partition("=")
     if not equals or not path:
         raise ValueError(f"adq: --set takes KEY=VALUE, got {text!r}")
-    nested: Any = yaml.safe_load(value)
+    try:
+        nested: Any = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ValueError(f"adq: --set {path}: {value!r} is not valid YAML: {error}") from error
     for key in reversed(path.split(".")):
         nested = {key: nested}
     return nested

@@ -70,7 +70,7 @@ def build_optimizer(model: nn.Module, config: PhaseConfig) -> torch.optim.Optimi
 
 def build_schedule(optimizer: torch.optim.Optimizer, config: PhaseConfig, steps_per_epoch: int) -> LambdaLR:
     """Learning rate over the steps of a phase: linear warm-up, then the decay."""
-    warmup = config.warmup_epochs * steps_per_epoch
+    warmup = config.warmup * steps_per_epoch
     total = max(1, config.epochs * steps_per_epoch)
 
     def factor(step: int) -> float:
@@ -280,7 +280,7 @@ class Trainer:
 
     def _dampening(self, schedule: Any) -> Tensor | float:
         """The pull towards the codewords: as strong as the learning rate has fallen from its peak."""
-        warming_up = schedule.scheduler.last_epoch < self.config.warmup_epochs * self.updates
+        warming_up = schedule.scheduler.last_epoch < self.config.warmup * self.updates
         if warming_up or not self.config.dampening * self.config.lr:
             return 0.0
         fallen = 1.0 - schedule.get_last_lr()[0] / self.config.lr

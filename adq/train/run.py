@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import islice
@@ -19,22 +20,31 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from adq import models
-from adq.allocate import Allocation, Budget, allocate, apply_allocation_, describe_allocation
+from adq.allocate import (
+    FLOAT_BITS,
+    Allocation,
+    Budget,
+    allocate,
+    apply_allocation_,
+    check_reachable,
+    describe_allocation,
+)
 from adq.artifact import load, save
 from adq.batch_norm import correct_batch_norm_, reestimate_batch_norm_
 from adq.calibrate import calibrate_
-from adq.config import dump_yaml, from_dict, load_yaml
-from adq.convert import quantize_, refuse_packed, weight_quantizers
+from adq.config import dump_yaml, from_dict, load_yaml, to_dict
+from adq.convert import choose_layers, quantize_, refuse_packed, weight_quantizers
 from adq.distill import DistillationLoss
 from adq.distributed import from_main, share, share_of
+from adq.nn.layers import QUANTIZED
 from adq.report import report
-from adq.sensitivity import Estimator, SensitivityTable, reordered, sensitivity
-from adq.store import replacing, write_text
+from adq.sensitivity import Estimator, LayerCost, SensitivityTable, reordered, sensitivity
+from adq.store import locked, replacing, write_text
 from adq.summary import summary
 from adq.train import figures
 from adq.train.checkpoint import Checkpoints, Progress
-from adq.train.config import ModelConfig, RunConfig, differences
-from adq.train.data import Data, build_data, check_classes
+from adq.train.config import FILES, ModelConfig, RunConfig, differences, flatten
+from adq.train.data import Data, build_data, check_classes, check_input
 from adq.train.data.decoding import BrokenImages
 from adq.train.display import Display
 from adq.train.engine import Trainer, evaluate
@@ -61,8 +71,39 @@ class RunFolder:
     checkpoints = property(lambda self: self.path / "checkpoints")
     figures = property(lambda self: self.path / "figures")
 
+    @contextmanager
+    def claimed(self) -> Iterator[str | None]:
+        """Keep other runs out; yields None, or who is in it. Leaves no folder where nothing was written."""
+        made = not self.path.exists()
+        with locked(self.path / "run.lock") as owner:
+            try:
+                yield owner
+            finally:
+                if owner is None:
+                    (self.path / "run.lock").unlink(missing_ok=True)
+                    if made:
+                        with suppress(OSError):
+                            self.path.rmdir()
 
-def choose_folder(config: RunConfig, resume: bool) -> RunFolder:
+
+def claim_folder(config: RunConfig, resume: bool, held: ExitStack) -> RunFolder:
+    """The run's folder (:func:`choose_folder`), which no other run gets until ``held`` is closed.
+
+    Raises:
+        ValueError: another process is running in it; as :func:`choose_folder`.
+    """
+    taken: list[Path] = []
+    while True:
+        folder = choose_folder(config, resume, taken)
+        owner = held.enter_context(folder.claimed())
+        if owner is None:
+            return folder
+        if config.output is not None or resume:
+            raise ValueError(f"adq: {folder.path} is in use: {owner} runs in it")
+        taken.append(folder.path)
+
+
+def choose_folder(config: RunConfig, resume: bool, taken: Sequence[Path] = ()) -> RunFolder:
     """The run's folder: ``output``, or the first free ``runs/DATA-MODEL[-N]`` (with ``resume`` the last used one).
 
     Raises:
@@ -75,13 +116,52 @@ def choose_folder(config: RunConfig, resume: bool) -> RunFolder:
                 f"adq: {folder.path} holds a run already; pass --resume to go on with it, or another --output"
             )
         return folder
-    base = f"{config.data.name}-{config.model.name.replace('/', '_')}"
-    taken = 0
-    while (path := Path("runs") / (base if not taken else f"{base}-{taken + 1}")).joinpath("config.yaml").exists():
-        taken += 1
-    if resume and taken:
-        return RunFolder(Path("runs") / (base if taken == 1 else f"{base}-{taken}"))
+    base, used = f"{config.data.name}-{config.model.name.replace('/', '_')}", 0
+    while (path := Path("runs") / (base if not used else f"{base}-{used + 1}")) in taken or (
+        path / "config.yaml"
+    ).exists():
+        used += 1
+    if resume and used:
+        return RunFolder(Path("runs") / (base if used == 1 else f"{base}-{used}"))
     return RunFolder(path)
+
+
+def check_files(config: RunConfig) -> None:
+    """Raise FileNotFoundError or ValueError for files and folders that are named and not there."""
+    named = flatten(to_dict(config))
+    for file in (named.get(key) for key in FILES):
+        if file is not None and not Path(file).is_file():
+            raise FileNotFoundError(f"adq: no such file: {file}")
+    if config.data.root is not None:
+        _ = config.data.folder
+
+
+def check_layers(model: nn.Module, config: RunConfig) -> None:
+    """What can be said of quantizing a float network before it is trained.
+
+    Raises:
+        ValueError: overrides, or an allocation file, name layers that are not there; no allocation meets the budget.
+    """
+    asked, chosen = config.allocation, choose_layers(model, config.quantization)
+    if asked.file is not None:
+        quantized = [name for name, choice in chosen.items() if choice.config.weight is not None]
+        known_layers(Allocation.load(asked.file), asked.file, quantized)
+    elif asked.weight_bits is not None:
+        costs = []
+        for name, choice in chosen.items():
+            if choice.config.weight is not None:
+                weight = getattr(choice.module, QUANTIZED[type(choice.module)].weight_name)
+                widths = [choice.config.weight.bits] if choice.config.pinned else asked.bits
+                costs.append(LayerCost(name, weight.numel(), 0, FLOAT_BITS, dict.fromkeys(widths, 0.0)))
+        check_reachable(Budget(weight_bits=asked.weight_bits), costs)
+
+
+def known_layers(allocation: Allocation, path: str, layers: Iterable[str]) -> Allocation:
+    """The allocation, if all its layers are among these."""
+    unknown = sorted(set(allocation.bits) - set(layers))
+    if unknown:
+        raise ValueError(f"adq: {path} names an unknown layer {unknown[0]!r}")
+    return allocation
 
 
 class Run:
@@ -110,8 +190,13 @@ class Run:
         main = self.accelerator.is_main_process
         self.display = display or Display()
         self.display.active = main
-        self.folder = from_main(lambda: choose_folder(config, resume))
-        self.config = self._resumed(config) if resume and self.folder.config.exists() else config
+        self._held = ExitStack()  # on the first process
+        self.folder = from_main(lambda: claim_folder(config, resume, self._held))
+        try:
+            self.config = self._resumed(config) if resume and self.folder.config.exists() else config
+        except ValueError:
+            self._held.close()
+            raise
         self.resume = resume
         self.checkpoints = Checkpoints(self.folder.checkpoints, engine.keep)
         self.progress: Progress | None = None
@@ -145,7 +230,7 @@ class Run:
             ProcessLost: another process does not answer.
         """
         try:
-            with self.departure:
+            with self._held, self.departure:
                 return self._execute()
         except TrainingStopped:
             raise
@@ -175,11 +260,13 @@ class Run:
             self.display.result(result)
             return result
         began = time.perf_counter()
+        check_files(self.config)
         if self.resume:
             self.progress = self.checkpoints.recover(self.display.say)
         data = build_data(replace(self.config.data, index=self.config.data.index or self.folder.path / "index"))
         data = replace(data, test=share(data.test), calibration=share(data.calibration))
         model = self._create(data)
+        check_layers(model, self.config)
         start, other = self._start_state(model), self._other_teacher(data)
         self._start_folder()
         train, test = self.accelerator.prepare(data.train), data.test
@@ -214,6 +301,7 @@ class Run:
         if config.weights is not None:
             models.load_float_weights(model, config.weights)
         check_classes(model, data)
+        check_input(model, data, config.name)
         if self.config.engine.channels_last:
             model = model.to(memory_format=torch.channels_last)
         return model
@@ -325,15 +413,11 @@ class Run:
 
     def _allocation(self, model: nn.Module, data: Data) -> Allocation:
         config = self.config.allocation
-        chosen = config.file or (
-            str(self.folder.allocation) if self.resume and self.folder.allocation.exists() else None
-        )
+        # before training has begun it is chosen anew, for the row of the metrics that tells what it took
+        chosen = config.file or (str(self.folder.allocation) if self._saved("qat") else None)
         if chosen is not None:
-            given = Allocation.load(chosen)
             present = {name: quantizer.bits for name, (_, quantizer) in weight_quantizers(model).items()}
-            unknown = sorted(set(given.bits) - set(present))
-            if unknown:
-                raise ValueError(f"adq: {chosen} names an unknown layer {unknown[0]!r}")
+            given = known_layers(Allocation.load(chosen), chosen, present)
             table = self._score(model, data, 1, "fisher")
             return describe_allocation(table, {**present, **given.bits})
         if config.weight_bits is None:

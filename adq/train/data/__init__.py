@@ -4,7 +4,7 @@ Every epoch can be repeated and resumed: its order is a function of (seed, epoch
 augmentation of a sample one of (seed, epoch, index) alone, whatever the number of workers or processes.
 """
 
-from adq.train.data.build import build_data, check_classes
+from adq.train.data.build import build_data, check_classes, check_input
 from adq.train.data.config import SOURCES, Data, DataConfig
 from adq.train.data.memory import CropFlip, MemoryDataset
 from adq.train.data.sampler import EpochSampler
@@ -18,4 +18,5 @@ __all__ = [
     "MemoryDataset",
     "build_data",
     "check_classes",
+    "check_input",
 ]

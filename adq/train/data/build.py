@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from adq.convert import evaluating
 from adq.train.data.config import Data, DataConfig, Loader
 from adq.train.data.decoding import leave_signals_to_parent
 from adq.train.data.folder import Files, FolderDataset, cores, decode, list_files, read_size, some
@@ -48,7 +49,8 @@ def build_data(config: DataConfig) -> Data:
     if config.name == "cifar10":
         return _memory_data(config, *_cifar10(config.folder, _changed(config.folder.glob("cifar-10-batches-py/*"))))
     train, test = _shard_splits(config) if config.name == "webdataset" else _folder_splits(config)
-    train, test = _limited(train, config.limit_train, config.seed), _limited(test, config.limit_test, config.seed)
+    train = _limited(train, config.limit_train, config.split_seed)
+    test = _limited(test, config.limit_test, config.split_seed)
     shape = _memory_shape(config, train, test)
     if shape is None:
         return _file_data(config, train, test)
@@ -69,6 +71,20 @@ def check_classes(model: nn.Module, data: Data) -> None:
         classes = outputs[-1] if outputs else data.num_classes
     if classes != data.num_classes:
         raise ValueError(f"the model has {classes} classes, the data {data.name!r} has {data.num_classes}")
+
+
+@torch.no_grad()
+def check_input(model: nn.Module, data: Data, name: str) -> None:
+    """Raise ValueError when the model ``name`` cannot take an image of the data."""
+    try:
+        with evaluating(model):
+            model(torch.zeros(1, *data.input_shape))
+    except (RuntimeError, ValueError) as error:
+        shape = "x".join(map(str, data.input_shape))
+        raise ValueError(
+            f"the model {name!r} does not take images of {shape}, as {data.name!r} has them; choose another --model "
+            f"({str(error).partition(chr(10))[0]})"
+        ) from error
 
 
 # ---- sources -----------------------------------------------------------------------------------------
@@ -171,15 +187,15 @@ def _shard_splits(config: DataConfig) -> tuple[Files, Files]:
 
 
 def _split(files: Files, folder: Path, config: DataConfig) -> tuple[Files, Files]:
-    order = stratified_order(files.labels, config.seed)
+    order = stratified_order(files.labels, config.split_seed)
     held_out = round(len(order) * config.val_fraction)
     if not 0 < held_out < len(order):
         raise ValueError(
             f"{folder}: {len(order)} images cannot be split by val_fraction={config.val_fraction}: one part is empty"
         )
     logger.warning(
-        "%s has no test or val split: %d of its %d images are held out (val_fraction=%g, seed %d)",
-        folder, held_out, len(order), config.val_fraction, config.seed,
+        "%s has no test or val split: %d of its %d images are held out (val_fraction=%g, split_seed %d)",
+        folder, held_out, len(order), config.val_fraction, config.split_seed,
     )  # fmt: skip
     return files.take(np.sort(order[held_out:])), files.take(np.sort(order[:held_out]))
 
@@ -224,8 +240,8 @@ def _memory_data(
     flip: bool = True,
 ) -> Data:
     mean, std = _normalisation(config)
-    train = _limit_arrays(train, config.limit_train, config.seed)
-    test = _limit_arrays(test, config.limit_test, config.seed)
+    train = _limit_arrays(train, config.limit_train, config.split_seed)
+    test = _limit_arrays(test, config.limit_test, config.split_seed)
     shape = train[0].shape[1:]
     padding = max(1, min(shape[1:]) // 8) if padding is None else padding
     augment = CropFlip(padding, flip, config.seed) if config.augment else None

@@ -39,7 +39,9 @@ class DataConfig:
         max_broken: share of a set's images that may turn out broken when read from files. Each is logged by its path
             and counted, and the next good image takes its place; one more ends the run. In memory none may be.
         workers: loader processes; ``auto`` is 0 for images in memory, else one a core, 16 at most.
-        seed: of the splits, the order and the augmentation.
+        seed: of the order, the augmentation and the calibration images.
+        split_seed: of splits and limits: which images are for training and which for testing, whatever the seed of the
+            run.
         augment: shift by up to an eighth of the size and mirror (in memory; digits are only shifted), or
             RandomResizedCrop and mirror (from files).
         in_memory: hold the decoded images in memory as uint8. ``auto``, for ``imagefolder``: when they are
@@ -62,6 +64,7 @@ class DataConfig:
     max_broken: float = 0.01
     workers: int | Literal["auto"] = "auto"
     seed: int = 0
+    split_seed: int = 0
     augment: bool = True
     in_memory: bool | Literal["auto"] = "auto"
     limit_train: int | None = None
@@ -81,6 +84,7 @@ class DataConfig:
         for field in ("image_size", "batch_size", "eval_batch_size", "limit_train", "limit_test", "calibration_images"):
             _check_at_least(field, getattr(self, field), 1)
         _check_at_least("seed", self.seed, 0)
+        _check_at_least("split_seed", self.split_seed, 0)
         if self.name in _FIXED_SIDE and self.image_size not in (None, _FIXED_SIDE[self.name]):
             raise ValueError(f"the images of {self.name} have side {_FIXED_SIDE[self.name]}, not {self.image_size}")
         if self.name in _FIXED_SIDE and self.in_memory is False:
