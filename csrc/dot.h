@@ -2,6 +2,10 @@
 //
 // With VNNI that is one instruction. Elsewhere the bytes become 16-bit numbers, the even ones and the odd
 // ones, whose products are added in pairs: the 8-bit instruction of AVX2 and AVX-512 (vpmaddubsw) saturates.
+// Levels of a few bits do not let it: AVX2 then has products of bytes, and adds them in 16 bits for a while.
+//
+// A way to multiply has Quads, four levels in every lane, which add their products with kSplit vectors of
+// weights to a part of a sum; split() makes these of a vector of bytes, total() a sum of the part.
 #pragma once
 
 #include "simd.h"
@@ -15,31 +19,27 @@ namespace ADQ_ISA {
 
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 
-constexpr int kSplit = 1;  // vectors of weights to a vector of sums
+// Any levels and weights.
+struct AnyBytes {
+    static constexpr int kSplit = 1;
 
-ADQ_INLINE Ints add_dot(Ints sum, Ints levels, Ints weights) {
+    struct Quads {
+        Ints word;
+        explicit ADQ_INLINE Quads(Ints bytes) : word(bytes) {}
+        ADQ_INLINE Ints add_dot(Ints sum, const Ints* weights) const {
 #if defined(__AVX512VNNI__)
-    return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)levels, (__m512i)weights);
+            return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)word, (__m512i)weights[0]);
 #else
-    return (Ints)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)levels, (__m256i)weights);
+            return (Ints)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)word, (__m256i)weights[0]);
 #endif
-}
+        }
+    };
 
-// Four levels in every lane, ready to be multiplied.
-struct Quads {
-    Ints word;
-    explicit ADQ_INLINE Quads(Ints bytes) : word(bytes) {}
-    ADQ_INLINE Ints add_dot(Ints sum, const Ints* weights) const {
-        return ADQ_ISA::add_dot(sum, word, weights[0]);
-    }
+    static ADQ_INLINE void split(Ints bytes, Ints* to) { to[0] = bytes; }
+    static ADQ_INLINE Ints total(Ints part) { return part; }
 };
 
-// Weights as they are multiplied.
-ADQ_INLINE void split_weights(Ints bytes, Ints* to) { to[0] = bytes; }
-
 #else
-
-constexpr int kSplit = 2;
 
 // Products of signed 16-bit numbers, added in pairs.
 ADQ_INLINE Ints multiply_pairs(Ints a, Ints b) {
@@ -54,27 +54,56 @@ ADQ_INLINE Ints multiply_pairs(Ints a, Ints b) {
 #endif
 }
 
-struct Quads {
-    Ints even, odd;
-    explicit ADQ_INLINE Quads(Ints bytes) : even(bytes & 0x00ff00ff), odd((bytes >> 8) & 0x00ff00ff) {}
-    ADQ_INLINE Ints add_dot(Ints sum, const Ints* weights) const {
-        return sum + (multiply_pairs(even, weights[0]) + multiply_pairs(odd, weights[1]));
+// Any levels and weights.
+struct AnyBytes {
+    static constexpr int kSplit = 2;
+
+    struct Quads {
+        Ints even, odd;
+        explicit ADQ_INLINE Quads(Ints bytes) : even(bytes & 0x00ff00ff), odd((bytes >> 8) & 0x00ff00ff) {}
+        ADQ_INLINE Ints add_dot(Ints sum, const Ints* weights) const {
+            return sum + (multiply_pairs(even, weights[0]) + multiply_pairs(odd, weights[1]));
+        }
+    };
+
+    // Bytes 0 and 2, and bytes 1 and 3, as 16-bit numbers.
+    static ADQ_INLINE void split(Ints bytes, Ints* to) {
+        to[0] = (((bytes << 24) >> 24) & 0xffff) | ((((bytes << 8) >> 24)) << 16);
+        to[1] = (((bytes << 16) >> 24) & 0xffff) | ((bytes >> 24) << 16);
     }
+    static ADQ_INLINE Ints total(Ints part) { return part; }
 };
 
-// Bytes 0 and 2, and bytes 1 and 3, as 16-bit numbers.
-ADQ_INLINE void split_weights(Ints bytes, Ints* to) {
-    to[0] = (((bytes << 24) >> 24) & 0xffff) | ((((bytes << 8) >> 24)) << 16);
-    to[1] = (((bytes << 16) >> 24) & 0xffff) | ((bytes >> 24) << 16);
-}
+#if defined(__AVX2__) && !defined(__AVX512F__)
+#define ADQ_HAS_SMALL_BYTES 1
+
+// Levels and weights of which some steps fit 16-bit sums (Strip::steps_held).
+struct SmallBytes {
+    static constexpr int kSplit = 1;
+
+    struct Quads {
+        Ints word;
+        explicit ADQ_INLINE Quads(Ints bytes) : word(bytes) {}
+        ADQ_INLINE Ints add_dot(Ints part, const Ints* weights) const {
+            const __m256i pairs = _mm256_maddubs_epi16((__m256i)word, (__m256i)weights[0]);
+            return (Ints)_mm256_add_epi16((__m256i)part, pairs);
+        }
+    };
+
+    static ADQ_INLINE void split(Ints bytes, Ints* to) { to[0] = bytes; }
+    static ADQ_INLINE Ints total(Ints part) { return multiply_pairs(part, fill(0x00010001)); }
+};
 
 #endif
 
-// Four bytes in every lane.
-ADQ_INLINE Quads broadcast_quads(const std::uint8_t* from) {
+#endif
+
+// The four bytes in every lane.
+template <class Products>
+ADQ_INLINE typename Products::Quads broadcast_quads(const std::uint8_t* from) {
     std::int32_t word;
     std::memcpy(&word, from, sizeof word);
-    return Quads(fill(word));
+    return typename Products::Quads(fill(word));
 }
 
 ADQ_INLINE Ints load_ints(const void* from) {

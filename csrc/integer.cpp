@@ -2,6 +2,7 @@
 #include "integer.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <iterator>
 
 #include "adq.h"
@@ -17,6 +18,8 @@ namespace {
 
 constexpr std::int64_t kChunkPixels = 1024;  // that share a decoded panel
 constexpr std::int64_t kLeastPixels = 16;    // of a chunk
+constexpr std::int64_t kLeastStepsHeld = 2;  // with which 16-bit sums pay
+constexpr std::int64_t kScannedBytes = 1 << 16;
 
 // Output blocks of one group that are computed together.
 struct Panel {
@@ -45,7 +48,11 @@ class Convolver {
           isa_(integer_kernels()),
           layout_(find_layout(args)),
           taps_(args_, layout_),
-          pixels_(args.batch * args.out_height * args.out_width) {
+          pixels_(args.batch * args.out_height * args.out_width),
+          steps_held_(isa_.small.multiply != nullptr && !layout_.depthwise ? find_steps_held(threads) : 0),
+          kernels_(layout_.depthwise                ? isa_.depthwise
+                   : steps_held_ >= kLeastStepsHeld ? isa_.small
+                                                    : isa_.dense) {
         find_panels();
         find_items(threads);
         for (const Convolution::Levels& level : args.levels)
@@ -71,6 +78,22 @@ class Convolver {
         copy_edges(quantizer, table.edges.sorted);
         finish(table.edges, quantizer.steps);
         return table;
+    }
+
+    // How many products of pairs of the levels that there are with the weights that there may be fit 16 bits.
+    std::int64_t find_steps_held(int threads) const {
+        const std::int64_t bytes = args_.batch * args_.height * args_.width * args_.channels;
+        std::vector<std::uint8_t> largest(divide_up(bytes, kScannedBytes), 0);
+        for_chunks(bytes, kScannedBytes, threads,
+                   [&](std::int64_t chunk, std::int64_t begin, std::int64_t count) {
+                       std::uint8_t most = 0;
+                       for (std::int64_t i = begin; i < begin + count; ++i) most = std::max(most, args_.x[i]);
+                       largest[chunk] = most;
+                   });
+        int level = args_.zero, weight = args_.table_levels == 0 ? 128 : 0;
+        for (std::uint8_t most : largest) level = std::max<int>(level, most);
+        for (int i = 0; i < args_.table_levels; ++i) weight = std::max(weight, std::abs(args_.table[i]));
+        return 32767 / std::max(2 * level * weight, 1);
     }
 
     // Panels of a group have nearly equal numbers of blocks.
@@ -105,12 +128,13 @@ class Convolver {
         for (std::int64_t i = first_panel; i < end_panel; ++i) {
             const Panel& panel = panels_[i];
             const int blocks = layout_.depthwise ? kMaxBlocks : panel.count;
-            void* prepared = weights.reserve(layout_.steps * blocks * isa_.panel_bytes);
+            void* prepared = weights.reserve(layout_.steps * blocks * kernels_.panel_bytes);
             prepare(panel, prepared);
             Parameters parameters;
             Strip strip;
             strip.panel = prepared;
             strip.blocks = panel.count;
+            strip.steps_held = steps_held_ >= kLeastStepsHeld ? steps_held_ : layout_.steps;
             strip.channel = layout_.depthwise ? panel.first * kBlockOutputs : panel.group * layout_.unit;
             set_epilogue(panel, begin, parameters, strip.epilogue);
             for (const PixelGroup& group : chunk.groups) run_group(group, chunk, strip);
@@ -123,7 +147,7 @@ class Convolver {
         strip.origins = chunk.origins.data() + group.first;
         strip.pixels = group.count;
         strip.epilogue.places = chunk.places.data() + group.first;
-        layout_.depthwise ? isa_.depthwise(strip) : isa_.dense(strip);
+        kernels_.multiply(strip);
     }
 
     void prepare(const Panel& panel, void* to) const {
@@ -135,7 +159,7 @@ class Convolver {
         if (layout_.depthwise) {
             const std::vector<std::uint8_t> blocks = depthwise_blocks(panel);
             source.blocks = blocks.data();
-            return isa_.prepare(source, to);
+            return kernels_.prepare(source, to);
         }
         for (int bits = 1; bits <= 4; ++bits) {
             if (args_.table_levels == 1 << bits) source.bits = bits;
@@ -143,7 +167,7 @@ class Convolver {
         std::copy(args_.table, args_.table + args_.table_levels, source.table);
         const std::int64_t block = panel.group * layout_.blocks + panel.first;
         source.blocks = args_.weight + block * layout_.steps * 8 * source.bits;
-        isa_.prepare(source, to);
+        kernels_.prepare(source, to);
     }
 
     // Depthwise weights, [taps][outputs], as blocks of four taps.
@@ -195,6 +219,8 @@ class Convolver {
     const Layout layout_;
     const Taps taps_;
     const std::int64_t pixels_;
+    const std::int64_t steps_held_;
+    const MultiplyKernels& kernels_;
     std::int64_t chunk_ = 1;   // pixels of an item
     std::int64_t splits_ = 1;  // of the panels into items
     std::vector<Panel> panels_;

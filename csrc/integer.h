@@ -68,16 +68,23 @@ struct Strip {
     int run_count;
     const std::uint8_t* const* origins;  // [pixels]
     std::int64_t channel;                // bytes to the panel's first input
+    std::int64_t steps_held;             // that a part of a sum holds; of small bytes
     int pixels;
     Epilogue epilogue;
 };
 
-struct IntegerKernels {
-    int blocks;       // most that a panel should have
+// A way to multiply, and the panels that it wants.
+struct MultiplyKernels {
     int panel_bytes;  // of a block of a panel
     void (*prepare)(const PanelSource& source, void* panel);
-    void (*dense)(const Strip& strip);
-    void (*depthwise)(const Strip& strip);
+    void (*multiply)(const Strip& strip);
+};
+
+struct IntegerKernels {
+    int blocks;  // most that a panel should have
+    MultiplyKernels dense;
+    MultiplyKernels depthwise;
+    MultiplyKernels small;  // dense, levels and weights of few bits; {} where nothing is gained by it
 };
 
 namespace baseline {

@@ -38,7 +38,21 @@ constexpr int kPanelBlocks = 1;
 constexpr int kTilePixels[] = {0, 2};
 #endif
 
-constexpr int kBlockVectors = kParts * kSplit;  // of a block of weights in a panel
+// Pixels of a tile, by its blocks.
+template <class Products>
+constexpr int tile_pixels(int blocks) {
+    return kTilePixels[blocks];
+}
+#if defined(ADQ_HAS_SMALL_BYTES)
+template <>
+constexpr int tile_pixels<SmallBytes>(int blocks) {
+    return blocks == 1 ? 5 : 3;
+}
+#endif
+
+// Vectors of a block of weights in a panel.
+template <class Products>
+constexpr int kBlockVectors = kParts * Products::kSplit;
 
 // ---- weights -----------------------------------------------------------------------------------------
 
@@ -88,15 +102,16 @@ ADQ_INLINE void decode_block<8>(const std::uint8_t* bytes, const std::int8_t*, I
 }
 
 // panel: [steps][count][kParts][kSplit].
-template <int kBits>
+template <class Products, int kBits>
 void prepare_panel(const PanelSource source, Ints* panel) {
     const std::int64_t stride = 8 * kBits * source.steps;
     for (std::int64_t step = 0; step < source.steps; ++step) {
         const std::uint8_t* from = source.blocks + 8 * kBits * step;
-        for (int block = 0; block < source.count; ++block, from += stride, panel += kBlockVectors) {
+        for (int block = 0; block < source.count; ++block, from += stride) {
             Ints bytes[kParts];
             decode_block<kBits>(from, source.table, bytes);
-            for (int part = 0; part < kParts; ++part) split_weights(bytes[part], panel + kSplit * part);
+            for (int part = 0; part < kParts; ++part, panel += Products::kSplit)
+                Products::split(bytes[part], panel);
         }
     }
 }
@@ -118,30 +133,31 @@ ADQ_INLINE void transpose_quarters(const Ints (&from)[kBlockInputs], Ints (&to)[
 
 // panel: [steps][4][kSplit]; vector j holds channels 4 j .. 4 j + 3 of every block.
 void prepare_depthwise(const PanelSource source, Ints* panel) {
-    for (std::int64_t step = 0; step < source.steps; ++step, panel += kBlockInputs * kSplit) {
+    for (std::int64_t step = 0; step < source.steps; ++step) {
         Ints blocks[kBlockInputs] = {}, weights[kBlockInputs];
         for (int block = 0; block < source.count; ++block)
             blocks[block] = load_ints(source.blocks + (block * source.steps + step) * kBlockWeights);
         transpose_quarters(blocks, weights);
-        for (int j = 0; j < kBlockInputs; ++j) split_weights(weights[j], panel + kSplit * j);
+        for (int j = 0; j < kBlockInputs; ++j, panel += AnyBytes::kSplit) AnyBytes::split(weights[j], panel);
     }
 }
 
 #else
 
-void prepare_depthwise(const PanelSource& source, Ints* panel) { prepare_panel<8>(source, panel); }
+void prepare_depthwise(const PanelSource source, Ints* panel) { prepare_panel<AnyBytes, 8>(source, panel); }
 
 #endif
 
+template <class Products>
 void prepare(const PanelSource& source, void* to) {
     Ints* panel = static_cast<Ints*>(to);
     if (source.depthwise) return prepare_depthwise(source, panel);
     switch (source.bits) {
-        case 1: return prepare_panel<1>(source, panel);
-        case 2: return prepare_panel<2>(source, panel);
-        case 3: return prepare_panel<3>(source, panel);
-        case 4: return prepare_panel<4>(source, panel);
-        default: return prepare_panel<8>(source, panel);
+        case 1: return prepare_panel<Products, 1>(source, panel);
+        case 2: return prepare_panel<Products, 2>(source, panel);
+        case 3: return prepare_panel<Products, 3>(source, panel);
+        case 4: return prepare_panel<Products, 4>(source, panel);
+        default: return prepare_panel<Products, 8>(source, panel);
     }
 }
 
@@ -293,75 +309,90 @@ void finish_tile(const Epilogue& epilogue, Tile tile) {
 
 // ---- dense -------------------------------------------------------------------------------------------
 
-template <int kBlocks, int kPixels>
+// Parts of the sums stay in registers; they are added to the sums, in the tile, where they can hold no more.
+template <class Products, int kBlocks, int kPixels>
 void multiply_tile(const Strip& strip, Tile tile) {
     constexpr int kVectors = kBlocks * kParts;
-    Ints sum[kVectors][kPixels];
-    unroll<kVectors>([&](auto v) ADQ_INLINE_LAMBDA {
-        const Ints initial = load_ints(strip.epilogue.initial + kWidth * v.value);
-        unroll<kPixels>([&](auto p) ADQ_INLINE_LAMBDA { sum[v.value][p.value] = initial; });
-    });
+    constexpr int kSplit = Products::kSplit;
+    Ints part[kVectors][kPixels] = {};
     const std::uint8_t* input[kPixels];
     unroll<kPixels>([&](auto p) ADQ_INLINE_LAMBDA {
         input[p.value] = strip.origins[tile.first + p.value] + strip.channel;
     });
+    bool first = true;
+    const auto add_parts = [&]() ADQ_INLINE_LAMBDA {
+        unroll<kPixels>([&](auto p) ADQ_INLINE_LAMBDA {
+            unroll<kVectors>([&](auto v) ADQ_INLINE_LAMBDA {
+                float* to = tile.values + kWidth * (p.value * kVectors + v.value);
+                const Ints sum = first ? load_ints(strip.epilogue.initial + kWidth * v.value) : load_ints(to);
+                store_ints(to, sum + Products::total(part[v.value][p.value]));
+                part[v.value][p.value] = Ints{};
+            });
+        });
+        first = false;
+    };
+    std::int64_t room = strip.steps_held;
     for (const Run* run = strip.runs; run != strip.runs + strip.run_count; ++run) {
         const Ints* weights = static_cast<const Ints*>(strip.panel) + run->step * kVectors * kSplit;
-        const std::int64_t end = run->offset + kBlockInputs * run->steps;
-        for (std::int64_t at = run->offset; at < end; at += kBlockInputs) {
-            Ints weight[kVectors][kSplit];
-            unroll<kVectors * kSplit>([&](auto i) ADQ_INLINE_LAMBDA {
-                weight[i.value / kSplit][i.value % kSplit] = weights[i.value];
-            });
-            unroll<kPixels>([&](auto p) ADQ_INLINE_LAMBDA {
-                const Quads levels = broadcast_quads(input[p.value] + at);
-                unroll<kVectors>([&](auto v) ADQ_INLINE_LAMBDA {
-                    Ints& to = sum[v.value][p.value];
-                    to = levels.add_dot(to, weight[v.value]);
+        std::int64_t at = run->offset;
+        for (std::int64_t left = run->steps; left > 0;) {
+            if (room == 0) {
+                add_parts();
+                room = strip.steps_held;
+            }
+            const std::int64_t steps = std::min(left, room);
+            const std::int64_t end = at + kBlockInputs * steps;
+            for (; at < end; at += kBlockInputs) {
+                Ints weight[kVectors][kSplit];
+                unroll<kVectors * kSplit>([&](auto i) ADQ_INLINE_LAMBDA {
+                    weight[i.value / kSplit][i.value % kSplit] = weights[i.value];
                 });
-            });
-            weights += kVectors * kSplit;
+                unroll<kPixels>([&](auto p) ADQ_INLINE_LAMBDA {
+                    const auto levels = broadcast_quads<Products>(input[p.value] + at);
+                    unroll<kVectors>([&](auto v) ADQ_INLINE_LAMBDA {
+                        Ints& to = part[v.value][p.value];
+                        to = levels.add_dot(to, weight[v.value]);
+                    });
+                });
+                weights += kVectors * kSplit;
+            }
+            left -= steps;
+            room -= steps;
         }
     }
-    unroll<kPixels>([&](auto p) ADQ_INLINE_LAMBDA {
-        unroll<kVectors>([&](auto v) ADQ_INLINE_LAMBDA {
-            store_ints(tile.values + kWidth * (p.value * kVectors + v.value), sum[v.value][p.value]);
-        });
-    });
+    add_parts();
 }
 
 // A tile of as many pixels as it has.
-template <int kBlocks, int kPixels>
+template <class Products, int kBlocks, int kPixels>
 void multiply_pixels(const Strip& strip, Tile tile) {
     if constexpr (kPixels > 0) {
-        if (tile.pixels == kPixels) return multiply_tile<kBlocks, kPixels>(strip, tile);
-        multiply_pixels<kBlocks, kPixels - 1>(strip, tile);
+        if (tile.pixels == kPixels) return multiply_tile<Products, kBlocks, kPixels>(strip, tile);
+        multiply_pixels<Products, kBlocks, kPixels - 1>(strip, tile);
     }
 }
 
 // Tiles of nearly equal sizes.
-template <int kBlocks>
+template <class Products, int kBlocks>
 void dense_blocks(const Strip& strip) {
-    constexpr int kPixels = kTilePixels[kBlocks];
+    constexpr int kPixels = tile_pixels<Products>(kBlocks);
     alignas(64) float values[kPixels * kBlocks * kBlockOutputs];
     const int tiles = (strip.pixels + kPixels - 1) / kPixels;
     for (int i = 0; i < tiles; ++i) {
         const int first = strip.pixels * i / tiles;
         const Tile tile{first, strip.pixels * (i + 1) / tiles - first, values};
-        multiply_pixels<kBlocks, kPixels>(strip, tile);
+        multiply_pixels<Products, kBlocks, kPixels>(strip, tile);
         finish_tile<kBlocks>(strip.epilogue, tile);
     }
 }
 
-template <int kBlocks>
-void dense_any(const Strip& strip) {
+template <class Products, int kBlocks = kPanelBlocks>
+void dense(const Strip& strip) {
     if constexpr (kBlocks > 0) {
-        if (strip.blocks == kBlocks) return dense_blocks<kBlocks>(strip);
-        dense_any<kBlocks - 1>(strip);
+        if (strip.blocks == kBlocks) return dense_blocks<Products, kBlocks>(strip);
+        dense<Products, kBlocks - 1>(strip);
     }
 }
-
-void dense(const Strip& strip) { dense_any<kPanelBlocks>(strip); }
 
 // ---- depthwise ---------------------------------------------------------------------------------------
 
@@ -386,10 +417,10 @@ ADQ_INLINE void multiply_channels(const Strip& strip, int pixel, float* to) {
                                  _mm512_unpacklo_epi16(high[0], high[1]),
                                  _mm512_unpackhi_epi16(high[0], high[1])};
         unroll<kBlockInputs>([&](auto j) ADQ_INLINE_LAMBDA {
-            quarters[j.value] =
-                Quads((Ints)quads[j.value]).add_dot(quarters[j.value], weights + kSplit * j.value);
+            quarters[j.value] = AnyBytes::Quads((Ints)quads[j.value])
+                                    .add_dot(quarters[j.value], weights + AnyBytes::kSplit * j.value);
         });
-        weights += kBlockInputs * kSplit;
+        weights += kBlockInputs * AnyBytes::kSplit;
     }
     transpose_quarters(quarters, sums);
     unroll<kBlocks>([&](auto block) ADQ_INLINE_LAMBDA {
@@ -407,15 +438,15 @@ ADQ_INLINE void multiply_channels(const Strip& strip, int pixel, float* to) {
     const std::uint8_t* origin = strip.origins[pixel] + strip.channel;
     for (int v = 0; v < kVectors; ++v) {
         Ints sum = load_ints(strip.epilogue.initial + kWidth * v);
-        const Ints* weights = static_cast<const Ints*>(strip.panel) + kSplit * v;
+        const Ints* weights = static_cast<const Ints*>(strip.panel) + AnyBytes::kSplit * v;
         for (int i = 0; i < strip.run_count; i += kBlockInputs) {
             Ints bytes = fill(0);
             unroll<kBlockInputs>([&](auto t) ADQ_INLINE_LAMBDA {
                 const Ints levels = widen(origin + strip.runs[i + t.value].offset + kWidth * v);
                 bytes = bytes | (levels << (8 * t.value));
             });
-            sum = Quads(bytes).add_dot(sum, weights);
-            weights += kVectors * kSplit;
+            sum = AnyBytes::Quads(bytes).add_dot(sum, weights);
+            weights += kVectors * AnyBytes::kSplit;
         }
         store_ints(to + kWidth * v, sum);
     }
@@ -445,10 +476,21 @@ void depthwise_any(const Strip& strip) {
 
 void depthwise(const Strip& strip) { depthwise_any<kPanelBlocks>(strip); }
 
+template <class Products>
+constexpr MultiplyKernels multiply_kernels(void (*multiply)(const Strip&)) {
+    return {kBlockVectors<Products> * static_cast<int>(sizeof(Ints)), prepare<Products>, multiply};
+}
+
 }  // namespace
 
-extern const IntegerKernels kIntegerKernels = {kPanelBlocks, kBlockVectors * static_cast<int>(sizeof(Ints)),
-                                               prepare, dense, depthwise};
+extern const IntegerKernels kIntegerKernels = {
+    kPanelBlocks,
+    multiply_kernels<AnyBytes>(dense<AnyBytes>),
+    multiply_kernels<AnyBytes>(depthwise),
+#if defined(ADQ_HAS_SMALL_BYTES)
+    multiply_kernels<SmallBytes>(dense<SmallBytes>),
+#endif
+};
 
 }  // namespace ADQ_ISA
 }  // namespace adq

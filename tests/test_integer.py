@@ -82,6 +82,11 @@ CASES = {
     "one image": {"kernel": (1, 1), "padding": (0, 0), "size": (1, 1), "batch": 1, "outputs": 200, "inputs": 100},
     "no images": {"batch": 0},
     "one bit": {"values": 2},
+    "levels of two bits": {"inputs": 96, "outputs": 70, "values": 16, "top": 3, "residual": True},
+    "levels of four bits": {"inputs": 70, "outputs": 33, "size": (9, 9), "values": 8, "top": 15},
+    "levels of six bits": {"inputs": 64, "values": 200, "top": 63, "zero": 2, "dilation": (2, 1)},
+    "small levels, a large one outside": {"inputs": 64, "values": 200, "top": 1, "zero": 255},
+    "small levels, groups": {"groups": 2, "outputs": 36, "inputs": 12, "values": 3, "top": 7},
 }
 
 
@@ -89,6 +94,26 @@ CASES = {
 def test_every_instruction_set_equals_the_reference(isa, case):
     arguments, _ = make(**CASES[case])
     assert_same(cpu.integer_conv2d(*arguments), reference.integer_conv2d(*arguments))
+
+
+@pytest.mark.parametrize("weight", [-128, -127, -1, 0, 1, 64, 127])
+def test_sums_of_the_largest_products_of_every_level(isa, weight):
+    """Where 16-bit sums hold some products they hold them exactly, up to the last one."""
+    one, inputs = torch.ones(17), 132
+    blocks, table = layout.arrange(torch.full((17, inputs, 1, 1), weight, dtype=torch.int8))
+    tail = (None, -1e9, 1e9, [], [], True, [1, 1], [1, 1], [0, 0], [1, 1], 1, 0)
+    for level in range(256):
+        x = torch.full((1, inputs, 2, 2), level, dtype=torch.uint8)
+        y, _ = cpu.integer_conv2d(x, blocks, table, torch.zeros(17, dtype=torch.int32), one, 0 * one, *tail)
+        assert y.unique().tolist() == [inputs * level * weight]
+
+
+@pytest.mark.parametrize("place", [0, 70_000, -1])
+def test_one_large_level_among_many_small_ones(isa, place):
+    arguments, _ = make(inputs=64, size=(32, 32), values=200, top=1)
+    x = arguments[0].contiguous(memory_format=torch.channels_last)
+    x.permute(0, 2, 3, 1).view(-1)[place] = 255
+    assert_same(cpu.integer_conv2d(x, *arguments[1:]), reference.integer_conv2d(x, *arguments[1:]))
 
 
 @pytest.mark.parametrize("case", CASES)
