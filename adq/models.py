@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 Factory = Callable[..., nn.Module]
 
 _REGISTRY: dict[str, tuple[Factory, int]] = {}
-_WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".th", ".ckpt")
+_WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".th", ".ckpt", ".tar")
 _WEIGHT_SOURCES = ("weights", "pretrained", "weights_backbone", "checkpoint_path", "pretrained_cfg", "cache_dir")
 """Arguments of torchvision and timm that read other files."""
 _LISTED = 5
@@ -298,9 +298,10 @@ def load_float_weights(model: nn.Module, path: str | Path) -> None:
 
     Args:
         model: the float network, as :func:`create_model` makes it.
-        path: ``.safetensors``, or a ``torch.save`` file (.pt, .pth, .bin, .th, .ckpt) that holds a state
-            dict, plain or under ``state_dict``, ``model`` or ``model_state``. Prefixes ``module.`` and
-            ``_orig_mod.`` are dropped. Batch normalization's ``num_batches_tracked`` may be missing.
+        path: ``.safetensors``, or a ``torch.save`` file (.pt, .pth, .bin, .th, .ckpt, .tar) that holds a state
+            dict, plain or under ``state_dict``, ``model``, ``model_state`` or ``model_state_dict``. Prefixes
+            ``module.``, ``_orig_mod.``, ``model.`` and ``net.`` of all its names are dropped. Batch normalization's
+            ``num_batches_tracked`` may be missing, and further names of a tensor that has one in the file.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -312,7 +313,7 @@ def load_float_weights(model: nn.Module, path: str | Path) -> None:
         raise FileNotFoundError(f"no weight file at {path}" + (": it is a folder" if path.is_dir() else ""))
     state = _strip_prefixes(_read_state(path), model.state_dict().keys())
     _check_state(model, state, path)
-    model.load_state_dict(state, strict=False)  # checked above; only num_batches_tracked may be missing
+    model.load_state_dict(state, strict=False)  # checked above: what may be missing is
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:
@@ -351,7 +352,7 @@ def _read_pickle(path: Path) -> Any:
 
 
 def _unwrap(loaded: Any, path: Path) -> dict[str, Tensor]:
-    for key in ("state_dict", "model", "model_state"):
+    for key in ("state_dict", "model", "model_state", "model_state_dict"):
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
             loaded = loaded[key]
     if not isinstance(loaded, Mapping):
@@ -365,7 +366,8 @@ def _unwrap(loaded: Any, path: Path) -> dict[str, Tensor]:
 
 def _strip_prefixes(state: dict[str, Tensor], own: Set[str]) -> dict[str, Tensor]:
     """The state without the names of wrappers, unless the model itself has these names."""
-    for prefix in ("module.", "_orig_mod.", "module."):  # compiled inside or outside the wrapper
+    # compiled inside or outside of the wrapper; as an attribute of a class for training
+    for prefix in ("module.", "_orig_mod.", "module.", "model.", "net."):
         if state.keys() <= own:
             break
         if all(key.startswith(prefix) for key in state):
@@ -380,7 +382,12 @@ def _some(items: list[str]) -> str:
 
 def _check_state(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     own = model.state_dict()
-    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
+    given = {own[key].data_ptr() for key in own if key in state}  # a tied tensor needs one of its names
+    missing = [
+        key
+        for key in own
+        if key not in state and not key.endswith("num_batches_tracked") and own[key].data_ptr() not in given
+    ]
     unexpected = [key for key in state if key not in own]
     mismatched = [key for key in own if key in state and own[key].shape != state[key].shape]
     if mismatched and not missing and not unexpected:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import socket
 import warnings
@@ -19,10 +19,13 @@ MANIFEST = "manifest.json"
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield the name of a temporary file beside ``path`` that takes its place if the block ends without an error."""
-    path = Path(path)
+    """Yield the name of a temporary file beside ``path`` that takes its place if the block ends without an error.
+
+    Of a link, the file that it leads to.
+    """
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{_unique()}.tmp")
     try:
         temporary.touch()
         mode = temporary.stat().st_mode  # as the user's umask wants it; some writers take the owner's rights alone
@@ -41,9 +44,10 @@ def replacing_directory(path: str | Path) -> Iterator[Path]:
 
     It has the same suffix: some writers go by it.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, old = (path.with_name(f".{path.stem}.{os.getpid()}.{kind}{path.suffix}") for kind in ("tmp", "old"))
+    own = _unique()
+    temporary, old = (path.with_name(f".{path.stem}.{own}.{kind}{path.suffix}") for kind in ("tmp", "old"))
     try:
         temporary.mkdir()
         # as the user's umask wants it; some writers take the owner's rights alone
@@ -62,6 +66,11 @@ def replacing_directory(path: str | Path) -> Iterator[Path]:
             os.rename(old, path)
         for directory in (temporary, old):
             shutil.rmtree(directory, ignore_errors=True)
+
+
+def _unique() -> str:
+    """A part of temporary names: threads, and containers that are all process 1, may write beside each other."""
+    return f"{os.getpid()}.{secrets.token_hex(4)}"
 
 
 def publish_directory(temporary: Path, path: Path) -> None:
@@ -135,6 +144,8 @@ def _digest(file: Path) -> str:
 
 
 def _sync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():
+        return  # which cannot be opened there
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -152,17 +163,19 @@ def write_text(path: str | Path, text: str) -> None:
 def locked(path: Path, wait: bool = False) -> Iterator[str | None]:
     """Hold a lock file; yields None, or, unless ``wait``, who else holds it. A process that dies lets go.
 
-    On a file system without locks it holds nothing, and says so in a warning.
+    On a system, or a file system, without locks it holds nothing, and says so in a warning.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+", encoding="utf-8") as file:
         try:
+            import fcntl
+
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             file.seek(0)
             yield file.read().strip() or "another process"
             return
-        except OSError as error:
+        except (OSError, ImportError) as error:
             warnings.warn(f"adq: {path} cannot be locked ({error}): let no other process use the folder", stacklevel=3)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -170,5 +183,5 @@ def locked(path: Path, wait: bool = False) -> Iterator[str | None]:
         try:
             yield None
         finally:
-            with suppress(OSError):
+            with suppress(OSError, UnboundLocalError):
                 fcntl.flock(file, fcntl.LOCK_UN)  # closing is not enough: loader workers inherit the open file

@@ -14,3 +14,8 @@ Equations and pointers are documented kernel by kernel. What they share:
   the same bit for bit from run to run.
 * Offsets into tensors are 64-bit.
 """
+
+import triton
+
+if not hasattr(triton, "knobs"):
+    raise ImportError(f"the kernels need Triton 3.4 or newer (torch 2.8), this is {triton.__version__}")

@@ -168,6 +168,13 @@ def test_a_failing_conversion_changes_nothing(spoil, message):
     assert all(torch.equal(before[key].nan_to_num(7), after[key].nan_to_num(7)) for key in before)
 
 
+def test_double_precision_is_refused_by_name():
+    model = net().double()
+    with pytest.raises(ValueError, match=r"float64, .*; call model\.float\(\) \(layer 'stem'\)"):
+        adq.quantize_(model)
+    assert not any("quantizer" in name for name, _ in model.named_modules())
+
+
 def test_nothing_is_quantized_twice_or_in_vain():
     with pytest.raises(ValueError, match="quantized already"):
         adq.quantize_(adq.quantize_(net()))

@@ -219,3 +219,34 @@ def test_python_can_be_forced():
 
 def test_another_choice_is_refused():
     assert "ADQ_CPU_DISPATCH must be auto or python, got 'fast'" in run("fast").stderr
+
+
+def started(code: str, **environment: str) -> subprocess.CompletedProcess:
+    variables = {**os.environ, **environment}
+    variables.pop("TRITON_INTERPRET", None)
+    return subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(("limit", "fails"), [("64", False), ("", False), ("1GB", True), ("-5", True)])
+def test_the_limit_of_the_pool_is_a_number(limit, fails):
+    finished = started("import adq", ADQ_CPU_POOL_MIB=limit)
+    assert (finished.returncode != 0) == fails
+    assert (f"ADQ_CPU_POOL_MIB must be a whole number of MiB, got {limit!r}" in finished.stderr) == fails
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_an_old_triton_leaves_the_gpu_to_the_reference_and_says_so_where_there_is_one(gpus):
+    code = (
+        "import sys, types, torch; old = types.ModuleType('triton'); old.__version__ = '3.3.1'; "
+        "old.language = types.ModuleType('triton.language'); "
+        f"torch.cuda.device_count = lambda: {gpus}; "
+        "sys.modules.update({'triton': old, 'triton.language': old.language}); "
+        "from adq.backends import STATUS; print(STATUS[1])"
+    )
+    finished = started(code)
+    assert finished.returncode == 0, finished.stderr
+    assert (
+        "backend='reference'" in finished.stdout
+        and "need Triton 3.4 or newer (torch 2.8), this is 3.3.1" in finished.stdout
+    )
+    assert ("the far slower torch reference serves the GPU" in finished.stderr) == bool(gpus)

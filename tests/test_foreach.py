@@ -422,9 +422,12 @@ def test_tables_are_few_and_hold_no_tensor(cuda, on_cuda, monkeypatch):
     monkeypatch.setattr(layers, "_TABLES", {})
     monkeypatch.setattr(layers, "MOST_TABLES", 3)
     nets = [network({"a": (lambda: normal(4, 5), 0)}, [4], [torch.float32]) for _ in range(5)]
-    for net in nets:
+    nets[0].quantize(on_cuda)
+    (first,) = layers._TABLES
+    for net in nets[1:]:
         net.quantize(on_cuda)
-    assert len(layers._TABLES) == 3
+        nets[0].quantize(on_cuda)  # what is used stays
+    assert len(layers._TABLES) == 3 and first in layers._TABLES
     seen = [weakref.ref(tensor) for net in nets for tensor in (*net.weights, *net.codebooks)]
     del nets, net
     gc.collect()

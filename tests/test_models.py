@@ -178,6 +178,9 @@ def test_loads_safetensors_and_wrapped_pickles(weights: Path, tmp_path: Path):
         "older.bin": older,
         "lightning.ckpt": {"state_dict": {f"module.{key}": value for key, value in state.items()}, "epoch": 3},
         "compiled.pth": {"model": {f"_orig_mod.module.{key}": value for key, value in state.items()}},
+        "model_best.pth.tar": {"state_dict": state, "epoch": 3, "arch": "digits_cnn"},
+        "tutorial.pt": {"model_state_dict": state, "epoch": 3},
+        "module.ckpt": {"state_dict": {f"model.{key}": value for key, value in state.items()}},
         "nested.th": {"model_state": {f"module._orig_mod.{key}": value for key, value in state.items()}},
     }
     for name, form in forms.items():
@@ -315,3 +318,19 @@ def test_a_model_whose_own_layers_are_named_module(tmp_path, wrapped):
     torch.save((nn.DataParallel(model) if wrapped else model).state_dict(), tmp_path / "own.pt")
     load_float_weights(other, tmp_path / "own.pt")
     assert torch.equal(model.module[0].weight, other.module[0].weight)
+
+
+def test_a_tied_tensor_needs_one_of_its_names(tmp_path):
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
+            self.head.weight = self.embed.weight
+
+    source, model = Tied(), Tied()
+    save_file({"embed.weight": source.embed.weight.detach()}, tmp_path / "tied.safetensors")
+    load_float_weights(model, tmp_path / "tied.safetensors")
+    assert torch.equal(model.head.weight, source.head.weight)
+    model.head.weight = nn.Parameter(model.head.weight.detach().clone())
+    with pytest.raises(ValueError, match="1 missing in the file: head.weight"):
+        load_float_weights(model, tmp_path / "tied.safetensors")

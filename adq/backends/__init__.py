@@ -14,6 +14,8 @@ import warnings
 from dataclasses import dataclass
 from types import ModuleType
 
+import torch
+
 from adq import ops, reference
 
 CPU_CHOICES = ("auto", "cpp", "reference", "triton")
@@ -74,6 +76,12 @@ def _cpu(cpp: tuple[ModuleType | None, str], triton: tuple[ModuleType | None, st
 def _cuda(triton: tuple[ModuleType | None, str]) -> Status:
     backend, detail = triton
     if backend is None:
+        if torch.cuda.device_count() > 0:
+            warnings.warn(
+                f"adq: the Triton kernels are not available, the far slower torch reference serves the GPU ({detail})",
+                RuntimeWarning,
+                stacklevel=3,
+            )
         return Status("cuda", "reference", f"Triton kernels not available: {detail}")
     return Status("cuda", "triton", detail + _register(backend, "CUDA"))
 

@@ -52,7 +52,10 @@ POOL_FROM: int = _C.POOL_FROM
 
 if "ADQ_CPU_ISA" in os.environ:
     _C.set_isa(os.environ["ADQ_CPU_ISA"])
-_POOL_LIMIT = int(os.environ.get("ADQ_CPU_POOL_MIB", "1024")) * 2**20
+_POOL_MIB = os.environ.get("ADQ_CPU_POOL_MIB") or "1024"
+if not _POOL_MIB.isdecimal():
+    raise ValueError(f"ADQ_CPU_POOL_MIB must be a whole number of MiB, got {_POOL_MIB!r}")
+_POOL_LIMIT = int(_POOL_MIB) * 2**20
 _C.set_pool_limit(_POOL_LIMIT)
 _HAS_POOL = _C.has_pool() and _POOL_LIMIT > 0
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from adq import ops
 from adq.kernels.foreach import FIELDS
 
-MOST_TABLES = 64
-"""Sets of tensors whose tables are kept."""
+MOST_TABLES = 4096
+"""Sets of tensors whose tables are kept, those used last: under ``torch.compile`` each layer has one of its own."""
 VECTOR_BYTES = 16
 ALIGNMENT = 256
 """Bytes that a weight begins at a multiple of, in a tensor that holds those of many layers."""
@@ -207,6 +207,8 @@ def tables(
         while len(_TABLES) >= MOST_TABLES:
             _TABLES.pop(next(iter(_TABLES)), None)
         _TABLES[key] = found
+    elif _TABLES.pop(key, None) is not None:
+        _TABLES[key] = found  # the last one to be given up
     if capturing:
         _CAPTURED[key] = found
     return found

@@ -83,6 +83,8 @@ class WeightQuantizer(nn.Module):
 
     def _fit(self, weight: Tensor, config: WeightConfig) -> Fit:
         try:
+            if weight.dtype == torch.float64:
+                raise ValueError("adq: the weight is float64, adq computes in float32 at most; call model.float()")
             fitted = fit(weight, config, self.axis)
             if not bool(fitted.codebook.any()):
                 raise ValueError(
