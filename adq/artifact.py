@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from adq import container
 from adq.batch_norm import expected_statistics, restore_statistics_, saved_statistics
@@ -34,9 +36,10 @@ from adq.functional import code_bits, unpack
 from adq.models import rebuild
 from adq.nn.activation import ActivationQuantizer
 from adq.nn.layers import QUANTIZED
-from adq.nn.packed import CODES
+from adq.nn.packed import CODES, PackedWeight
 from adq.nn.weight import WeightQuantizer
 from adq.ops import packed_size
+from adq.sharded import refuse_sharded
 from adq.store import replacing
 
 TRAINING_STATE = ("ema_count", "ema_total", "steps")
@@ -219,19 +222,22 @@ def save(
         fold_batch_norm: with ``packed``, without the batch norms that follow convolutions
             (:func:`adq.fold_batch_norm_`); the model itself keeps them.
         architecture: ``{"name", "num_classes", "kwargs"}`` for :func:`adq.create_model`, so that the file alone
-            rebuilds the model; default: what ``create_model`` noted on the model, if it came from there.
+            rebuilds the model; default: what ``create_model`` noted on the model, if it came from there and has the
+            same shapes still.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: not quantized, a NaN or infinity in the model (the tensor is named), a quantizer that is disabled,
-            or a plain file of a model that is packed; batch norms cannot be folded.
+        ValueError: not quantized, a NaN in the model, or an infinity anywhere but in buffers of its own (the tensor is
+            named), a quantizer that is disabled, or a plain file of a model that is packed; weights that FSDP2 has
+            sharded; batch norms cannot be folded.
     """
     model = unwrapped(model)
     if not quantized_layers(model):
         raise ValueError("adq: the model is not quantized; save float models with safetensors")
     refuse_disabled(model)
+    refuse_sharded(model.parameters(), "a file")
     if fold_batch_norm:
         if not packed:
             raise ValueError("adq: batch norms are folded into packed files alone; pass packed=True")
@@ -240,18 +246,69 @@ def save(
         refuse_packed(model, "a file to train on")
     state, shapes = packed_state(model) if packed else ({**plain_state(model), **saved_statistics(model)}, {})
     for key, tensor in state.items():
-        if tensor.dtype not in container.DTYPES:
-            raise ValueError(f"adq: not saved: {key} is {tensor.dtype}")
-        if not bool(tensor.isfinite().all()):
-            raise ValueError(f"adq: not saved: {key} holds NaN or infinity")
+        if not isinstance(tensor, Tensor) or tensor.dtype not in container.DTYPES:
+            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f"adq: not saved: {key} is {kind}, which files do not hold")
+    if bad := _not_finite(model, state):
+        raise ValueError(f"adq: not saved: {bad} holds NaN or infinity")
     tensors, aliases = _without_aliases(state)
-    architecture = architecture or getattr(model, "adq_architecture", None)
+    architecture = _architecture(model, architecture)
     layers, folded = _present_config(model), getattr(model, "adq_folded", {})
     in_float = float_reasons(model)
     header = Header(container.FORMAT_VERSION, packed, architecture, layers, shapes, aliases, folded, in_float)
     with replacing(path) as temporary:
         container.write(temporary, tensors, header.parts(), packed, installed_version())
     return Path(path)
+
+
+def _not_finite(model: nn.Module, state: Mapping[str, Tensor]) -> str | None:
+    """Name of the first tensor with a NaN, or with an infinity that it must not hold; None if there is none.
+
+    Buffers of the model's own may be infinite, as the mask of an attention; those of batch norms and quantizers not.
+    """
+    free = {
+        f"{name}.{key}".lstrip(".")
+        for name, module in model.named_modules()
+        if not isinstance(module, (BatchNorm, WeightQuantizer, ActivationQuantizer))
+        for key in module._buffers
+    }
+    for key, tensor in state.items():
+        if not bool(tensor.isfinite().all()) and (key not in free or bool(tensor.isnan().any())):
+            return key
+    return None
+
+
+def _architecture(model: nn.Module, given: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The record that goes into the file; what was noted on a model that has other shapes by now is left out."""
+    record = given or getattr(model, "adq_architecture", None)
+    _check_architecture_record(record)
+    if record is None:
+        return None
+    if missing := {"name", "num_classes"} - set(record):
+        raise ValueError(f"adq: not saved: the architecture lacks {', '.join(sorted(missing))}: {record}")
+    if given is None and not _is_of(model, record):
+        warnings.warn(
+            f"adq: the model is no {record['name']!r} of {record['num_classes']} classes any more, so the file names "
+            "no architecture; load it by adq.load(path, model)",
+            stacklevel=3,
+        )
+        return None
+    return record
+
+
+def _is_of(model: nn.Module, record: dict[str, Any]) -> bool:
+    """Whether a model has the parameters of an architecture, as far as they can be told without making them."""
+    try:
+        with torch.device("meta"):
+            fresh = rebuild(record)
+    except Exception:  # whatever an architecture raises that cannot be made like that
+        return True
+    if getattr(model, "adq_folded", None):  # and so without those batch norms
+        return True
+    own = {name: p.shape for name, p in model.named_parameters() if "_quantizer." not in name}
+    layers = [(name, layer) for name, layer in quantized_layers(model).items() if layer.packed]
+    own |= {f"{_prefix(n)}{q.weight_name}": cast(PackedWeight, q.weight_quantizer).shape for n, q in layers}
+    return own == {name: p.shape for name, p in fresh.named_parameters()}
 
 
 # ---- loading -----------------------------------------------------------------------------------------
@@ -317,7 +374,7 @@ def _check_values(header: Header, state: dict[str, Tensor], path: Path) -> None:
     for key, tensor in state.items():
         if tensor.dtype not in container.DTYPES:
             raise ValueError(f"adq: {path}: {key} is {tensor.dtype}")
-        if not bool(tensor.isfinite().all()):
+        if bool(tensor.isnan().any()):
             raise ValueError(f"adq: {path}: {key} holds NaN or infinity")
         if tensor.dtype == torch.bool and bool((tensor.view(torch.uint8) > 1).any()):
             raise ValueError(f"adq: {path}: {key} holds bytes that are neither true nor false")
@@ -363,6 +420,8 @@ def _check_architecture(model: nn.Module, header: Header, state: dict[str, Tenso
         problems = _sharing_problems(model, header, state)
     if problems:
         raise ValueError(f"adq: {path} is of another architecture: {listed(sorted(problems))}")
+    if bad := _not_finite(model, state):
+        raise ValueError(f"adq: {path}: {bad} holds NaN or infinity")
     _check_codes(header, state, path)
 
 

@@ -4,6 +4,7 @@ shift, the graph of its layers, and the reasons to refuse.
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable
 from typing import Any, cast
@@ -18,6 +19,7 @@ from adq.nn.activation import ActivationQuantizer
 from adq.nn.layers import QuantizedLayer
 from adq.nn.weight import WeightQuantizer
 from adq.reference import grid_step
+from adq.update import OWN_HOOKS
 
 
 def integer_levels(codebook: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -75,7 +77,7 @@ for _name in IN_PLACE:
     setattr(_Proxy, f"__{_name}__", _in_place(_name))
 
 
-class LayerTracer(fx.Tracer):
+class _LayerTracer(fx.Tracer):
     """Traces a model down to its layers, quantized ones as they are, with what it changes in place."""
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -83,8 +85,34 @@ class LayerTracer(fx.Tracer):
         return _Proxy(node, self)
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        """Whether the graph shows a call of the module rather than what is in it."""
-        return isinstance(module, QuantizedLayer) or super().is_leaf_module(module, name)
+        """Whether the graph shows a call of the module rather than what is in it, past its hooks."""
+        return isinstance(module, QuantizedLayer) or has_hooks(module) or super().is_leaf_module(module, name)
+
+
+def has_hooks(module: nn.Module | None) -> bool:
+    """Whether something is called before or after a module's ``forward``, besides what adq itself does there."""
+    hooks = [] if module is None else [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return any(hook not in OWN_HOOKS for hook in hooks)
+
+
+def trace_layers(model: nn.Module, given: int | None = None) -> fx.Graph:
+    """The calls of a model's layers.
+
+    Args:
+        model: in the mode in which it runs.
+        given: how many arguments of ``forward`` are values of the graph, None for those without a default. The
+            others have their defaults, so that a branch that asks for them is the one that is taken.
+
+    Raises:
+        Exception: whatever the model's code raises when it meets a proxy; ValueError: hooks of the model itself, which
+            no graph calls.
+    """
+    if has_hooks(model):
+        raise ValueError(f"{type(model).__name__} has forward hooks")
+    parameters = inspect.signature(model.forward).parameters.values()
+    others = [p for i, p in enumerate(parameters) if given is None or i >= given]
+    defaults = {p.name: p.default for p in others if p.default is not p.empty}
+    return _LayerTracer().trace(model, concrete_args=defaults or None)
 
 
 def activation_problem(quantizer: ActivationQuantizer) -> str | None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from adq.convert import evaluating, pack_, packed_weights, quantized_layers, replace_module_
-from adq.deploy import LayerTracer, batch_norm_affine
+from adq.deploy import batch_norm_affine, has_hooks, trace_layers
 from adq.nn.layers import QuantizedLayer
 from adq.nn.packed import PackedWeight
 
@@ -31,7 +31,8 @@ def fold_batch_norm_(model: nn.Module) -> nn.Module:
     rounding, after which an activation close to a threshold may take the next level: this is why nobody folds unasked.
 
     Args:
-        model: quantized, or packed already; its code must be one that :mod:`torch.fx` can trace.
+        model: quantized, or packed already; its code must be one that :mod:`torch.fx` can trace. Arguments of its
+            ``forward`` that have a default are taken to have it: with others, what is folded may be wrong.
 
     Returns:
         The same model, in evaluation mode; batch norms that are folded are ``nn.Identity``, and its attribute
@@ -58,7 +59,7 @@ def _find(model: nn.Module) -> dict[str, str]:
     """Batch norms that can be folded, by the name of their layer."""
     try:
         with evaluating(model):
-            graph = LayerTracer().trace(model)
+            graph = trace_layers(model)
     except Exception as error:  # whatever the model's code raises when it meets a proxy
         raise ValueError(f"adq: cannot fold batch norms: torch.fx cannot trace the model: {error}") from error
     modules = dict(model.named_modules())
@@ -83,6 +84,8 @@ def fold_problem(layer: nn.Module, norm: nn.Module) -> str | None:
         return f"{type(layer).__name__} is no convolution"
     if not isinstance(norm, BatchNorm) or norm.running_mean is None or norm.num_features != layer.out_channels:
         return f"{type(norm).__name__} is no batch norm of {layer.out_channels} channels with running statistics"
+    if has_hooks(layer) or has_hooks(norm):
+        return "they have forward hooks"
     if layer.transposed and layer.groups > 1:
         return "its output channels are no axis of its weight"
     return None

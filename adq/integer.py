@@ -21,7 +21,15 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from adq.convert import quantized_layers, replace_module_, to_device
-from adq.deploy import IN_PLACE, LayerTracer, batch_norm_affine, integer_levels, layer_problem, listed
+from adq.deploy import (
+    IN_PLACE,
+    batch_norm_affine,
+    has_hooks,
+    integer_levels,
+    layer_problem,
+    listed,
+    trace_layers,
+)
 from adq.nn.activation import ActivationQuantizer
 from adq.nn.integer import (
     Affine,
@@ -88,6 +96,8 @@ def integer_problem(layer: QuantizedLayer) -> str | None:
         return "its weight or its input is in float"
     if problem := layer_problem(layer):
         return problem
+    if has_hooks(layer):
+        return "it has forward hooks"
     if integer_levels(weight.levels) is None:
         return 'its levels lie on no int8 grid (train with snap="int8")'
     if isinstance(layer, (QConv1d, QConv2d)) and (layer.padding_mode != "zeros" or _padding(layer) is None):
@@ -129,7 +139,7 @@ def _weight(layer: QuantizedLayer) -> IntegerWeight:
 
 
 def _bias(layer: QuantizedLayer) -> Affine:
-    shift = torch.zeros(layer.weight.shape[0], dtype=torch.float64)
+    shift = torch.zeros(layer.weight.shape[0], dtype=torch.float64, device=layer.weight.device)
     if layer.bias is not None:
         shift = cast(Tensor, layer.bias).detach().double()
     return Affine(torch.ones_like(shift), shift)
@@ -228,7 +238,9 @@ class _Fuser:
     def _next(self, fusion: _Fusion) -> fx.Node | None:
         """The only node that reads the last one."""
         users = list(fusion.last.users)
-        return users[0] if len(users) == 1 and users[0].op != "output" else None
+        if len(users) != 1 or users[0].op == "output" or has_hooks(self._module(users[0])):
+            return None
+        return users[0]
 
     def _skip(self, fusion: _Fusion) -> None:
         while (user := self._next(fusion)) is not None and isinstance(self._module(user), _NOTHING):
@@ -412,6 +424,7 @@ def to_integer(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...], *,
     Args:
         model: quantized and calibrated, float32, levels on an int8 grid (``snap="int8"``); stays as it is.
         example_inputs: what the model takes; the values do not matter, the shapes tell which sums are residual ones.
+            Further arguments of its ``forward`` keep their defaults, in the copy for good.
         strict: refuse models with a quantized layer that cannot compute with integers; False leaves it as it is.
 
     Returns:
@@ -433,7 +446,7 @@ def to_integer(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...], *,
         return _reported(_integer_layer(model, _bias(model), Epilogue()), IntegerReport(names, 0, left, None))
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     try:
-        graph = LayerTracer().trace(model)
+        graph = trace_layers(model, len(inputs))
     except Exception as error:  # whatever the model's code raises when it meets a proxy
         _replace_each(model, names)
         return _reported(model, IntegerReport(names, 0, left, f"torch.fx cannot trace the model: {error}"))

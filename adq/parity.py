@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +67,15 @@ def as_inputs(example_inputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]
 
 
 def _first(outputs: Any) -> Tensor:
+    """The first of a model's outputs, on the CPU."""
+    if isinstance(outputs, Mapping):
+        outputs = next(iter(outputs.values()))
     return (outputs[0] if isinstance(outputs, (tuple, list)) else outputs).cpu()
+
+
+def _top1(logits: Tensor) -> Tensor:
+    """The top classes of each image, ``[N, places]``: of ``[N, classes]`` one, of ``[N, classes, ...]`` one a place."""
+    return logits.reshape(len(logits), *logits.shape[1:2], -1).argmax(1) if logits.dim() > 1 else logits[:, None] * 0
 
 
 @contextmanager
@@ -96,7 +104,7 @@ def _undecided(model: nn.Module, inputs: tuple[Tensor, ...], index: int) -> bool
     """
     copies = tuple(x[index : index + 1].expand(NOISY_RUNS, *x.shape[1:]) for x in inputs)
     with _rounding_noise(model):
-        return _first(model(*copies)).argmax(1).unique().numel() > 1
+        return len(_top1(_first(model(*copies))).unique(dim=0)) > 1
 
 
 def _compare_batch(
@@ -107,7 +115,7 @@ def _compare_batch(
     largest = (expected - found).abs().max()
     if not bool(largest.isfinite()):
         raise RuntimeError("adq: not exported: NaN or infinity among the differences of the logits")
-    others = (expected.argmax(1) != found.argmax(1)).nonzero().flatten().tolist()
+    others = (_top1(expected) != _top1(found)).any(1).nonzero().flatten().tolist()
     if len(others) > allowance or not all(_undecided(model, inputs, i) for i in others):
         raise RuntimeError(
             f"adq: not exported: in {runtime} top-1 differs on {len(others):,} of {len(expected):,} "
@@ -131,7 +139,7 @@ def compare(
         images: how many must be identical.
 
     Raises:
-        ValueError: fewer images than that.
+        ValueError: fewer images than that, or a batch that is a mapping.
         RuntimeError: top-1 differs on an image where rounding does not decide, or on more than 2 %; or a difference
             is not finite.
     """
@@ -139,6 +147,10 @@ def compare(
     same, undecided, largest = 0, 0, torch.zeros(())
     with evaluating(model):
         for batch in batches:
+            if isinstance(batch, Mapping):
+                raise ValueError(
+                    "adq: the check takes batches (inputs, ...), in the order of the model's; got a mapping"
+                )
             rest = tuple(batch)[:count] if isinstance(batch, (tuple, list)) else (batch,)
             while len(rest[0]) and same < images:
                 size = images - same

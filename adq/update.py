@@ -225,3 +225,7 @@ def _release(model: nn.Module, args: Any, output: Any) -> None:
     for layer in _LAYERS_OF.get(model, ()):
         if not isinstance(layer.weight_quantizer, nn.Identity):
             layer.weight_quantizer.prepared = None
+
+
+OWN_HOOKS = (_prepare, _release)
+"""Forward hooks that quantized models have."""

@@ -281,6 +281,64 @@ def test_nan_is_not_saved_and_the_old_file_stays(tmp_path, packed, spoil):
     assert list(tmp_path.iterdir()) == [path]
 
 
+class Masked(nn.Module):
+    """A buffer of its own holds what no weight may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.register_buffer("mask", torch.full((4, 4), -torch.inf).triu(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b((self.a(x) + self.mask).softmax(-1))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_buffers_of_the_model_may_be_infinite_but_no_nan(tmp_path, packed):
+    x = torch.randn(4, 4)
+    model = adq.calibrate_(adq.quantize_(Masked()), [x]).eval()
+    adq.save(model, tmp_path / "m.safetensors", packed=packed)
+    assert torch.equal(adq.load(tmp_path / "m.safetensors", Masked())(x), model(x))
+    model.mask[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="not saved: mask holds NaN"):
+        adq.save(model, tmp_path / "m.safetensors", packed=packed)
+    model.mask[0, 0] = 0.0
+    model.a.bias.data[0] = torch.inf
+    with pytest.raises(ValueError, match="not saved: a.bias holds NaN or infinity"):
+        adq.save(model, tmp_path / "m.safetensors", packed=packed)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_architecture_that_the_model_is_no_more_is_not_noted(tmp_path, packed):
+    model = adq.create_model("digits_cnn")
+    model.linear = nn.Linear(64, 7)
+    model = adq.calibrate_(adq.quantize_(model), [torch.randn(4, 1, 8, 8)]).eval()
+    with pytest.warns(UserWarning, match="is no 'digits_cnn' of 10 classes any more, so the file"):
+        adq.save(model, tmp_path / "m.safetensors", packed=packed)
+    with pytest.raises(ValueError, match=r"names no registered architecture; pass the float model"):
+        adq.load(tmp_path / "m.safetensors")
+    float_model = adq.create_model("digits_cnn", 7)
+    x = torch.randn(4, 1, 8, 8)
+    assert torch.equal(adq.load(tmp_path / "m.safetensors", float_model)(x), model(x))
+
+
+def test_architectures_that_nothing_can_be_built_from_are_not_saved(tmp_path):
+    for record, message in (({"name": "digits_cnn"}, "lacks num_classes"), ("digits_cnn", "must be a mapping")):
+        with pytest.raises(ValueError, match=message):
+            adq.save(trained(), tmp_path / "m.safetensors", architecture=record)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_no_tensor_is_not_saved(tmp_path):
+    model = trained()
+    type(model).get_extra_state = lambda self: {"epoch": 3}
+    try:
+        with pytest.raises(ValueError, match="not saved: _extra_state is dict, which files do not hold"):
+            adq.save(model, tmp_path / "m.safetensors")
+    finally:
+        del type(model).get_extra_state
+
+
 @pytest.mark.parametrize("existing", [False, True])
 def test_a_failing_write_leaves_nothing_behind(tmp_path, monkeypatch, existing):
     path, model = tmp_path / "m.safetensors", trained()

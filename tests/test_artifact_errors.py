@@ -384,9 +384,11 @@ def test_an_architecture_of_many_small_layers(tmp_path, monkeypatch):
     path, made = tmp_path / "m.safetensors", []
 
     def norms(num_classes: int, depth: int) -> nn.Module:
+        own = []
         for _ in range(depth):
-            made.append(nn.BatchNorm1d(1))
-        return nn.Sequential(*made, nn.Linear(1, num_classes))
+            own.append(nn.BatchNorm1d(1))
+            made.append(depth)
+        return nn.Sequential(*own, nn.Linear(1, num_classes))
 
     monkeypatch.setattr(models, "_REGISTRY", dict(models._REGISTRY))
     adq.register_architecture("norms", norms)

@@ -83,3 +83,33 @@ def test_an_image_on_a_threshold_is_left_out():
         on, off = torch.stack((edge, 1.2 * edge), 1), torch.stack((0.1 * edge, 3 * edge), 1)
         assert parity._undecided(model, (torch.cat((off, on)),), 1)
         assert not parity._undecided(model, (torch.cat((off, on)),), 0)
+
+
+class Dense(nn.Module):
+    """A class for each pixel, as a mapping."""
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"out": torch.cat((x, -x, 0.5 * x + 0.1), 1), "aux": x}
+
+
+def test_a_top1_for_each_place_and_outputs_that_are_mappings():
+    found = parity.compare(Dense(), Dense(), 1, "a runtime", BATCHES, 80)
+    assert found.images == 80
+
+    def spoilt(x):
+        y = Dense()(x)["out"].clone()
+        y[3, :, 5, 5] = -y[3, :, 5, 5]
+        return y
+
+    with pytest.raises(RuntimeError, match="top-1 differs on 1 of 32 images, and not by rounding"):
+        parity.compare(Dense(), spoilt, 1, "a runtime", BATCHES, 80)
+
+
+def test_numbers_alone_are_compared_too():
+    found = parity.compare(nn.Flatten(0), nn.Flatten(0), 1, "a runtime", [torch.randn(8)], 8)
+    assert (found.images, found.max_difference) == (8, 0.0)
+
+
+def test_mappings_of_inputs_are_refused(model):
+    with pytest.raises(ValueError, match=r"takes batches \(inputs, \.\.\.\).*; got a mapping"):
+        parity.compare(model, model, 1, "a runtime", [{"x": BATCHES[0][0]}], 8)

@@ -147,7 +147,11 @@ def damped(which: str) -> dict:
         if parameter.grad is not None
     }
     refused = []
-    for act in (adq.summary, lambda model: adq.apply_allocation_(model, {"block.0": 2})):
+    for act in (
+        adq.summary,
+        lambda model: adq.apply_allocation_(model, {"block.0": 2}),
+        lambda model: adq.save(model, "sharded.safetensors"),
+    ):
         try:
             act(model)
         except ValueError as error:
@@ -165,6 +169,7 @@ def test_dampening_gathers_the_weights_and_what_needs_whole_ones_is_refused():
         assert [text.partition(", and")[0] for text in each["refused"]] == [
             "adq: a summary needs whole weights",
             "adq: changing bit-widths needs whole weights",
+            "adq: a file needs whole weights",
         ]
 
 

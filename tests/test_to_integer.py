@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import adq
 from adq import ActivationConfig, ADQConfig, WeightConfig
+from adq.integer import _bias
 from adq.nn import IntegerConv2d, IntegerLayer
 
 WEIGHT = WeightConfig(bits=3, snap="int8", scale="channel")
@@ -517,3 +518,77 @@ def test_layers_of_two_names_in_a_model_that_cannot_be_traced():
     converted = integer(quantized(TwoNames(), x), x, 0)
     assert converted.adq_integer.unfused
     assert all(isinstance(layer, IntegerConv2d) for layer in converted.layers)
+
+
+class Optional(nn.Module):
+    """What happens depends on an argument that has a default."""
+
+    def __init__(self, reverse: bool) -> None:
+        super().__init__()
+        self.a, self.n, self.b = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3)
+        self.head, self.reverse = nn.Linear(8, 4), reverse
+
+    def forward(self, x: torch.Tensor, aux: torch.Tensor | None = None, features: bool = False) -> torch.Tensor:
+        x = self.a(x)
+        x = self.n(x) if (aux is not None) != self.reverse else F.relu(x)
+        x = self.b(x.relu()).mean((2, 3))
+        if features:
+            return x
+        if aux is not None:
+            x = x + F.mse_loss(x, aux)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_arguments_that_are_not_given_have_their_defaults(reverse):
+    x = images(2, 3, 9, 9)
+    model = quantized(Optional(reverse), x)
+    converted = integer(model, x, int(reverse))
+    assert converted.adq_integer.unfused is None
+    aux = images(2, 8)
+    converted = adq.to_integer(model, (x, aux))
+    torch.testing.assert_close(converted(x, aux), model(x, aux), rtol=1e-5, atol=2e-5)
+
+
+def twice(module: nn.Module, args: tuple, output: torch.Tensor | None = None) -> object:
+    return 2 * args[0] if output is None else 2 * output
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("name", ["1", "2", "3", ""])
+def test_hooks_are_called_or_refused(name, before):
+    x = images(2, 3, 9, 9)
+    inner = nn.Sequential(nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), inner[0], inner[1], nn.Sequential(inner[2]), nn.Conv2d(8, 4, 3))
+    model = quantized(model, x)
+    hooked = model.get_submodule(name)
+    (hooked.register_forward_pre_hook if before else hooked.register_forward_hook)(twice)
+    converted = adq.to_integer(model, x)
+    with torch.no_grad():
+        expected = model(x)
+        torch.testing.assert_close(converted(x), expected, rtol=1e-5, atol=2e-5)
+        torch.testing.assert_close(adq.pack_(copy.deepcopy(model))(x), expected)
+        if name == "1":
+            with pytest.raises(ValueError, match="no batch norm to fold"):
+                adq.fold_batch_norm_(copy.deepcopy(model))
+    assert bool(converted.adq_integer.unfused) == (name == "")
+    model[0].register_forward_hook(twice)
+    with pytest.raises(ValueError, match="layer '0': it has forward hooks"):
+        adq.to_integer(model, x)
+    left = adq.to_integer(model, x, strict=False)
+    assert list(left.adq_integer.left) == ["0"]
+    with torch.no_grad():
+        torch.testing.assert_close(left(x), model(x), rtol=1e-5, atol=2e-5)
+
+
+def test_parameters_are_made_where_the_model_is():
+    layer = quantized(nn.Sequential(nn.Conv2d(3, 4, 3, bias=False)), images(2, 3, 5, 5))[0]
+    assert _bias(layer.to("meta")).shift.device.type == "meta"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_residual_of_half_precision(dtype):
+    x = images(2, 8, 6, 6)
+    model = quantized(Block(8, 8), x)
+    converted = adq.to_integer(model, x)
+    torch.testing.assert_close(converted(x.to(dtype)).float(), converted(x.to(dtype).float()), rtol=1e-2, atol=1e-2)

@@ -122,7 +122,7 @@ class IntegerLayer(nn.Module):
             self.initial,
             self.multiplier,
             self.bias,
-            None if residual is None else self._image(residual),
+            None if residual is None else self._image(residual.float()),
             epilogue.low,
             epilogue.high,
             parameters,
