@@ -523,3 +523,12 @@ def test_bad_arguments(backend, operator, change, error, message):
 def test_bad_arguments_of_a_step(backend, change, error, message):
     with pytest.raises(error, match=message):
         backend.foreach_codebook_step_(*arguments_of("foreach_codebook_step_", **change).values())
+
+
+def test_results_are_changed_in_place_one_by_one(cuda, on_cuda):
+    layers = {name: (lambda: normal(4, 5), 0) for name in "abc"}
+    one, other, _ = network(layers, [4] * 3, [torch.float32] * 3).quantize(on_cuda)
+    before = other.clone(), other._version
+    one.mul_(2)
+    assert torch.equal(other, before[0]) and other._version == before[1]
+    assert not one._is_view()

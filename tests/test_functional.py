@@ -11,6 +11,7 @@ import pytest
 import torch
 from oracle import Activation
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import adq.backends
@@ -422,3 +423,13 @@ def test_pack_takes_only_codes():
 def test_unpack_checks_the_length():
     with pytest.raises(ValueError, match="6 codes of 3 bits take 3 bytes"):
         functional.unpack(torch.zeros(2, dtype=torch.uint8), 3, (2, 3))
+
+
+def test_nan_is_in_no_order_and_fake_values_are_not_read():
+    w = torch.randn(5)
+    for codebook in ([float("nan"), 0.0], [0.0, float("nan")], [1.0, 0.0]):
+        with pytest.raises(ValueError, match="the codebook must be ascending"):
+            functional.codebook_quantize(w, torch.tensor(codebook))
+    with FakeTensorMode() as mode:
+        w_q, code = functional.codebook_quantize(mode.from_tensor(w), mode.from_tensor(torch.tensor([0.0, 1.0])))
+    assert w_q.shape == code.shape == (5,)

@@ -11,7 +11,7 @@ from adq import ActivationConfig, ADQConfig, WeightConfig
 from adq.codebook import fit, sqnr
 from adq.convert import weight_quantizers
 from adq.deploy import integer_levels
-from adq.functional import learned_step
+from adq.functional import learned_lookup, learned_step
 from adq.reference import snap_codebook
 
 from .networks import assert_same_state, images, quantized, train
@@ -164,3 +164,25 @@ def test_a_learned_codebook_of_another_width_is_the_same_parameter():
     wide.train()(images()).square().mean().backward()
     optimizer.step()
     assert not torch.equal(wide.body[0].weight_quantizer.codebook.detach(), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_cells_of_many_half_precision_gradients_are_summed_in_float32(dtype):
+    w = weight(200_000).to(dtype).requires_grad_()
+    codebook = torch.tensor([-1.5, -0.5, 0.5, 1.5], requires_grad=True)
+    learned_lookup(w, codebook).backward(torch.ones_like(w))
+    count = torch.ops.adq.codebook_statistics(w.detach(), (codebook[1:] + codebook[:-1]).detach() / 2)[0]
+    torch.testing.assert_close(codebook.grad, count.float(), rtol=1e-6, atol=0)
+
+
+def test_weights_that_are_nan_are_in_no_cell():
+    w = torch.tensor([-1.0, float("nan"), 1.0, float("nan")], requires_grad=True)
+    codebook = torch.tensor([-1.0, 1.0], requires_grad=True)
+    learned_lookup(w, codebook).backward(torch.tensor([1.0, 2.0, 4.0, 8.0]))
+    assert codebook.grad.tolist() == [1.0, 4.0]
+
+
+def test_no_weights_have_a_step():
+    w, scale = torch.zeros(0, 3, requires_grad=True), torch.ones(1, 1, requires_grad=True)
+    learned_step(w, scale, torch.arange(-2.0, 2.0)).sum().backward()
+    assert w.grad.shape == (0, 3) and scale.grad.tolist() == [[0.0]]

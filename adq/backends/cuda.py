@@ -235,7 +235,9 @@ def codebook_lookup_statistics(
 
 
 def _place(whole: Tensor, layout: Layout) -> Tensor:
-    return whole.as_strided(*layout)
+    """A tensor in the memory of another one, but no view of it: changed in place, it changes no other's version."""
+    size, stride, offset = layout
+    return whole.new_empty(0).set_(whole.untyped_storage(), offset, size, stride)
 
 
 def _stage(table: Table, weights: list[Tensor]) -> Tensor | None:

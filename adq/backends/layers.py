@@ -167,6 +167,11 @@ _CAPTURED: dict[Any, tuple[Table, ...]] = {}
 """Tables that a CUDA graph reads: never given up."""
 
 
+def _is_capturing(device: torch.device) -> bool:
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
 def tables(
     lanes: int,
     check: Callable[[], None],
@@ -192,7 +197,7 @@ def tables(
     key = lanes, options, tuple(snap), described
     found = _TABLES.get(key) or _CAPTURED.get(key)
     weights = tensors["weights"]
-    capturing = bool(weights) and weights[0].is_cuda and torch.cuda.is_current_stream_capturing()
+    capturing = bool(weights) and weights[0].is_cuda and _is_capturing(weights[0].device)
     if found is None:
         check()
         if capturing:
@@ -205,7 +210,7 @@ def tables(
             members.setdefault(w.dtype, []).append(i)
         found = tuple(_make(dtype, which, tensors, snap, lanes) for dtype, which in members.items())
         while len(_TABLES) >= MOST_TABLES:
-            _TABLES.pop(next(iter(_TABLES)), None)
+            _TABLES.pop(next(iter(_TABLES), None), None)
         _TABLES[key] = found
     elif _TABLES.pop(key, None) is not None:
         _TABLES[key] = found  # the last one to be given up
