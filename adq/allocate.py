@@ -142,9 +142,12 @@ def allocate(
         The allocation; the same one for the same arguments.
 
     Raises:
-        ValueError: no allocation meets the budget (the smallest that is possible is named); a table without layers; an
-            unknown layer; limits that are no pair; limits or ties that leave a layer no width.
+        ValueError: no allocation meets the budget (the smallest that is possible is named); a budget of another
+            kind; a table without layers; an unknown layer; limits that are no pair; limits or ties that leave a layer
+            no width.
     """
+    if not isinstance(budget, Budget):
+        raise ValueError(f"adq: the budget must be an adq.Budget, as Budget(weight_bits=2.81), got {budget!r}")
     if not table.layers:
         raise ValueError("adq: the sensitivity table has no layers")
     groups = _merged(tied)

@@ -318,7 +318,7 @@ def load(path: str | Path, model: nn.Module | None = None, *, device: str | torc
     """Rebuild a quantized model from a file of :func:`save`.
 
     Args:
-        path: the file.
+        path: the file, or a run folder of ``adq train``.
         model: a float model of the file's architecture, converted in place; default: the registered
             architecture that the file names.
         device: where the returned model lives.
@@ -333,6 +333,8 @@ def load(path: str | Path, model: nn.Module | None = None, *, device: str | torc
             misshapen tensors are named). A model that was passed in is unchanged then.
     """
     path = Path(path)
+    if path.is_dir() and (path / "model.safetensors").is_file():
+        path = path / "model.safetensors"
     contents, state = container.read(path)
     header = Header.parse(contents, path)
     if model is not None and quantized_layers(model):

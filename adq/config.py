@@ -36,7 +36,7 @@ def _check_fraction(value: float, what: str) -> None:
 
 @dataclass(frozen=True)
 class WeightConfig:
-    """How a layer's weights are quantized (DESIGN: one codebook of K levels a layer).
+    """How a layer's weights are quantized: one codebook of K levels a layer.
 
     Attributes:
         bits: width of a code, 1..8.
@@ -133,6 +133,12 @@ class ADQConfig:
     overrides: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name, kind in (("weight", WeightConfig), ("activation", ActivationConfig)):
+            value = getattr(self, name)
+            if isinstance(value, Mapping):
+                object.__setattr__(self, name, from_dict(kind, value, where=name))
+            elif value is not None and not isinstance(value, kind):
+                raise ValueError(f"adq: {name} must be a {kind.__name__}, a mapping or None, got {value!r}")
         if self.first_last_bits is not None:
             check_bits(self.first_last_bits, "first_last_bits")
         if not isinstance(self.overrides, Mapping):

@@ -162,17 +162,22 @@ def quantize_(model: nn.Module, config: ADQConfig | None = None, filter_fn: Filt
     Args:
         model: float model; its training flag stays as it is.
         config: what to quantize how; the default is 3 bits, first and last layer at 8.
-        filter_fn: ``(module, qualified name) -> bool``, layers to consider at all.
+        filter_fn: ``(module, qualified name) -> bool``, layers to consider at all; the first and the last one are
+            counted among these.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: nothing to quantize, or already quantized; an empty, all-zero or non-finite weight, an
-            override that matches nothing (named); a model inside ``DistributedDataParallel``. The model is unchanged
-            then.
+        ValueError: nothing to quantize, or already quantized; an empty, all-zero or non-finite weight, or one of double
+            precision; an override that matches nothing (named); a ``config`` of another kind; a model inside
+            ``DistributedDataParallel``. The model is unchanged then.
     """
     config = config or ADQConfig()
+    if not isinstance(config, ADQConfig):
+        raise ValueError(
+            f"adq: quantize_ takes an ADQConfig, as ADQConfig(weight=WeightConfig(bits=3)), got {type(config).__name__}"
+        )
     if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
         raise ValueError(
             "adq: DistributedDataParallel averages the gradients of the parameters that it finds when it is made; "

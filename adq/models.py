@@ -27,6 +27,8 @@ _REGISTRY: dict[str, tuple[Factory, int]] = {}
 _WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".th", ".ckpt", ".tar")
 _WEIGHT_SOURCES = ("weights", "pretrained", "weights_backbone", "checkpoint_path", "pretrained_cfg", "cache_dir")
 """Arguments of torchvision and timm that read other files."""
+_EXTRA = {"torchvision": "train", "timm": "timm"}
+"""Of adq, that installs the package."""
 _LISTED = 5
 _SLACK = 2**26
 _LEAST = 2**12
@@ -172,7 +174,7 @@ def _resolve(name: str) -> tuple[str, Factory, int]:
         return name, *_REGISTRY[name]
     source, _, plain = name.rpartition("/")
     if source in ("torchvision", "timm") and not _has(source):
-        raise ImportError(f"architecture {name!r} needs {source}: pip install 'adq[train]'")
+        raise ImportError(f"architecture {name!r} needs {source}: pip install 'adq[{_EXTRA[source]}]'")
     if source in ("", "torchvision") and _has("torchvision") and plain in _torchvision_names():
         return f"torchvision/{plain}", _torchvision_factory(plain), 1000
     if source in ("", "timm") and _has("timm") and _is_timm(plain):
@@ -192,8 +194,8 @@ def _unknown(name: str) -> str:
     message = f"unknown architecture {name!r}"
     message += f"; close matches: {', '.join(close)}" if close else ""
     message += f". Built in or registered: {', '.join(sorted(_REGISTRY))}"
-    for package in ("torchvision", "timm"):
-        state = "is installed" if _has(package) else "is not installed (pip install 'adq[train]')"
+    for package, extra in _EXTRA.items():
+        state = "is installed" if _has(package) else f"is not installed (pip install 'adq[{extra}]')"
         message += f". {package} {state}"
     return message
 
@@ -312,6 +314,11 @@ def load_float_weights(model: nn.Module, path: str | Path) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"no weight file at {path}" + (": it is a folder" if path.is_dir() else ""))
     state = _strip_prefixes(_read_state(path), model.state_dict().keys())
+    if any("weight_quantizer." in key for key in state.keys() - model.state_dict().keys()):
+        raise ValueError(
+            f"{path}: the weights of a quantized model, as adq.save writes them; load it by adq.load(path, model), or "
+            "let adq train begin from it (--set start=FILE)"
+        )
     _check_state(model, state, path)
     model.load_state_dict(state, strict=False)  # checked above: what may be missing is
 

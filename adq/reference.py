@@ -38,7 +38,7 @@ def _codes(w: Tensor, thresholds: Tensor) -> Tensor:
 def codebook_lookup(w: Tensor, codebook: Tensor, thresholds: Tensor, codes: bool) -> tuple[Tensor, Tensor]:
     """Nearest codeword of every weight: ``w_q = c[code]`` in w's dtype (NaN stays NaN), and uint8 codes.
 
-    With ``codes=False`` the second result is empty. DESIGN: ADQ, arXiv 2510.19760, section 3.
+    With ``codes=False`` the second result is empty. ADQ, arXiv 2510.19760, section 3.
     """
     ops.check_codebook(w, thresholds, codebook)
     code = _codes(w, thresholds)

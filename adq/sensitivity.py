@@ -106,7 +106,7 @@ class SensitivityTable:
 def sensitivity(
     model: nn.Module,
     batches: Iterable[Any],
-    loss_fn: LossFn,
+    loss_fn: LossFn | None = None,
     bits: Sequence[int] = (2, 3, 4, 8),
     estimator: Estimator = "fisher",
     *,
@@ -131,7 +131,7 @@ def sensitivity(
         model: from :func:`adq.quantize_`; need not be calibrated.
         batches: iterable of ``(inputs, targets)``, or of mappings of keyword arguments, which ``loss_fn`` gets whole in
             place of targets; kept in memory.
-        loss_fn: ``(outputs, targets) -> scalar``, mean over the batch.
+        loss_fn: ``(outputs, targets) -> scalar``, mean over the batch; not needed by the last two estimators.
         bits: widths to score, each 1..8.
         estimator: see above.
         pinned: layers to keep at their present width; default: those that the configuration pins (first and last
@@ -141,8 +141,8 @@ def sensitivity(
         The table, with pinned layers at their one width.
 
     Raises:
-        ValueError: no quantized weights, no batches, unknown estimator, bad bits or names; a non-finite loss;
-            outputs that are no logits, where the estimator needs them.
+        ValueError: no quantized weights, no batches, unknown estimator or one without its loss, bad bits or names; a
+            non-finite loss; outputs that are no logits, where the estimator needs them.
     """
     layers = weight_quantizers(model)
     if not layers:
@@ -152,6 +152,8 @@ def sensitivity(
     widths = sorted({check_bits(b, "bits of the table") for b in bits})
     if not widths:
         raise ValueError("adq: no bit-widths to score")
+    if loss_fn is None and estimator not in ("true_fisher", "kl"):
+        raise ValueError(f"adq: the estimator {estimator!r} needs loss_fn, a function of outputs and targets")
     kept = list(batches)
     fixed = {name for name, (_, quantizer) in layers.items() if quantizer.pinned} if pinned is None else set(pinned)
     if fixed - set(layers):

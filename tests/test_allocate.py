@@ -229,6 +229,8 @@ def test_bad_budgets_and_tables():
             Budget(bytes=amount)
     with pytest.raises(ValueError, match="NaN or infinity"):
         allocate(table(("a", 10, 10, 8, {2: float("nan"), 3: 1.0})), Budget(weight_bits=3))
+    with pytest.raises(ValueError, match=r"the budget must be an adq\.Budget, .*got 2\.81"):
+        allocate(SMALL, 2.81)
     with pytest.raises(ValueError, match="the sensitivity table has no layers"):
         allocate(table(), Budget(weight_bits=3))
 

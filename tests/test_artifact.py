@@ -329,6 +329,12 @@ def test_architectures_that_nothing_can_be_built_from_are_not_saved(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_run_folder_is_the_model_in_it(tmp_path):
+    model = adq.calibrate_(adq.quantize_(adq.create_model("digits_cnn")), [torch.randn(4, 1, 8, 8)])
+    adq.save(model, tmp_path / "model.safetensors")
+    assert torch.equal(adq.load(tmp_path).conv1.weight, model.conv1.weight)
+
+
 def test_what_is_no_tensor_is_not_saved(tmp_path):
     model = trained()
     type(model).get_extra_state = lambda self: {"epoch": 3}

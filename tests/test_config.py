@@ -249,3 +249,21 @@ def test_no_is_a_word_where_it_is_a_choice():
         fast: bool = True
 
     assert from_dict(Engine, yaml.safe_load("{precision: no, fast: no}"), where="engine") == Engine("no", False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"weight": 3}, "weight must be a WeightConfig, a mapping or None, got 3"),
+        ({"activation": WEIGHT}, "activation must be an? ActivationConfig, a mapping or None, got WeightConfig"),
+        ({"weight": {"bit": 3}}, "unknown key 'bit' in weight; did you mean 'bits'"),
+    ],
+)
+def test_parts_of_another_kind_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ADQConfig(**arguments)
+
+
+def test_parts_may_be_mappings():
+    made = ADQConfig(weight={"bits": 4}, activation={"bits": 2, "signed": True})
+    assert made == ADQConfig(weight=WeightConfig(bits=4), activation=ActivationConfig(bits=2, signed=True))

@@ -168,6 +168,12 @@ def test_a_failing_conversion_changes_nothing(spoil, message):
     assert all(torch.equal(before[key].nan_to_num(7), after[key].nan_to_num(7)) for key in before)
 
 
+@pytest.mark.parametrize("config", [WeightConfig(bits=3), {"weight": {"bits": 3}}, 3])
+def test_what_is_no_configuration_is_refused(config):
+    with pytest.raises(ValueError, match=f"quantize_ takes an ADQConfig, .*got {type(config).__name__}"):
+        adq.quantize_(net(), config)
+
+
 def test_double_precision_is_refused_by_name():
     model = net().double()
     with pytest.raises(ValueError, match=r"float64, .*; call model\.float\(\) \(layer 'stem'\)"):

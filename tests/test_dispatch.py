@@ -224,7 +224,8 @@ def test_another_choice_is_refused():
 def started(code: str, **environment: str) -> subprocess.CompletedProcess:
     variables = {**os.environ, **environment}
     variables.pop("TRITON_INTERPRET", None)
-    return subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True)
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, env=variables, cwd=tempfile.gettempdir(), capture_output=True, text=True)
 
 
 @pytest.mark.parametrize(("limit", "fails"), [("64", False), ("", False), ("1GB", True), ("-5", True)])

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import adq
 from adq import models
 from adq.models import create_model, list_architectures, load_float_weights, rebuild, register_architecture
 from adq.train.data import DataConfig, build_data
@@ -334,3 +335,17 @@ def test_a_tied_tensor_needs_one_of_its_names(tmp_path):
     model.head.weight = nn.Parameter(model.head.weight.detach().clone())
     with pytest.raises(ValueError, match="1 missing in the file: head.weight"):
         load_float_weights(model, tmp_path / "tied.safetensors")
+
+
+def test_a_quantized_model_is_told_from_another_architecture(tmp_path):
+    model = adq.quantize_(create_model("digits_cnn"))
+    adq.save(model, tmp_path / "m.safetensors")
+    with pytest.raises(ValueError, match=r"the weights of a quantized model, .*adq\.load\(path, model\)"):
+        load_float_weights(create_model("digits_cnn"), tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize(("name", "extra"), [("timm/resnet10t", "timm"), ("torchvision/resnet18", "train")])
+def test_the_extra_that_is_named_has_the_package(monkeypatch, name, extra):
+    monkeypatch.setattr(models, "_has", lambda package: False)
+    with pytest.raises(ImportError, match=rf"needs {name.partition('/')[0]}: pip install 'adq\[{extra}\]'"):
+        create_model(name)

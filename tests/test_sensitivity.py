@@ -350,6 +350,7 @@ def test_multiply_accumulates_by_hand(layer, shape, macs):
         ({"batches": []}, "no batches to score with"),
         ({"estimator": "guess"}, "estimator must be one of loss, fisher, hessian, true_fisher, kl, got 'guess'"),
         ({"bits": ()}, "no bit-widths to score"),
+        ({"loss_fn": None}, "the estimator 'fisher' needs loss_fn"),
         ({"bits": (2, 9)}, "bits of the table must be a whole number from 1 to 8, got 9"),
         ({"pinned": ["2", "3"]}, "no quantized layer '3' to pin"),
     ],
@@ -391,7 +392,7 @@ def test_mappings_go_whole_to_the_loss(estimator):
 def test_estimators_on_logits_take_inputs_alone(estimator):
     expected = adq.sensitivity(scored(), batches(), F.cross_entropy, (2,), estimator)
     for alone in ([x for x, _ in batches()], [(x,) for x, _ in batches()]):
-        assert adq.sensitivity(scored(), alone, F.cross_entropy, (2,), estimator) == expected
+        assert adq.sensitivity(scored(), alone, bits=(2,), estimator=estimator) == expected
 
 
 @pytest.mark.parametrize("estimator", ["loss", "fisher", "hessian"])

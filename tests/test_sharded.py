@@ -147,11 +147,12 @@ def damped(which: str) -> dict:
         if parameter.grad is not None
     }
     refused = []
-    for act in (
+    need_whole = (
         adq.summary,
         lambda model: adq.apply_allocation_(model, {"block.0": 2}),
-        lambda model: adq.save(model, "sharded.safetensors"),
-    ):
+        lambda model: adq.save(model, "never-written.safetensors"),
+    )
+    for act in need_whole if which == "sharded" else ():
         try:
             act(model)
         except ValueError as error:
