@@ -128,9 +128,9 @@ def test_unknown_architecture_names_close_matches(monkeypatch):
     assert "unknown architecture 'resnet21'" in text and "resnet20" in text.partition("Built in")[0]
     monkeypatch.setattr(models, "_has", lambda package: False)
     text = message(ValueError, create_model, "resnet18")
-    assert "timm is not installed (pip install 'adq[train]')" in text
+    assert "timm is not installed (pip install 'adq[timm]')" in text
     assert "pip install 'adq[train]'" in message(ImportError, create_model, "torchvision/resnet18")
-    assert "pip install 'adq[train]'" in message(ImportError, create_model, "timm/resnet18")
+    assert "pip install 'adq[timm]'" in message(ImportError, create_model, "timm/resnet18")
 
 
 def test_refused_arguments():
@@ -342,10 +342,3 @@ def test_a_quantized_model_is_told_from_another_architecture(tmp_path):
     adq.save(model, tmp_path / "m.safetensors")
     with pytest.raises(ValueError, match=r"the weights of a quantized model, .*adq\.load\(path, model\)"):
         load_float_weights(create_model("digits_cnn"), tmp_path / "m.safetensors")
-
-
-@pytest.mark.parametrize(("name", "extra"), [("timm/resnet10t", "timm"), ("torchvision/resnet18", "train")])
-def test_the_extra_that_is_named_has_the_package(monkeypatch, name, extra):
-    monkeypatch.setattr(models, "_has", lambda package: False)
-    with pytest.raises(ImportError, match=rf"needs {name.partition('/')[0]}: pip install 'adq\[{extra}\]'"):
-        create_model(name)
