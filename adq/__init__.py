@@ -27,6 +27,7 @@ from adq.models import create_model, load_float_weights, register_architecture
 from adq.onnx import export_onnx
 from adq.parity import ExportReport, Parity
 from adq.program import export_aoti, export_program
+from adq.progressive import start_from_
 from adq.report import report
 from adq.sensitivity import LayerCost, SensitivityTable, sensitivity
 from adq.summary import Summary, summary
@@ -70,6 +71,7 @@ __all__ = [
     "report",
     "save",
     "sensitivity",
+    "start_from_",
     "step",
     "summary",
     "to_integer",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
-from adq.convert import evaluating, forward_batch, model_device, quantizers_enabled, to_device
+from adq.convert import evaluating, forward_batch, is_trained, model_device, quantizers_enabled, to_device
 from adq.distributed import pool
 
 Statistics = tuple[Tensor, Tensor]
@@ -117,9 +117,12 @@ def float_statistics(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def float_network(model: nn.Module) -> Iterator[None]:
-    """A quantized model as the float network it was made from, in evaluation mode, for a while."""
-    with evaluating(model), float_statistics(model), quantizers_enabled(model, weights=False, activations=False):
+def float_network(model: nn.Module, activations: bool = False) -> Iterator[None]:
+    """A quantized model as the float network it was made from, in evaluation mode, for a while.
+
+    With ``activations`` inputs stay quantized: without its learned thresholds a trained network is another function.
+    """
+    with evaluating(model), float_statistics(model), quantizers_enabled(model, weights=False, activations=activations):
         yield
 
 
@@ -153,23 +156,24 @@ def _mean(batches: list[Weighted], name: str) -> Statistics:
 
 
 class _Correction:
-    """What the calibration batches say about one batch norm."""
+    """What the calibration batches say about one batch norm, beside that of the reference network."""
 
-    def __init__(self, name: str, norm: BatchNorm) -> None:
+    def __init__(self, name: str, norm: BatchNorm, reference: BatchNorm | None) -> None:
         self.name, self.norm = name, norm
-        self.start = _float_statistics(norm)
+        self.reference = norm if reference is None else reference
+        self.start = _float_statistics(norm) if reference is None else _copy(_running(reference))
         self.seen: deque[Statistics] = deque()
         self.fitted: list[Weighted] = []
 
     def observe(self, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Hook of the float pass."""
+        """Hook of the reference's pass."""
         x = _input(args, kwargs)
         if len(x):
             _assign(self.norm, self.start)
             self.seen.append(_moments(x))
 
     def correct(self, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Hook of the quantized pass: normalise to the mean and variance that the float network has here."""
+        """Hook of the quantized pass: normalise to the mean and variance that the reference has here."""
         x = _input(args, kwargs)
         if not len(x):
             return
@@ -252,7 +256,7 @@ def _restored_on_error(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def correct_batch_norm_(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
+def correct_batch_norm_(model: nn.Module, batches: Iterable[Any], reference: nn.Module | None = None) -> nn.Module:
     """Correct running statistics for what quantization changes, before training.
 
     Each batch runs through the float network (all quantizers off) and through the quantized one. Every running mean
@@ -266,32 +270,50 @@ def correct_batch_norm_(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     Args:
         model: from :func:`adq.quantize_`, calibrated.
         batches: iterable of batches: an input tensor, ``(input, ...)``, or a mapping of keyword arguments.
+        reference: network in the float network's place, on the same device: what the model begins from, as
+            :func:`adq.start_from_` has it. It is left as it is.
 
     Returns:
         The same model; unchanged if anything fails. Networks without batch norm stay as they are.
 
     Raises:
-        ValueError: no batches, or NaN or infinite inputs (the batch norm is named).
+        ValueError: no batches, NaN or infinite inputs (the batch norm is named), or a reference with other batch norms.
+        RuntimeError: the model has been trained and no reference is given.
     """
-    corrections = [_Correction(name, norm) for name, norm in _named_batch_norms(model).items()]
+    if reference is None and is_trained(model):
+        raise RuntimeError(
+            "adq: the model has been trained, so its float network is no measure any more; pass reference=, the "
+            "network before its widths were changed, or call adq.reestimate_batch_norm_ with training batches"
+        )
+    norms = _named_batch_norms(model)
+    others = {} if reference is None else _named_batch_norms(reference)
+    if reference is not None and norms.keys() != others.keys():
+        raise ValueError(
+            f"adq: only one of model and reference has the batch norm {min(norms.keys() ^ others.keys())!r}"
+        )
+    corrections = [_Correction(name, norm, others.get(name)) for name, norm in norms.items()]
     if not corrections:
         return model
     with evaluating(model), _restored_on_error(model):
-        found = pool(lambda: [_correct(model, batch, corrections) for batch in batches])
+        found = pool(lambda: [_correct(model, reference, batch, corrections) for batch in batches])
         if not found:
             raise ValueError("adq: no batches to correct batch-norm statistics with")
         _finish(corrections, found)
     return model
 
 
-def _correct(model: nn.Module, batch: Any, corrections: list[_Correction]) -> list[list[Weighted]]:
+def _correct(
+    model: nn.Module, reference: nn.Module | None, batch: Any, corrections: list[_Correction]
+) -> list[list[Weighted]]:
     """Run a batch through both networks; what it says of each batch norm."""
     batch = to_device(batch, model_device(model))
-    with (
-        quantizers_enabled(model, weights=False, activations=False),
-        _hooked((c.norm, c.observe) for c in corrections),
-    ):
-        forward_batch(model, batch)
+    with _hooked((c.reference, c.observe) for c in corrections):
+        if reference is not None:
+            with evaluating(reference):
+                forward_batch(reference, batch)
+        else:
+            with quantizers_enabled(model, weights=False, activations=False):
+                forward_batch(model, batch)
     with _hooked((c.norm, c.correct) for c in corrections):
         forward_batch(model, batch)
     return [correction.take() for correction in corrections]

@@ -13,11 +13,11 @@ from adq.batch_norm import correct_batch_norm_, float_network
 from adq.convert import (
     activation_quantizers,
     forward_batch,
+    is_trained,
     model_device,
     quantized_layers,
     refuse_packed,
     to_device,
-    weight_quantizers,
 )
 from adq.distributed import gather, in_order, world
 
@@ -109,9 +109,7 @@ def calibrate_(model: nn.Module, batches: Iterable[Any], *, batch_norm: bool = T
         raise ValueError("adq: the model is not quantized; call adq.quantize_(model) first")
     refuse_packed(model, "calibration")
     quantizers = activation_quantizers(model)
-    trained = any(quantizer.trained for quantizer in quantizers.values()) or any(
-        int(quantizer.steps) > 0 for _, quantizer in weight_quantizers(model).values()
-    )
+    trained = is_trained(model)
     if trained and not force:
         raise RuntimeError(
             "adq: the model has been trained since it was calibrated, and calibrating again would discard its learned "

@@ -373,6 +373,13 @@ def refuse_disabled(model: nn.Module) -> None:
             raise ValueError(f"adq: a quantizer of layer {name!r} is disabled, which no packed model or file can say")
 
 
+def is_trained(model: nn.Module) -> bool:
+    """Whether a quantized model has been trained since its calibration, as far as can be told: of one with weights in
+    float its file does not say."""
+    moved = any(quantizer.trained for quantizer in activation_quantizers(model).values())
+    return moved or any(int(quantizer.steps) > 0 for _, quantizer in weight_quantizers(model).values())
+
+
 @contextmanager
 def quantizers_enabled(model: nn.Module, weights: bool, activations: bool) -> Iterator[None]:
     """Switch all quantizers of a model on or off for a while."""

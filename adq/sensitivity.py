@@ -17,9 +17,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from adq.batch_norm import float_network
 from adq.config import check_bits
 from adq.convert import (
+    activation_quantizers,
     batch_size,
     float_tensors,
     forward_batch,
+    is_trained,
     model_device,
     quantized_layers,
     to_device,
@@ -114,6 +116,9 @@ def sensitivity(
 ) -> SensitivityTable:
     """Score every layer at every bit-width, all other layers in float and in evaluation mode.
 
+    Of a model that has been trained inputs stay quantized: its thresholds are part of what it computes.
+
+
     ``"loss"``: rise of the mean loss with that layer alone quantized: the truth, ``layers x widths`` passes.
     ``"fisher"``: ``0.5 sum F dw^2`` with the empirical Fisher diagonal F of the batches; one pass.
     ``"hessian"``: ``0.5 (tr H / n) ||dw||^2``, trace by Hutchinson's estimator (HAWQ-V2, arXiv 1911.03852).
@@ -159,7 +164,13 @@ def sensitivity(
     if fixed - set(layers):
         raise ValueError(f"adq: no quantized layer {sorted(fixed - set(layers))[0]!r} to pin")
     free = {name: layers[name] for name in layers if name not in fixed}
-    with float_network(model):
+    trained = is_trained(model)
+    if trained and estimator == "hessian" and activation_quantizers(model):
+        raise ValueError(
+            "adq: the estimator 'hessian' takes second derivatives, which learned thresholds do not have; score a "
+            "trained model by 'fisher', 'kl' or 'loss'"
+        )
+    with float_network(model, activations=trained):
         macs = pool(lambda: [_macs(model, batch) for batch in kept[:1]])
         if not macs:
             raise ValueError("adq: no batches to score with")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from adq.config import ActivationConfig
-from adq.ops import ACTIVATION_RANGE
+from adq.ops import ACTIVATION_RANGE, MIN_INTERVAL
 
 UNSIGNED_CANDIDATES = 100
 SIGNED_CANDIDATES = 24
@@ -97,3 +97,36 @@ def fit_thresholds(values: Tensor, config: ActivationConfig) -> Thresholds:
         zero_level = (-clip_low / step).round()
     best = _squared_error(values, step, zero_level, steps).argmin()
     return uniform_thresholds(step[best], zero_level[best], config)
+
+
+def resampled(thresholds: Thresholds, present: ActivationConfig, config: ActivationConfig) -> Thresholds:
+    """Thresholds of another width, or kind, that follow the same curve from input to output.
+
+    The curve is the surrogate of the G-STE (arXiv 2111.14826), piecewise linear: at the input ``T_i`` the quantizer is
+    at position ``D i``. The new thresholds are the inputs at which it is at ``D' j``, where ``D' = R / steps`` of the
+    new width; zero stays on a level, for which positions move by at most ``D' / 2``, and the ends go on straight. So
+    outputs differ by at most ``out_scale (D / 2 + 3 D' / 2)``. A uniform quantizer takes the chord of the curve.
+
+    Args:
+        thresholds: of a calibrated or trained quantizer.
+        present: its configuration.
+        config: the new one; whether levels are on both sides of zero stays as it is.
+    """
+    if (present.steps, present.is_uniform) == (config.steps, config.is_uniform):
+        return thresholds
+    width, new_width = ACTIVATION_RANGE / present.steps, ACTIVATION_RANGE / config.steps
+    interval = thresholds.interval.double().clamp_min(MIN_INTERVAL).expand(present.steps)
+    begins = thresholds.start.double() + interval.cumsum(0) - interval
+    offset = thresholds.offset.double()
+    new_offset = (offset / new_width).round() * new_width
+    levels = torch.arange(config.steps + 1, dtype=torch.float64, device=offset.device)
+    position = (levels * new_width - new_offset + offset) / width  # in steps of the present width
+    segment = position.floor().clamp(0, present.steps - 1).long()
+    edges = begins[segment] + (position - segment) * interval[segment]
+    return Thresholds(
+        start=edges[:1].float(),
+        interval=((edges[-1:] - edges[:1]) / config.steps if config.is_uniform else edges.diff()).float(),
+        in_scale=thresholds.in_scale,
+        out_scale=thresholds.out_scale,
+        offset=new_offset.float(),
+    )

@@ -13,7 +13,7 @@ import yaml
 from faults import Runner
 from safetensors.torch import load_file
 
-from adq import Allocation, create_model, dampening_loss, load
+from adq import Allocation, create_model, dampening_loss, load, save
 from adq.config import dump_yaml
 
 pytest.importorskip("accelerate", reason="adq train needs the extra 'train'")
@@ -51,6 +51,7 @@ def finished(tmp_path_factory):
     process = command(folder, "train", "--output", "whole", *SHORT)
     text = process.communicate(timeout=300)[0]
     assert process.returncode == 0, text
+    save(load(folder / "whole"), folder / "folded.safetensors", packed=True, fold_batch_norm=True)
     return folder, " ".join(text.split())
 
 
@@ -164,17 +165,26 @@ def test_the_model_itself_is_not_written_over(finished):
 
 def test_quantization_starts_from_another_quantized_network(finished):
     folder, _ = finished
-    weights, start = str(folder / "whole" / "float.safetensors"), folder / "whole" / "model.safetensors"
+    weights = str(folder / "whole" / "float.safetensors")
     common = ["train", "--weights", weights, "--epochs", "0", "--set", "quantization.weight.bits=2"]
-    for name, options in {"from float": [], "from quantized": ["--set", f"start={start}"]}.items():
+    starts = {"float": None, "plain": "whole/model.safetensors", "packed": "whole/model-packed.safetensors"}
+    for name, start in starts.items():
+        options = [] if start is None else ["--set", f"start={start}"]
         code, text = adq(folder, *common, "--output", name, "--set", "allocation.weight_bits=null", *options)
         assert code == 0, text
-    whole, network = load_file(start), load_file(folder / "from quantized" / "model.safetensors")
-    assert torch.equal(network["conv2.weight"], whole["conv2.weight"])
-    assert network["conv2.weight_quantizer.codebook"].numel() == 4 < whole["conv2.weight_quantizer.codebook"].numel()
-    results = [json.loads((folder / f"from {kind}" / "result.json").read_text()) for kind in ("float", "quantized")]
-    assert results[0]["float_top1"] == results[1]["float_top1"]
-    assert results[0]["calibrated_top1"] != results[1]["calibrated_top1"]
+    whole = load(folder / "whole")
+    networks = {name: load(folder / name) for name in starts}
+    assert torch.equal(networks["plain"].conv2.weight, whole.conv2.weight)
+    assert torch.equal(networks["packed"].conv2.weight, whole.conv2.quantized_weight())
+    levels = {name: network.conv2.weight_quantizer.levels.numel() for name, network in networks.items()}
+    assert levels == dict.fromkeys(starts, 4) and whole.conv2.weight_quantizer.levels.numel() > 4
+    results = {name: json.loads((folder / name / "result.json").read_text()) for name in starts}
+    assert len({result["float_top1"] for result in results.values()}) == 1
+    assert results["float"]["calibrated_top1"] not in {results[name]["calibrated_top1"] for name in ("plain", "packed")}
+    learned = whole.conv2.input_quantizer
+    for name in ("plain", "packed"):
+        assert torch.equal(networks[name].conv2.input_quantizer.interval, learned.interval)
+    assert not torch.equal(networks["float"].conv2.input_quantizer.interval, learned.interval)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +196,7 @@ def test_quantization_starts_from_another_quantized_network(finished):
         (["--set", "quantization.weight=null"], "quantization.weight leaves all of them in float"),
         (["--set", "distillation.teacher={name: digits_cnn, weights: missing.pt}"], "no such file: missing.pt"),
         (["--set", "start=missing.safetensors"], "no such file: missing.safetensors"),
-        (["--set", "start=whole/model-packed.safetensors"], "a start of training needs float weights"),
+        (["--set", "start=folded.safetensors"], "folded.safetensors has no batch norms any more"),
         (["--set", "start=whole/model.safetensors", "--set", "model.kwargs={width: 16}"], "another architecture"),
         (["--set", "qat.epoch=3"], "unknown key 'epoch' in qat; did you mean 'epochs'"),
         (["--set", "quantization.weight.bits=9"], "weight bits must be a whole number from 1 to 8, got 9"),

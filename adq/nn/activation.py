@@ -12,7 +12,7 @@ from adq.config import ActivationConfig
 from adq.functional import quantize_activation
 from adq.nn.dtype import keeping_dtype
 from adq.ops import ACTIVATION_RANGE
-from adq.thresholds import Thresholds, fit_thresholds, num_intervals
+from adq.thresholds import Thresholds, fit_thresholds, num_intervals, resampled
 
 _FITTED = ("start", "interval", "in_scale", "out_scale", "offset")
 
@@ -27,7 +27,7 @@ class ActivationQuantizer(nn.Module):
     level for signed inputs, and ``calibrated``, 1 or 0 (a float, so that averages of models can be taken). All keep
     their dtype when the model is cast. A quantizer refuses to run before it has been calibrated: its start values say
     nothing about the inputs. Set ``enabled = False`` to let inputs through untouched. ``trained`` tells, in this
-    process, whether an optimizer has moved the thresholds since.
+    process, whether an optimizer has moved the thresholds since, or they were taken over from a trained network.
 
     Args:
         config: bits and sign.
@@ -118,6 +118,13 @@ class ActivationQuantizer(nn.Module):
         self.calibrated.fill_(1.0)
         self._ready = True
         self.trained = False
+
+    @torch.no_grad()
+    def take_over_(self, other: ActivationQuantizer) -> None:
+        """Follow the curve that another quantizer, of any width, has learned."""
+        learned = Thresholds(*(getattr(other, name).detach() for name in _FITTED))
+        self.assign_(resampled(learned, other.config, self.config))
+        self.trained = True
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         return super()._apply(keeping_dtype(fn), recurse)

@@ -33,10 +33,11 @@ from adq.artifact import load, save
 from adq.batch_norm import correct_batch_norm_, reestimate_batch_norm_
 from adq.calibrate import calibrate_
 from adq.config import dump_yaml, from_dict, load_yaml, to_dict
-from adq.convert import choose_layers, quantize_, refuse_packed, weight_quantizers
+from adq.convert import activation_quantizers, choose_layers, quantize_, weight_quantizers
 from adq.distill import DistillationLoss
 from adq.distributed import from_main, share, share_of
 from adq.nn.layers import QUANTIZED
+from adq.progressive import start_from_
 from adq.report import report
 from adq.sensitivity import Estimator, LayerCost, SensitivityTable, reordered, sensitivity
 from adq.store import locked, replacing, write_text
@@ -267,15 +268,13 @@ class Run:
         data = replace(data, test=share(data.test), calibration=share(data.calibration))
         model = self._create(data)
         check_layers(model, self.config)
-        start, other = self._start_state(model), self._other_teacher(data)
+        start, other = self._start_network(model), self._other_teacher(data)
         self._start_folder()
         train, test = self.accelerator.prepare(data.train), data.test
         model = self._float_phase(model, data, train, test)
         self._leave_if_told()
         teacher, accuracies = self._baseline(model, other, test)
-        if start is not None:
-            model.load_state_dict(start)
-        allocation = self._quantize(model, data)
+        allocation = self._quantize(model, start, data)
         accuracies["calibrated_top1"] = evaluate(model.to(self.accelerator.device), test)[1]
         self.display.say(f"top-1 after calibration, before training {accuracies['calibrated_top1']:.2f}")
         if self._saved("qat") is None:
@@ -306,14 +305,9 @@ class Run:
             model = model.to(memory_format=torch.channels_last)
         return model
 
-    def _start_state(self, model: nn.Module) -> dict[str, Tensor] | None:
+    def _start_network(self, model: nn.Module) -> nn.Module | None:
         """What quantization starts from instead of the float network, if the recipe names a file."""
-        if self.config.start is None:
-            return None
-        start = load(self.config.start, copy.deepcopy(model))
-        refuse_packed(start, "a start of training")
-        state = start.state_dict()
-        return {name: state[name] for name in model.state_dict()}
+        return None if self.config.start is None else load(self.config.start, copy.deepcopy(model))
 
     def _other_teacher(self, data: Data) -> nn.Module | None:
         """What the quantized network learns from instead of the float network, if the recipe names one."""
@@ -396,14 +390,17 @@ class Run:
         device = self.accelerator.device
         return ((images.to(device), target.to(device)) for images, target in data.calibration)
 
-    def _quantize(self, model: nn.Module, data: Data) -> Allocation:
+    def _quantize(self, model: nn.Module, start: nn.Module | None, data: Data) -> Allocation:
         """Quantize, calibrate, score and allocate; on resume with the allocation that the run already chose."""
         model.to(self.accelerator.device)
         quantize_(model, self.config.quantization)
-        calibrate_(model, self._calibration(data), batch_norm=False)
+        if start is not None:
+            start_from_(model, start.to(self.accelerator.device))
+        if start is None or not activation_quantizers(start):
+            calibrate_(model, self._calibration(data), batch_norm=False)
         allocation = self._allocation(model, data)
         apply_allocation_(model, allocation)
-        correct_batch_norm_(model, self._calibration(data))
+        correct_batch_norm_(model, self._calibration(data), reference=start)
         self._on_main(lambda: allocation.save(self.folder.allocation))
         self.display.say(
             f"allocation: {allocation.average_quantized:.3f} bits over the quantized layers, "

@@ -1,0 +1,74 @@
+"""Progressive quantization: a network begins where another one, of more bits say, has been trained to."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from adq.convert import activation_quantizers, quantized_layers, refuse_packed
+from adq.deploy import listed
+from adq.nn.packed import CODES
+from adq.sharded import refuse_sharded
+
+
+@torch.no_grad()
+def start_from_(model: nn.Module, start: nn.Module) -> nn.Module:
+    """Give a quantized model the weights and the activation thresholds that another one has learned.
+
+    Codebooks are fitted anew, at the model's own widths. Learned thresholds are part of what a trained network
+    computes: without them it is another function. Those of another width follow the same curve
+    (:func:`adq.thresholds.resampled`), so nothing is calibrated again. Batch norms are taken over as they are; correct
+    them for the new widths by ``correct_batch_norm_(model, batches, reference=start)``, after widths were allocated.
+
+    Args:
+        model: from :func:`adq.quantize_`; of a ``start`` whose inputs are in float it is calibrated afterwards.
+        start: quantized model of the same network, of any widths, as :func:`adq.load` gives it; from a packed one come
+            the quantized weights.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: a model that is not quantized; a packed or sharded ``model``; a ``start`` of another architecture,
+            with folded batch norms, uncalibrated, or which quantizes the inputs of other layers. Nothing is changed
+            then.
+    """
+    for network in (model, start):
+        if not quantized_layers(network):
+            raise ValueError("adq: start_from_ takes two quantized models; call adq.quantize_(model) first")
+        refuse_sharded(network.parameters(), "a start of training")
+    refuse_packed(model, "a model to train")
+    if getattr(start, "adq_folded", None):
+        raise ValueError("adq: the start has no batch norms any more, they are folded; training needs them")
+    state, present = float_state(start), float_state(model)
+    problems = [f"{name} is in one of them only" for name in state.keys() ^ present.keys()]
+    problems += [
+        f"{name} is {tuple(state[name].shape)}, not {tuple(present[name].shape)}"
+        for name in state.keys() & present.keys()
+        if state[name].shape != present[name].shape
+    ]
+    if problems:
+        raise ValueError(f"adq: the start is of another architecture: {listed(sorted(problems))}")
+    quantizers, learned = activation_quantizers(model), activation_quantizers(start)
+    if learned and (other := sorted(learned.keys() ^ quantizers.keys())):
+        raise ValueError(f"adq: of start and model only one quantizes the input of {listed(other)}")
+    if learned and not any(quantizer.is_calibrated for quantizer in learned.values()):
+        raise ValueError("adq: the start is not calibrated")
+    model.load_state_dict(state, strict=False)  # compared already; float weights let layers fit their codebooks
+    for name, quantizer in learned.items():
+        if quantizer.is_calibrated:  # of layers that are never reached it is not
+            quantizers[name].take_over_(quantizer)
+    return model
+
+
+def float_state(model: nn.Module) -> dict[str, Tensor]:
+    """A quantized model's tensors without those of its quantizers, as a float checkpoint has them.
+
+    Packed weights are decoded.
+    """
+    layers = quantized_layers(model, every_name=True)
+    prefixes = {name: f"{name}." if name else "" for name in layers}
+    own = tuple(p + part for p in prefixes.values() for part in ("weight_quantizer.", "input_quantizer.", CODES))
+    state = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(own)}
+    packed = {name: layer for name, layer in layers.items() if layer.packed}
+    return state | {f"{prefixes[name]}{q.weight_name}": q.quantized_weight() for name, q in packed.items()}

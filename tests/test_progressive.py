@@ -1,0 +1,249 @@
+"""Progressive quantization: thresholds on the same curve at another width, networks that begin from other networks."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+import adq
+from adq import ActivationConfig, ADQConfig, WeightConfig
+from adq.convert import activation_quantizers, quantizers_enabled, set_weight_bits
+from adq.functional import threshold_quantize
+from adq.thresholds import Thresholds, resampled
+
+from .networks import Block, images, net
+
+ONE = torch.ones(1)
+TENSOR = WeightConfig(bits=3, scale="tensor")  # its fit finds levels again that all weights are on
+
+
+def table(start, interval, offset=0.0) -> Thresholds:
+    return Thresholds(torch.tensor([start]), torch.tensor(interval), 2 * ONE, 0.5 * ONE, torch.tensor([offset]))
+
+
+def output(x: torch.Tensor, t: Thresholds, config: ActivationConfig) -> np.ndarray:
+    arguments = t.start, t.interval, t.in_scale, t.out_scale
+    return threshold_quantize(x, *arguments, offset=t.offset, steps=config.steps).double().numpy()
+
+
+# ---- thresholds --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("bits", "intervals"),
+    [
+        (1, [1.0]),
+        (3, [1.5 / 7, 1.5 / 7, 0.5 / 7 + 0.4 / 7, 0.6 / 7, 0.4 / 7 + 0.3 / 7, 0.9 / 7, 0.9 / 7]),
+        (8, [1.0 / 255]),
+    ],
+)
+def test_by_hand(bits, intervals):
+    """The curve has the inputs 0.1, 0.6, 0.8, 1.1 at 0, 1, 2, 3 of its steps."""
+    found = resampled(table(0.1, [0.5, 0.2, 0.3]), ActivationConfig(2), ActivationConfig(bits))
+    torch.testing.assert_close(found.start, torch.tensor([0.1]))
+    torch.testing.assert_close(found.interval, torch.tensor(intervals), rtol=1e-6, atol=1e-7)
+    assert (found.in_scale.item(), found.out_scale.item(), found.offset.item()) == (2.0, 0.5, 0.0)
+
+
+def test_zero_stays_on_a_level_and_the_ends_go_on():
+    """Of 3 steps of 2/3 zero is at the first; of one step of 2 it is at level 0, so a step of 2/3 up the curve."""
+    found = resampled(table(-0.5, [0.5, 0.2, 0.3], offset=2 / 3), ActivationConfig(2), ActivationConfig(1))
+    assert found.offset.item() == 0.0
+    torch.testing.assert_close(found.start, torch.tensor([0.0]))
+    torch.testing.assert_close(found.interval, torch.tensor([0.2 + 0.3 + 0.3]))  # one step past the end
+
+
+@pytest.mark.parametrize(
+    "config", [ActivationConfig(3), ActivationConfig(3, thresholds="uniform"), ActivationConfig(8)]
+)
+def test_the_same_width_is_the_same_thresholds(config):
+    present = table(-0.3, [0.2] * (1 if config.is_uniform else 7), offset=2 / 7)
+    assert resampled(present, config, config) is present
+
+
+@settings(deadline=None)
+@given(st.integers(1, 5), st.integers(1, 8), st.integers(0, 3), st.booleans(), st.integers(0, 10**6))
+def test_outputs_differ_by_half_a_level_of_the_old_and_one_of_the_new_width(bits, new_bits, zero, uniform, seed):
+    """A learned curve of any shape, followed by any learned width; a straight one, by any width, to half a level."""
+    generator = np.random.default_rng(seed)
+    present, config = ActivationConfig(bits), ActivationConfig(new_bits)
+    width, new_width = 2 / present.steps, 2 / config.steps
+    uniform = uniform or config.is_uniform
+    interval = np.full(present.steps, width) if uniform else np.exp(generator.normal(-1, 1, present.steps))
+    before = table(generator.normal(), interval.tolist(), offset=width * min(zero, present.steps))
+    after = resampled(before, present, config)
+    x = torch.linspace(-3.0, 3.0, 4001) + (before.start + before.interval.sum() / 2) / 2
+    difference = np.abs(output(x, after, config) - output(x, before, present)) / 0.5
+    moved = float((after.offset - before.offset).abs())
+    assert moved <= new_width / 2 + 1e-6
+    assert difference.max() <= width / 2 + new_width / (2 if uniform else 1) + moved + 1e-5
+    zero_level = after.offset.item() / new_width
+    assert abs(zero_level - round(zero_level)) < 1e-4
+
+
+# ---- networks ----------------------------------------------------------------------------------------
+
+
+def fast_thresholds(model: nn.Module, steps: int = 40) -> nn.Module:
+    """Trained so that thresholds go far from where calibration has put them."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    model.train()
+    for seed in range(steps):
+        optimizer.zero_grad()
+        x = images(seed, 16)
+        F.cross_entropy(4 * model(x), (x.mean((1, 2, 3)) > 0).long() + 2 * (x.std((1, 2, 3)) > 1).long()).backward()
+        optimizer.step()
+    return model.eval()
+
+
+def trained(make=net, **config) -> nn.Module:
+    torch.manual_seed(0)
+    model = adq.quantize_(make(), ADQConfig(**({"weight": TENSOR, "activation": ActivationConfig(4)} | config)))
+    return fast_thresholds(adq.calibrate_(model, [images()]))
+
+
+def fresh(make=net, **config) -> nn.Module:
+    torch.manual_seed(1)
+    return adq.quantize_(make(), ADQConfig(**({"weight": TENSOR, "activation": ActivationConfig(4)} | config)))
+
+
+@pytest.mark.parametrize("make", [net, Block])
+def test_from_a_packed_network_of_the_same_widths_it_is_that_network(make):
+    start = adq.pack_(trained(make))
+    model = adq.start_from_(fresh(make), start)
+    torch.testing.assert_close(model.eval()(images(50)), start(images(50)), rtol=1e-5, atol=1e-5)
+    fast_thresholds(model, 2)  # and it trains
+
+
+def test_from_a_plain_network_come_its_float_weights_and_statistics():
+    start = trained()
+    before = copy.deepcopy(start.state_dict())
+    model = adq.start_from_(fresh(weight=WeightConfig(bits=2), activation=ActivationConfig(2)), start)
+    for name in (
+        "stem.weight",
+        "body.0.weight",
+        "head.weight",
+        "head.bias",
+        "norm.running_mean",
+        "norm.num_batches_tracked",
+    ):
+        assert torch.equal(model.state_dict()[name], before[name])
+    assert model.body[0].weight_quantizer.bits == 2 and model.body[0].input_quantizer.interval.numel() == 3
+    assert model.stem.input_quantizer.interval.numel() == 1  # 8 bits
+    assert all(torch.equal(tensor, before[name]) for name, tensor in start.state_dict().items())
+    assert model.body[0].weight.data_ptr() != start.body[0].weight.data_ptr()
+
+
+def test_the_curve_holds_what_calibration_loses():
+    start = trained()
+    x = images(50, 64)
+
+    @torch.no_grad()
+    def distance(model: nn.Module) -> float:
+        return float((model.eval()(x) - start(x)).square().mean())
+
+    followed = adq.start_from_(fresh(activation=ActivationConfig(5)), start)
+    calibrated = fresh(activation=ActivationConfig(5))
+    calibrated.load_state_dict({k: v for k, v in start.state_dict().items() if "_quantizer" not in k})
+    adq.calibrate_(calibrated, [images(seed) for seed in range(4)])
+    assert distance(followed) < 0.1 * distance(calibrated)
+
+
+def test_batch_norms_are_corrected_towards_the_start():
+    start = trained(Block)
+    model = adq.start_from_(fresh(Block, weight=WeightConfig(bits=2), activation=ActivationConfig(2)), start)
+    x, taken, seen = images(7, 64), model.norm.running_var.clone(), []
+    handles = [m.norm.register_forward_hook(lambda *args: seen.append(args[2])) for m in (start, model)]
+    adq.correct_batch_norm_(model, [x], reference=start)
+    seen.clear()
+    start(x), model.eval()(x)
+    for handle in handles:
+        handle.remove()
+    (var_start, mean_start), (var, mean) = (torch.var_mean(y, (0, 2, 3), correction=0) for y in seen)
+    torch.testing.assert_close(mean, mean_start, rtol=0, atol=1e-4)
+    torch.testing.assert_close(var, var_start, rtol=5e-3, atol=1e-4)
+    assert not torch.equal(model.norm.running_var, taken)
+    assert not start.norm._forward_pre_hooks
+
+
+def test_a_trained_network_is_corrected_by_a_reference_only():
+    model = trained(Block)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match="has been trained, so its float network is no measure"):
+        adq.correct_batch_norm_(model, [images()])
+    with pytest.raises(ValueError, match="only one of model and reference has the batch norm 'norm'"):
+        adq.correct_batch_norm_(model, [images()], reference=nn.Linear(2, 2))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_start_with_inputs_in_float_leaves_them_to_calibration():
+    start = trained(activation=None)
+    model = adq.start_from_(fresh(), start)
+    assert not any(quantizer.is_calibrated for quantizer in activation_quantizers(model).values())
+    adq.calibrate_(model, [images()])
+    model.eval()(images())
+
+
+@pytest.mark.parametrize("source", ["itself", "file", "started"])
+def test_the_sensitivity_of_a_trained_network_keeps_its_inputs_quantized(source, tmp_path):
+    model = trained()
+    if source == "file":
+        model = adq.load(adq.save(model, tmp_path / "m.safetensors"), net())
+    elif source == "started":
+        model = adq.start_from_(fresh(), model)
+    batch = images(3, 16), torch.arange(16) % 4
+    scores = {c.name: c.scores for c in adq.sensitivity(model, [batch], F.cross_entropy, (2,), "loss").layers}
+
+    def loss(alone: str | None = None) -> float:
+        with quantizers_enabled(model, weights=False, activations=True), torch.no_grad():
+            if alone is not None:
+                quantizer = model.get_submodule(alone).weight_quantizer
+                quantizer.enabled = True
+            return float(F.cross_entropy(model.eval()(batch[0]), batch[1]))
+
+    probe = copy.deepcopy(model)
+    set_weight_bits(model, {"body.0": 2})
+    assert scores["body.0"][2] == pytest.approx(loss("body.0") - loss(), abs=1e-6)
+    with pytest.raises(ValueError, match="second derivatives, which learned thresholds do not have"):
+        adq.sensitivity(probe, [batch], F.cross_entropy, (2,), "hessian")
+    for estimator in ("fisher", "true_fisher", "kl"):
+        adq.sensitivity(probe, [batch], F.cross_entropy, (2,), estimator)
+
+
+def folded() -> nn.Module:
+    torch.manual_seed(0)
+    model = adq.quantize_(net(), ADQConfig(weight=TENSOR))
+    return adq.fold_batch_norm_(adq.calibrate_(model, [images()]))
+
+
+@pytest.mark.parametrize(
+    ("model", "start", "message"),
+    [
+        (net, trained, "takes two quantized models"),
+        (fresh, net, "takes two quantized models"),
+        (lambda: adq.pack_(trained()), trained, "a model to train needs float weights"),
+        (fresh, folded, "no batch norms any more"),
+        (fresh, fresh, "the start is not calibrated"),
+        (fresh, lambda: trained(Block), "of another architecture: .*body.0.weight is in one of them only"),
+        (
+            lambda: fresh(Block),
+            lambda: trained(lambda: Block(num_classes=5)),
+            r"of another architecture: head.bias is \(5,\), not \(4,\)",
+        ),
+        (fresh, lambda: trained(first_last_bits=None), "only one quantizes the input of head; stem"),
+        (lambda: fresh(activation=None, first_last_bits=None), trained, "only one quantizes the input of body.0"),
+    ],
+)
+def test_what_cannot_be_a_start_changes_nothing(model, start, message):
+    model = model()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        adq.start_from_(model, start())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
