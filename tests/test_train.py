@@ -196,7 +196,11 @@ def test_quantization_starts_from_another_quantized_network(finished):
         (["--set", "quantization.weight=null"], "quantization.weight leaves all of them in float"),
         (["--set", "distillation.teacher={name: digits_cnn, weights: missing.pt}"], "no such file: missing.pt"),
         (["--set", "start=missing.safetensors"], "no such file: missing.safetensors"),
-        (["--set", "start=folded.safetensors"], "folded.safetensors has no batch norms any more"),
+        (["--set", "start=folded.safetensors"], "they are folded; training needs them (folded.safetensors)"),
+        (
+            ["--set", "start=whole/model.safetensors", "--set", "quantization.activation=null"],
+            "of start and model only one quantizes the input of conv1; conv2",
+        ),
         (["--set", "start=whole/model.safetensors", "--set", "model.kwargs={width: 16}"], "another architecture"),
         (["--set", "qat.epoch=3"], "unknown key 'epoch' in qat; did you mean 'epochs'"),
         (["--set", "quantization.weight.bits=9"], "weight bits must be a whole number from 1 to 8, got 9"),

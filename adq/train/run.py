@@ -307,7 +307,14 @@ class Run:
 
     def _start_network(self, model: nn.Module) -> nn.Module | None:
         """What quantization starts from instead of the float network, if the recipe names a file."""
-        return None if self.config.start is None else load(self.config.start, copy.deepcopy(model))
+        if self.config.start is None:
+            return None
+        start = load(self.config.start, copy.deepcopy(model))
+        try:  # on a copy, so that what cannot be is said before the float network is trained
+            start_from_(quantize_(copy.deepcopy(model), self.config.quantization), start)
+        except ValueError as error:
+            raise ValueError(f"{error} ({self.config.start})") from error
+        return start
 
     def _other_teacher(self, data: Data) -> nn.Module | None:
         """What the quantized network learns from instead of the float network, if the recipe names one."""
