@@ -59,7 +59,7 @@ class Budget:
         amount = self.bytes if self.bytes is not None else self.bit_ops or 0.0
         if self.weight_bits is not None:
             # 4.35 bits of 100 weights are 435, not 434.999...
-            amount = self.weight_bits * _weights_in_codes(layers) * (1.0 + 1e-12)
+            amount = self.weight_bits * max(1, _weights_in_codes(layers)) * (1.0 + 1e-12)
         largest = sum(max(self.cost(layer, bits) for bits in layer.scores) for layer in layers)
         return math.floor(min(amount, largest))
 

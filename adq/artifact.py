@@ -187,7 +187,8 @@ def packed_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, list[in
 
 def packed_bytes(model: nn.Module) -> int:
     """Bytes of all tensors of the packed file, its header not counted."""
-    tensors, _ = _without_aliases(packed_state(model)[0])
+    state = packed_state(model)[0]
+    tensors, _ = _without_aliases({key: value for key, value in state.items() if isinstance(value, Tensor)})
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
@@ -268,7 +269,7 @@ def _not_finite(model: nn.Module, state: Mapping[str, Tensor]) -> str | None:
     """
     free = {
         f"{name}.{key}".lstrip(".")
-        for name, module in model.named_modules()
+        for name, module in model.named_modules(remove_duplicate=False)
         if not isinstance(module, (BatchNorm, WeightQuantizer, ActivationQuantizer))
         for key in module._buffers
     }
@@ -305,10 +306,11 @@ def _is_of(model: nn.Module, record: dict[str, Any]) -> bool:
         return True
     if getattr(model, "adq_folded", None):  # and so without those batch norms
         return True
-    own = {name: p.shape for name, p in model.named_parameters() if "_quantizer." not in name}
-    layers = [(name, layer) for name, layer in quantized_layers(model).items() if layer.packed]
+    named = model.named_parameters(remove_duplicate=False)
+    own = {name: p.shape for name, p in named if "_quantizer." not in name}
+    layers = [(name, layer) for name, layer in quantized_layers(model, every_name=True).items() if layer.packed]
     own |= {f"{_prefix(n)}{q.weight_name}": cast(PackedWeight, q.weight_quantizer).shape for n, q in layers}
-    return own == {name: p.shape for name, p in fresh.named_parameters()}
+    return own == {name: p.shape for name, p in fresh.named_parameters(remove_duplicate=False)}
 
 
 # ---- loading -----------------------------------------------------------------------------------------

@@ -120,9 +120,11 @@ def float_statistics(model: nn.Module) -> Iterator[None]:
 def float_network(model: nn.Module, activations: bool = False) -> Iterator[None]:
     """A quantized model as the float network it was made from, in evaluation mode, for a while.
 
-    With ``activations`` inputs stay quantized: without its learned thresholds a trained network is another function.
+    With ``activations`` inputs stay quantized where they are: without its learned thresholds a trained network is
+    another function.
     """
-    with evaluating(model), float_statistics(model), quantizers_enabled(model, weights=False, activations=activations):
+    inputs = None if activations else False
+    with evaluating(model), float_statistics(model), quantizers_enabled(model, weights=False, activations=inputs):
         yield
 
 
@@ -188,11 +190,10 @@ class _Correction:
         fitted, self.fitted = self.fitted, []
         return fitted
 
-    def finish(self, fitted: list[Weighted]) -> None:
+    def finish(self, mean: Statistics) -> None:
         """Put the mean over all samples in place, and remember what was there."""
-        if fitted:
-            _assign(self.norm, _mean(fitted, self.name))
-            self.norm._adq_replaced = _Replaced(self.start, _copy(_running(self.norm)))  # type: ignore[assignment]
+        _assign(self.norm, mean)
+        self.norm._adq_replaced = _Replaced(self.start, _copy(_running(self.norm)))  # type: ignore[assignment]
 
 
 class _Estimate:
@@ -222,16 +223,17 @@ class _Estimate:
         seen, self.seen = self.seen, []
         return seen
 
-    def finish(self, seen: list[Weighted]) -> None:
+    def finish(self, mean: Statistics) -> None:
         """Put the mean over all samples in place."""
-        if seen:
-            _assign(self.norm, _mean(seen, self.name))
+        _assign(self.norm, mean)
 
 
 def _finish(norms: Sequence[_Correction | _Estimate], found: list[list[list[Weighted]]]) -> None:
-    """Put in place what was found batch by batch, norm by norm, call by call."""
-    for norm, batches in zip(norms, zip(*found, strict=True), strict=True):
-        norm.finish([call for calls in batches for call in calls])
+    """Put in place what was found batch by batch, norm by norm, call by call: of all norms, or of none."""
+    calls = [[call for calls in batches for call in calls] for batches in zip(*found, strict=True)]
+    means = [(norm, _mean(seen, norm.name)) for norm, seen in zip(norms, calls, strict=True) if seen]
+    for norm, mean in means:
+        norm.finish(mean)
 
 
 @contextmanager

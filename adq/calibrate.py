@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -138,9 +139,17 @@ def calibrate_(model: nn.Module, batches: Iterable[Any], *, batch_norm: bool = T
         for name, values in samples.items()
         if values is not None
     }
+    before = {name: copy.deepcopy(quantizers[name].state_dict()) for name in fitted}
     for name, thresholds in fitted.items():
         quantizers[name].assign_(thresholds)
-    return correct_batch_norm_(model, batches) if batch_norm and not trained else model
+    if batch_norm and not trained:
+        try:
+            correct_batch_norm_(model, batches)
+        except BaseException:
+            for name, state in before.items():
+                quantizers[name].load_state_dict(state)
+            raise
+    return model
 
 
 @torch.no_grad()

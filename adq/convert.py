@@ -294,7 +294,8 @@ def float_tensors(model: nn.Module) -> set[int]:
     """Where the tensors lie that files hold in float; among them weights that a layer in float uses too."""
     named = quantized_layers(model, every_name=True)
     own = {f"{name}.{q.weight_name}".lstrip(".") for name, q in named.items() if _has_weight_quantizer(q)}
-    return {tensor.data_ptr() for key, tensor in model.state_dict().items() if key not in own}
+    others = (value for key, value in model.state_dict().items() if key not in own)
+    return {value.data_ptr() for value in others if isinstance(value, Tensor)}  # what get_extra_state gives may be none
 
 
 def _has_weight_quantizer(layer: QuantizedLayer) -> bool:
@@ -381,12 +382,13 @@ def is_trained(model: nn.Module) -> bool:
 
 
 @contextmanager
-def quantizers_enabled(model: nn.Module, weights: bool, activations: bool) -> Iterator[None]:
-    """Switch all quantizers of a model on or off for a while."""
+def quantizers_enabled(model: nn.Module, weights: bool, activations: bool | None) -> Iterator[None]:
+    """Switch all quantizers of a model on or off for a while; None leaves those of activations as they are."""
     if not weights:
         refuse_packed(model, "running the float network")
     switches: list[tuple[Any, bool]] = [(quantizer, weights) for _, quantizer in weight_quantizers(model).values()]
-    switches += [(quantizer, activations) for quantizer in activation_quantizers(model).values()]
+    if activations is not None:
+        switches += [(quantizer, activations) for quantizer in activation_quantizers(model).values()]
     before = [quantizer.enabled for quantizer, _ in switches]
     try:
         for quantizer, enabled in switches:
@@ -429,13 +431,15 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 
 def batch_size(batch: Any) -> int:
-    """Samples of a batch as :func:`forward_batch` takes it: the length of the first tensor among its inputs.
+    """Samples of a batch as :func:`forward_batch` takes it: the length of its targets, else of its first tensor.
+
+    Inputs may have another dimension first, as sequences do.
 
     Raises:
-        ValueError: it has none.
+        ValueError: it has no tensor.
     """
-    inputs = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-    for tensor in _tensors(inputs):
+    parts = batch[:2] if isinstance(batch, (tuple, list)) else [batch]
+    for tensor in (tensor for part in reversed(parts) for tensor in _tensors(part)):
         if tensor.dim():
             return len(tensor)
     raise ValueError(f"adq: a batch of {type(batch).__name__} has no tensor among its inputs")
@@ -450,10 +454,14 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def forward_batch(model: nn.Module, batch: Any) -> Any:
-    """Run a model on the inputs of a batch: a tensor, ``(inputs, ...)``, or a mapping of keyword arguments."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+    """Run a model on the inputs of a batch: a tensor, ``(inputs, ...)``, or a mapping of keyword arguments.
+
+    A compiled one runs as it is written: graphs compiled before know nothing of the caller's hooks.
+    """
+    with torch.compiler.set_stance("force_eager"):
+        if isinstance(batch, Mapping):
+            return model(**batch)
+        return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
 
 
 def set_weight_bits(model: nn.Module, bits: Mapping[str, int]) -> None:

@@ -77,8 +77,37 @@ for _name in IN_PLACE:
     setattr(_Proxy, f"__{_name}__", _in_place(_name))
 
 
+@fx.has_side_effect
+def _check_given(name: str, given: Any, default: Any) -> None:
+    """Raise ValueError where a traced model is called with another value than it was traced with."""
+    if not (given is default or (type(given) is type(default) and given == default)):
+        raise ValueError(f"adq: this model was made for {name}={default!r}, and got {given!r}")
+
+
 class _LayerTracer(fx.Tracer):
-    """Traces a model down to its layers, quantized ones as they are, with what it changes in place."""
+    """Traces a model down to its layers, quantized ones as they are, with what it changes in place.
+
+    Args:
+        defaults: values of arguments that the model is traced with. Simple ones may be given later, and are checked
+            then; of the others the graph has no argument.
+    """
+
+    def __init__(self, defaults: dict[str, Any]) -> None:
+        super().__init__()
+        self.defaults = defaults
+
+    def create_args_for_root(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Any]]:
+        """The model's function and what it is called with, a proxy for each argument that has no fixed value."""
+        function, values = super().create_args_for_root(*args, **kwargs)
+        for i, value in enumerate(values):
+            if isinstance(value, fx.Proxy) and value.node.target in self.defaults:
+                name = value.node.target
+                values[i] = self.defaults[name]
+                if isinstance(values[i], (bool, int, float, str, type(None))):
+                    self.create_node("call_function", _check_given, (name, value.node, values[i]), {})
+                else:
+                    self.graph.erase_node(value.node)
+        return function, values
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """What stands for a node's value while the model is run."""
@@ -112,7 +141,7 @@ def trace_layers(model: nn.Module, given: int | None = None) -> fx.Graph:
     parameters = inspect.signature(model.forward).parameters.values()
     others = [p for i, p in enumerate(parameters) if given is None or i >= given]
     defaults = {p.name: p.default for p in others if p.default is not p.empty}
-    return _LayerTracer().trace(model, concrete_args=defaults or None)
+    return _LayerTracer(defaults).trace(model)
 
 
 def activation_problem(quantizer: ActivationQuantizer) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from adq.convert import activation_quantizers, quantized_layers, refuse_packed
+from adq.convert import activation_quantizers, quantized_layers, refuse_packed, weight_quantizers
 from adq.deploy import listed
 from adq.nn.packed import CODES
 from adq.sharded import refuse_sharded
@@ -54,10 +54,18 @@ def start_from_(model: nn.Module, start: nn.Module) -> nn.Module:
         raise ValueError(f"adq: of start and model only one quantizes the input of {listed(other)}")
     if learned and not any(quantizer.is_calibrated for quantizer in learned.values()):
         raise ValueError("adq: the start is not calibrated")
-    model.load_state_dict(state, strict=False)  # compared already; float weights let layers fit their codebooks
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
+    try:
+        model.load_state_dict(state, strict=False)  # compared already; float weights let layers fit their codebooks
+    except ValueError:  # a weight that none can be fitted to
+        model.load_state_dict(before, strict=False)
+        raise
     for name, quantizer in learned.items():
         if quantizer.is_calibrated:  # of layers that are never reached it is not
             quantizers[name].take_over_(quantizer)
+    if learned:  # in files, too, it is a trained network
+        for _, weight_quantizer in weight_quantizers(model).values():
+            weight_quantizer.steps.fill_(1)
     return model
 
 
@@ -69,6 +77,7 @@ def float_state(model: nn.Module) -> dict[str, Tensor]:
     layers = quantized_layers(model, every_name=True)
     prefixes = {name: f"{name}." if name else "" for name in layers}
     own = tuple(p + part for p in prefixes.values() for part in ("weight_quantizer.", "input_quantizer.", CODES))
-    state = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(own)}
+    values = model.state_dict().items()
+    state = {key: value for key, value in values if isinstance(value, Tensor) and not key.startswith(own)}
     packed = {name: layer for name, layer in layers.items() if layer.packed}
     return state | {f"{prefixes[name]}{q.weight_name}": q.quantized_weight() for name, q in packed.items()}

@@ -10,9 +10,9 @@ import shutil
 import socket
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 MANIFEST = "manifest.json"
 
@@ -159,6 +159,20 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+_LOCKED: set[TextIO] = set()
+"""Lock files that this process has open."""
+
+
+def _close_in_child() -> None:
+    """A lock belongs to the open file: a forked loader worker would hold it on when its parent has died."""
+    for file in _LOCKED:
+        file.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_in_child)
+
+
 @contextmanager
 def locked(path: Path, wait: bool = False) -> Iterator[str | None]:
     """Hold a lock file; yields None, or, unless ``wait``, who else holds it. A process that dies lets go.
@@ -166,22 +180,39 @@ def locked(path: Path, wait: bool = False) -> Iterator[str | None]:
     On a system, or a file system, without locks it holds nothing, and says so in a warning.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", encoding="utf-8") as file:
+    file, owner = _lock(path, wait)
+    _LOCKED.add(file)
+    try:
+        yield owner
+    finally:
+        _LOCKED.discard(file)
+        file.close()
+
+
+def _is_at(file: TextIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _lock(path: Path, wait: bool) -> tuple[TextIO, str | None]:
+    """The open file, and who else holds it."""
+    while True:
+        file = path.open("a+", encoding="utf-8")
         try:
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            if not _is_at(file, path):  # its last owner has removed it meanwhile
+                file.close()
+                continue
         except BlockingIOError:
             file.seek(0)
-            yield file.read().strip() or "another process"
-            return
+            return file, file.read().strip() or "another process"
         except (OSError, ImportError) as error:
-            warnings.warn(f"adq: {path} cannot be locked ({error}): let no other process use the folder", stacklevel=3)
+            warnings.warn(f"adq: {path} cannot be locked ({error}): let no other process use the folder", stacklevel=4)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
-        try:
-            yield None
-        finally:
-            with suppress(OSError, UnboundLocalError):
-                fcntl.flock(file, fcntl.LOCK_UN)  # closing is not enough: loader workers inherit the open file
+        return file, None

@@ -7,7 +7,7 @@ from textwrap import wrap
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from adq.allocate import FLOAT_BITS
 from adq.artifact import packed_bytes
@@ -164,7 +164,7 @@ def float_bytes(model: nn.Module) -> int:
     tensors = {
         tensor.data_ptr(): tensor
         for key, tensor in model.state_dict().items()
-        if not any(part in key for part in skipped) and tensor.data_ptr() not in codes
+        if isinstance(tensor, Tensor) and not any(part in key for part in skipped) and tensor.data_ptr() not in codes
     }
     in_codes = sum(q.shape.numel() * q.dtype.itemsize for q in packed)
     return sum(tensor.nbytes for tensor in tensors.values()) + in_codes

@@ -40,7 +40,15 @@ QUICK = {
 }
 FROZEN = {"quantization": {"weight": {"update": "frozen"}}}
 ROWS = [{"name": "k-means, EMA"}, {"name": "Frozen codebook", "group": "codebook", "set": FROZEN}]
-KEPT = {"config.yaml", "metrics.jsonl", "result.json", "allocation.yaml", "summary.txt", "report.html"}
+KEPT = {
+    "config.yaml",
+    "metrics.jsonl",
+    "result.json",
+    "allocation.yaml",
+    "summary.txt",
+    "report.html",
+    "model-packed.safetensors",
+}
 
 
 @pytest.fixture(scope="module")
@@ -333,7 +341,7 @@ def test_what_a_kill_left_of_a_finished_row_is_removed(tmp_path, weights):
     assert ablate(file, tmp_path) == 0
     run = tmp_path / "runs" / "k-means-ema-seed0"
     (run / "checkpoints").mkdir()
-    (run / "model-packed.safetensors").touch()
+    (run / "model.safetensors").touch()
     assert ablate(file, tmp_path) == 0
     assert {item.name for item in run.iterdir()} == KEPT
 

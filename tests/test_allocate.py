@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import math
 
@@ -187,6 +188,9 @@ def test_scores_of_very_different_size_are_all_respected(seed):
 @pytest.mark.parametrize("kind", ["weight_bits", "bytes", "bit_ops"])
 def test_an_infinite_budget_takes_the_least_score(kind):
     assert allocate(SMALL, Budget(**{kind: math.inf})).bits == {"a": 4, "b": 4, "c": 8}
+    in_float = tuple(dataclasses.replace(layer, in_float=True) for layer in SMALL.layers)
+    table = dataclasses.replace(SMALL, layers=in_float)
+    assert allocate(table, Budget(**{kind: math.inf})).bits == {"a": 4, "b": 4, "c": 8}
 
 
 def test_a_weight_that_files_hold_in_float_takes_no_bits_or_bytes():

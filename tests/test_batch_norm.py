@@ -306,3 +306,31 @@ def test_real_network_holds_without_training(bits, least):
     with torch.no_grad():
         right = sum(int((model(x).argmax(1) == y).sum()) for x, y in data.test)
     assert right / 100 >= least
+
+
+@pytest.mark.parametrize("change", [adq.reestimate_batch_norm_, adq.correct_batch_norm_])
+@pytest.mark.parametrize(
+    "wrap", [lambda m: torch.compile(m, backend="eager"), lambda m: m.compile(backend="eager") or m]
+)
+def test_a_compiled_network_is_looked_into_too(change, wrap):
+    model = adq.calibrate_(chain(), [images(5)], batch_norm=False).eval()
+    plain = copy.deepcopy(model)
+    compiled = wrap(model)
+    compiled(images(1, 32))
+    change(compiled, [images(1, 32)])
+    change(plain, [images(1, 32)])
+    assert same(statistics(compiled), statistics(plain))
+
+
+def test_a_norm_that_fails_leaves_the_others_with_their_float_statistics():
+    model = chain()
+    adq.calibrate_(model, [images()])
+    before, in_float = statistics(model), [_float_statistics(norm) for norm in norms(model)]
+    handle = model.norm2.register_forward_pre_hook(lambda norm, args: (args[0] * 1e25,))
+    with pytest.raises(ValueError, match="batch norm 'norm2'"):
+        adq.correct_batch_norm_(model, [images(1)])
+    handle.remove()
+    assert same(statistics(model), before)
+    for norm, known in zip(norms(model), in_float, strict=True):
+        assert same(list(_float_statistics(norm)), list(known))
+        assert not same(list(known), [norm.running_mean, norm.running_var])

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import adq
 from adq import ActivationConfig, ADQConfig, WeightConfig, convert
+from adq.convert import activation_quantizers
 from adq.thresholds import fit_thresholds
 
 
@@ -127,6 +128,17 @@ def test_every_input_is_looked_at_and_nothing_changes_where_one_is_bad():
     with pytest.raises(ValueError, match=r"signed=False, .* \(layer '1'\)"):
         adq.calibrate_(model, [torch.randn(8, 4)])
     assert not model[0].input_quantizer.is_calibrated
+    model = adq.quantize_(net())
+    handle = model.norm.register_forward_pre_hook(lambda norm, args: (args[0] * 1e25,))  # squares overflow
+    with pytest.raises(ValueError, match="batch norm 'norm'"):
+        adq.calibrate_(model, [images()])
+    assert not any(quantizer.is_calibrated for quantizer in activation_quantizers(model).values())
+    handle.remove()
+    before = {name: tensor.clone() for name, tensor in adq.calibrate_(model, [images()]).state_dict().items()}
+    model.norm.register_forward_pre_hook(lambda norm, args: (args[0] * 1e25,))
+    with pytest.raises(ValueError, match="batch norm 'norm'"):
+        adq.calibrate_(model, [images(1)])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 class Experts(nn.Module):

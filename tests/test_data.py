@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from adq.models import create_model
-from adq.train.data import Data, DataConfig, EpochSampler, build_data, check_classes
+from adq.train.data import Data, DataConfig, EpochSampler, build_data, check_classes, check_input
 from adq.train.data.decoding import BrokenImages, broken_images
 from adq.train.data.folder import open_rgb
 from adq.train.data.memory import CropFlip, MemoryDataset, identity
@@ -498,6 +498,20 @@ def test_check_classes():
         ValueError, check_classes, nn.Sequential(nn.Linear(4, 10), nn.Linear(10, 7)), data
     )
     check_classes(nn.Conv2d(1, 3, 1), data)
+
+
+def test_check_input():
+    """Models say in their own ways that they do not take an image."""
+
+    class Picky(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise AssertionError("Wrong image height! Expected 224 but got 8!")
+
+    data = build_data(DataConfig("digits"))
+    check_input(create_model("digits_cnn", 10), data, "digits_cnn")
+    for model, reason in ((Picky(), "Wrong image height"), (nn.Linear(3, 10), "mat1 and mat2")):
+        text = message(ValueError, check_input, model, data, "other")
+        assert "the model 'other' does not take images of 1x8x8" in text and reason in text
 
 
 # ---- real images -------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from adq.convert import activation_quantizers, quantizers_enabled, set_weight_bi
 from adq.functional import threshold_quantize
 from adq.thresholds import Thresholds, resampled
 
-from .networks import Block, images, net
+from .networks import Block, assert_same_state, images, net
 
 ONE = torch.ones(1)
 TENSOR = WeightConfig(bits=3, scale="tensor")  # its fit finds levels again that all weights are on
@@ -247,3 +247,67 @@ def test_what_cannot_be_a_start_changes_nothing(model, start, message):
     with pytest.raises(ValueError, match=message):
         adq.start_from_(model, start())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("spoil", [0.0, torch.nan])
+def test_a_weight_that_no_codebook_fits_changes_nothing(spoil):
+    start, model = trained(), fresh()
+    with torch.no_grad():
+        start.head.weight.fill_(spoil)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="layer 'head'"):
+        adq.start_from_(model, start)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+class Noted(nn.Linear):
+    """Has a state that is no tensor."""
+
+    def get_extra_state(self) -> dict:
+        return {"epoch": 3}
+
+    def set_extra_state(self, state: dict) -> None:
+        pass
+
+
+def test_what_is_no_tensor_of_a_state_is_left_where_it_is():
+    models = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        model = adq.quantize_(nn.Sequential(nn.Linear(4, 4), Noted(4, 4), nn.Linear(4, 4)), ADQConfig(weight=TENSOR))
+        models.append(adq.calibrate_(model, [torch.randn(8, 4)]))
+    adq.summary(models[0])
+    adq.start_from_(*models)
+    torch.testing.assert_close(models[0][1].weight, models[1][1].weight)
+
+
+def is_guarded(model: nn.Module) -> None:
+    with pytest.raises(RuntimeError, match="has been trained"):
+        adq.calibrate_(model, [images()])
+    with pytest.raises(RuntimeError, match="has been trained"):
+        adq.correct_batch_norm_(model, [images()])
+
+
+def test_a_file_of_what_began_from_a_trained_network_is_of_a_trained_one(tmp_path):
+    model = adq.start_from_(fresh(), trained())
+    is_guarded(model)
+    is_guarded(adq.load(adq.save(model, tmp_path / "m.safetensors"), net()))
+    other = fresh()
+    other.load_state_dict(model.state_dict())
+    is_guarded(other)
+
+
+def test_a_trained_network_of_other_widths_is_a_trained_one(tmp_path):
+    model = adq.load(adq.save(trained(first_last_bits=None), tmp_path / "m.safetensors"), net())
+    set_weight_bits(model, dict.fromkeys(("body.0", "body.2"), 2))
+    is_guarded(model)
+
+
+def test_quantizers_that_are_off_stay_off_while_a_trained_network_is_scored():
+    model = trained(first_last_bits=None)
+    expected = adq.sensitivity(model, [(images(), torch.arange(8) % 4)], F.cross_entropy, (2,), "loss")
+    before = copy.deepcopy(model.body[0].input_quantizer)
+    model.body[0].input_quantizer.enabled = False
+    found = adq.sensitivity(model, [(images(), torch.arange(8) % 4)], F.cross_entropy, (2,), "loss")
+    assert not model.body[0].input_quantizer.enabled and found != expected
+    assert_same_state(model.body[0].input_quantizer, before)

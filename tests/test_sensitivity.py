@@ -494,3 +494,12 @@ def test_random_is_a_permutation_of_the_scores_per_weight_that_the_seed_decides(
 def test_an_unknown_order_is_refused():
     with pytest.raises(ValueError, match="order must be random or reversed, got 'ranked'"):
         reordered(ordered_table(), "ranked")
+
+
+def test_sequences_count_by_their_targets():
+    """Inputs ``[T, B, E]``: a sample is one of B."""
+    torch.manual_seed(0)
+    model = adq.quantize_(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
+    batch = torch.randn(5, 8, 4), torch.randn(8, 4)
+    table = adq.sensitivity(model, [batch], lambda y, target: F.mse_loss(y.mean(0), target), (2,))
+    assert [layer.macs for layer in table.layers] == [5 * 16, 5 * 16]

@@ -1,6 +1,8 @@
 """Files and directories are the old ones or the new ones, whatever happens in between."""
 
+import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -61,3 +63,42 @@ def test_where_nothing_can_be_locked_a_warning_says_so(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows
     with pytest.warns(UserWarning, match="cannot be locked"), store.locked(tmp_path / "a.lock") as owner:
         assert owner is None
+
+
+@pytest.mark.skipif(not hasattr(store.os, "fork"), reason="a system without fork")
+def test_a_forked_child_does_not_hold_the_lock_of_a_parent_that_is_killed(tmp_path):
+    code = f"""
+import os, pathlib, signal, sys, time
+from adq import store
+with store.locked(pathlib.Path({str(tmp_path / "a.lock")!r})) as owner:
+    child = os.fork()
+    if child == 0:
+        time.sleep(30)
+        os._exit(0)
+    print(child, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=tempfile.gettempdir(), close_fds=True
+    )
+    assert run.returncode == -9
+    try:
+        with store.locked(tmp_path / "a.lock") as owner:
+            assert owner is None
+    finally:
+        store.os.kill(int(run.stdout), 9)
+
+
+def test_a_lock_file_that_was_removed_before_it_was_locked_is_not_the_lock(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl", reason="a system without file locks")
+    path, flock = tmp_path / "a.lock", fcntl.flock
+
+    def late(file, operation):
+        monkeypatch.setattr(fcntl, "flock", flock)
+        path.unlink()  # as the last owner does
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with store.locked(path) as owner, store.locked(path) as other:
+        assert owner is None
+        assert "process" in other

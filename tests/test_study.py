@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 import adq
+from adq.config import load_yaml
 from adq.sensitivity import SensitivityTable
 
 pytest.importorskip("accelerate", reason="adq train needs the extra 'train'")
@@ -185,3 +186,33 @@ def test_bad_options_are_refused(weights, tmp_path, arguments, message):
     assert outcome.exit_code == 1
     assert message in " ".join(outcome.output.split())
     assert not (tmp_path / "out").exists()
+
+
+def test_the_start_is_scored_where_there_is_one(weights, tmp_path):
+    config = resolve("digits", [])
+    data = build_data(config.data)
+
+    def network():
+        model = adq.create_model("digits_cnn", 10)
+        adq.load_float_weights(model, weights)
+        return model
+
+    start = adq.calibrate_(adq.quantize_(network(), config.quantization), [next(iter(data.calibration))])
+    start.conv2.weight.data.mul_(-1.0)
+    adq.save(start, tmp_path / "start.safetensors")
+    common = "--weights", weights, "--output", tmp_path / "table.yaml", "--set", "allocation.batches=1"
+    found = []
+    for arguments in ([], ["--set", f"start={tmp_path / 'start.safetensors'}"]):
+        outcome = run(*common, *arguments)
+        assert outcome.exit_code == 0, outcome.output
+        found.append(SensitivityTable.from_dict(load_yaml(tmp_path / "table.yaml")))
+    model = adq.start_from_(adq.quantize_(network(), config.quantization), start)
+    batches = list(itertools.islice(data.calibration, 1))
+    assert found[1] == adq.sensitivity(model, batches, F.cross_entropy, config.allocation.bits) != found[0]
+    for arguments, message in (
+        (common, "no such file: missing"),
+        (["--weights", weights, "--study", tmp_path], "no start"),
+    ):
+        outcome = run(*arguments, "--set", "start=missing")
+        assert outcome.exit_code == 1
+        assert message in outcome.output

@@ -592,3 +592,33 @@ def test_a_residual_of_half_precision(dtype):
     model = quantized(Block(8, 8), x)
     converted = adq.to_integer(model, x)
     torch.testing.assert_close(converted(x.to(dtype)).float(), converted(x.to(dtype).float()), rtol=1e-2, atol=1e-2)
+
+
+NAMES, TABLE, SHIFT = [], {"a": 2.0}, torch.ones(1)
+
+
+class Defaults(nn.Module):
+    """Arguments with defaults of every kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+
+    def forward(self, x, sizes=(1, 2), names=NAMES, table=TABLE, shift=SHIFT, mask=None, flag=True, mode="sum"):
+        x = self.b(F.relu(self.a(x)))
+        x = x * sizes[1] + table["a"] + shift if mask is None and not names else x * 0
+        return x.sum(1) if flag and mode == "sum" else x
+
+
+def test_defaults_of_every_kind():
+    x = images(2, 3, 9, 9)
+    model = quantized(Defaults(), x)
+    converted = adq.to_integer(model, x)
+    assert converted.adq_integer.unfused is None
+    expected = model(x)
+    for given in ({}, {"flag": True}, {"mask": None, "mode": "sum"}):
+        torch.testing.assert_close(converted(x, **given), expected, rtol=1e-5, atol=1e-4)
+    with pytest.raises(ValueError, match="made for flag=True, and got False"):
+        converted(x, flag=False)
+    with pytest.raises(TypeError, match="sizes"):
+        converted(x, sizes=(1, 3))

@@ -167,7 +167,7 @@ def test_quantization_starts_from_another_quantized_network(finished):
     folder, _ = finished
     weights = str(folder / "whole" / "float.safetensors")
     common = ["train", "--weights", weights, "--epochs", "0", "--set", "quantization.weight.bits=2"]
-    starts = {"float": None, "plain": "whole/model.safetensors", "packed": "whole/model-packed.safetensors"}
+    starts = {"float": None, "plain": "whole", "packed": "whole/model-packed.safetensors"}
     for name, start in starts.items():
         options = [] if start is None else ["--set", f"start={start}"]
         code, text = adq(folder, *common, "--output", name, "--set", "allocation.weight_bits=null", *options)
@@ -196,6 +196,10 @@ def test_quantization_starts_from_another_quantized_network(finished):
         (["--set", "quantization.weight=null"], "quantization.weight leaves all of them in float"),
         (["--set", "distillation.teacher={name: digits_cnn, weights: missing.pt}"], "no such file: missing.pt"),
         (["--set", "start=missing.safetensors"], "no such file: missing.safetensors"),
+        (
+            ["--set", "start=whole", "--set", "allocation.estimator=hessian"],
+            "takes second derivatives, which the learned thresholds of whole do not have",
+        ),
         (["--set", "start=folded.safetensors"], "they are folded; training needs them (folded.safetensors)"),
         (
             ["--set", "start=whole/model.safetensors", "--set", "quantization.activation=null"],

@@ -43,7 +43,7 @@ class WeightQuantizer(nn.Module):
 
     Buffers (float32 unless said): ``codebook`` ``[K]`` (a parameter with ``update="gradient"``), ``ema_count`` and
     ``ema_total`` ``[K]`` (N and M), ``scale`` (broadcasts against the weight; a parameter with ``update="step"``),
-    ``steps`` int64, steps since the fit. They keep their dtype when the model is cast.
+    ``steps`` int64, those of the optimizer until now. They keep their dtype when the model is cast.
     Set ``enabled = False`` to let weights through untouched.
 
     Args:
@@ -114,7 +114,8 @@ class WeightQuantizer(nn.Module):
             if present is not None and present.shape == value.shape:
                 present.copy_(value)  # in place: optimizers and compiled graphs hold it
             elif isinstance(present, nn.Parameter):
-                present.data, present.grad = value, None  # an optimizer that was built before goes on with it
+                # a plain optimizer that was built before goes on with it; one with a state of the old shape cannot
+                present.data, present.grad = value, None
             elif (name, self.config.update) in (("codebook", "gradient"), ("scale", "step")):
                 setattr(self, name, nn.Parameter(value))
             else:
@@ -155,8 +156,9 @@ class WeightQuantizer(nn.Module):
         return torch.ops.adq.codebook_lookup(weight / self.scale, codebook, decision_thresholds(codebook), True)[1]
 
     def refit_(self, weight: Tensor) -> None:
-        """Fit codebook and scale anew to a weight, as at construction."""
+        """Fit codebook and scale anew to a weight, as at construction: it has not been trained."""
         self.replace_(self.config, self._fit(weight, self.config))
+        self.steps.zero_()
 
     def fit_bits(self, bits: int, weight: Tensor) -> tuple[WeightConfig, Fit]:
         """What :meth:`replace_` takes to change the width of the codes; nothing is changed yet."""
@@ -167,7 +169,6 @@ class WeightQuantizer(nn.Module):
         """Go on with another configuration, and the codebook and scale fitted for it."""
         self.config = config
         self._assign(fitted)
-        self.steps.zero_()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         return super()._apply(keeping_dtype(fn), recurse)

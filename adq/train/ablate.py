@@ -259,10 +259,10 @@ def _forget_last_run(compiled: bool) -> None:
 
 
 def prune(folder: RunFolder) -> None:
-    """Remove the weights, checkpoints and figures of a finished run; its numbers stay."""
+    """Remove the plain weights, checkpoints and figures of a finished run; its numbers and its packed model stay."""
     for path in (folder.checkpoints, folder.figures):
         shutil.rmtree(path, ignore_errors=True)
-    for path in (folder.float_weights, *folder.path.glob("model*.safetensors")):
+    for path in (folder.float_weights, folder.model):
         path.unlink(missing_ok=True)
 
 

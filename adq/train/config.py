@@ -217,9 +217,9 @@ class RunConfig:
 
     Attributes:
         seed: of everything random in training; ``data.seed``, where given, is that of order and augmentation.
-        start: file of :func:`adq.save`, as another run's ``model.safetensors``: quantization starts from that network,
-            trained at more bits say, instead of the float network; from a packed file, from the quantized weights.
-            Widths are this configuration's (:func:`adq.start_from_`); the float network stays baseline and teacher.
+        start: run folder, or file of :func:`adq.save`: quantization starts from that network, trained at more bits
+            say, instead of the float network; from a packed file, from the quantized weights. Widths are this
+            configuration's (:func:`adq.start_from_`); the float network stays baseline and teacher.
     """
 
     seed: int = 0

@@ -37,7 +37,7 @@ from adq.convert import activation_quantizers, choose_layers, quantize_, weight_
 from adq.distill import DistillationLoss
 from adq.distributed import from_main, share, share_of
 from adq.nn.layers import QUANTIZED
-from adq.progressive import start_from_
+from adq.progressive import float_state, start_from_
 from adq.report import report
 from adq.sensitivity import Estimator, LayerCost, SensitivityTable, reordered, sensitivity
 from adq.store import locked, replacing, write_text
@@ -81,9 +81,9 @@ class RunFolder:
                 yield owner
             finally:
                 if owner is None:
-                    (self.path / "run.lock").unlink(missing_ok=True)
-                    if made:
-                        with suppress(OSError):
+                    with suppress(OSError):  # a system may keep the name of an open file
+                        (self.path / "run.lock").unlink(missing_ok=True)
+                        if made:
                             self.path.rmdir()
 
 
@@ -130,9 +130,10 @@ def choose_folder(config: RunConfig, resume: bool, taken: Sequence[Path] = ()) -
 def check_files(config: RunConfig) -> None:
     """Raise FileNotFoundError or ValueError for files and folders that are named and not there."""
     named = flatten(to_dict(config))
-    for file in (named.get(key) for key in FILES):
-        if file is not None and not Path(file).is_file():
-            raise FileNotFoundError(f"adq: no such file: {file}")
+    for key, file in ((key, named.get(key)) for key in FILES):
+        if file is None or Path(file).is_file() or (key == "start" and RunFolder(Path(file)).model.is_file()):
+            continue
+        raise FileNotFoundError(f"adq: no such file: {file}")
     if config.data.root is not None:
         _ = config.data.folder
 
@@ -275,6 +276,7 @@ class Run:
         self._leave_if_told()
         teacher, accuracies = self._baseline(model, other, test)
         allocation = self._quantize(model, start, data)
+        del start
         accuracies["calibrated_top1"] = evaluate(model.to(self.accelerator.device), test)[1]
         self.display.say(f"top-1 after calibration, before training {accuracies['calibrated_top1']:.2f}")
         if self._saved("qat") is None:
@@ -310,8 +312,17 @@ class Run:
         if self.config.start is None:
             return None
         start = load(self.config.start, copy.deepcopy(model))
+        allocation = self.config.allocation
+        scored = allocation.file is None and allocation.weight_bits is not None
+        if scored and allocation.estimator == "hessian" and activation_quantizers(start):
+            raise ValueError(
+                "adq: allocation.estimator=hessian takes second derivatives, which the learned thresholds of "
+                f"{self.config.start} do not have; choose another estimator"
+            )
         try:  # on a copy, so that what cannot be is said before the float network is trained
-            start_from_(quantize_(copy.deepcopy(model), self.config.quantization), start)
+            trial = copy.deepcopy(model)
+            trial.load_state_dict(float_state(start), strict=False)
+            start_from_(quantize_(trial, self.config.quantization), start)
         except ValueError as error:
             raise ValueError(f"{error} ({self.config.start})") from error
         return start

@@ -1,35 +1,48 @@
-"""``adq sensitivity``: the table and the allocation of a float network, without training."""
+"""``adq sensitivity``: the table and the allocation of a network, without training."""
 
 from __future__ import annotations
 
+import copy
 from itertools import islice
 from pathlib import Path
 
+from accelerate import Accelerator
 from torch import nn
 
 from adq import models
 from adq.allocate import Allocation, Budget, allocate
+from adq.artifact import load
 from adq.config import dump_yaml
 from adq.convert import quantize_
-from adq.sensitivity import SensitivityTable, sensitivity
+from adq.progressive import start_from_
+from adq.sensitivity import SensitivityTable, reordered, sensitivity
 from adq.store import write_text
 from adq.train.config import RunConfig
 from adq.train.data import build_data, check_classes
+from adq.train.run import check_files
 
 
 def score(config: RunConfig, output: Path | None, allocation: Path | None) -> str:
     """Score, allocate where a budget is given, write the files asked for; returns the text to show.
 
+    Scored is what ``adq train`` scores: the float network, or the ``start``.
+
     Raises:
+        FileNotFoundError: a file of the configuration is not there.
         ValueError: no float weights are given; they would be random.
     """
     if config.model.weights is None:
         raise ValueError("adq: sensitivity needs trained float weights: --weights FILE")
+    check_files(config)
     data = build_data(config.data)
     model = models.create_model(config.model.name, data.num_classes, **config.model.kwargs)
     models.load_float_weights(model, config.model.weights)
     check_classes(model, data)
+    start = None if config.start is None else load(config.start, copy.deepcopy(model))
     quantize_(model, config.quantization)
+    if start is not None:
+        start_from_(model, start)
+    model.to(Accelerator(cpu=config.engine.device == "cpu").device)
     chosen = config.allocation
     batches = islice(data.calibration, chosen.batches)
     table = sensitivity(model, batches, nn.functional.cross_entropy, chosen.bits, chosen.estimator)
@@ -46,4 +59,8 @@ def score(config: RunConfig, output: Path | None, allocation: Path | None) -> st
 
 def _allocated(table: SensitivityTable, config: RunConfig) -> Allocation | None:
     budget = config.allocation.weight_bits
-    return None if budget is None else allocate(table, Budget(weight_bits=budget))
+    if budget is None:
+        return None
+    if config.allocation.order != "ranked":
+        table = reordered(table, config.allocation.order, config.seed)
+    return allocate(table, Budget(weight_bits=budget))

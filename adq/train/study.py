@@ -132,6 +132,8 @@ class Subject:
         """Load, quantize and calibrate."""
         if config.model.weights is None:
             raise ValueError("adq: the study needs trained float weights: --weights FILE")
+        if config.start is not None:
+            raise ValueError("adq: the study is of float networks; it takes no start")
         if config.allocation.weight_bits is None:
             raise ValueError("adq: the study compares allocations; give it a budget, allocation.weight_bits")
         accelerator = Accelerator(cpu=config.engine.device == "cpu", mixed_precision=config.engine.mixed_precision)
