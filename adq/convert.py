@@ -431,15 +431,16 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 
 def batch_size(batch: Any) -> int:
-    """Samples of a batch as :func:`forward_batch` takes it: the length of its targets, else of its first tensor.
-
-    Inputs may have another dimension first, as sequences do.
+    """Samples of a batch as :func:`forward_batch` takes it: the length of its targets, if they are a tensor, else of
+    the first tensor among its inputs, which may have another dimension first, as sequences do.
 
     Raises:
         ValueError: it has no tensor.
     """
-    parts = batch[:2] if isinstance(batch, (tuple, list)) else [batch]
-    for tensor in (tensor for part in reversed(parts) for tensor in _tensors(part)):
+    parts = batch[1::-1] if isinstance(batch, (tuple, list)) else [batch]
+    if len(parts) == 2 and not isinstance(parts[0], Tensor):
+        parts = parts[1:]
+    for tensor in _tensors(parts):
         if tensor.dim():
             return len(tensor)
     raise ValueError(f"adq: a batch of {type(batch).__name__} has no tensor among its inputs")
