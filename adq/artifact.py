@@ -49,6 +49,17 @@ COUNTER = "num_batches_tracked"
 """Of batch norms: state of training too."""
 
 
+MODEL, PACKED_MODEL = "model.safetensors", "model-packed.safetensors"
+"""Names in a run folder of ``adq train``."""
+
+
+def model_file(path: str | Path) -> Path:
+    """The file itself; of a run folder the plain model, or the packed one where that is all there is."""
+    path = Path(path)
+    names = [name for name in (MODEL, PACKED_MODEL) if (path / name).is_file()]
+    return path / names[0] if names else path
+
+
 def installed_version() -> str:
     try:
         return version("adq")
@@ -334,9 +345,7 @@ def load(path: str | Path, model: nn.Module | None = None, *, device: str | torc
             adq model, of a newer format; values that no model has; another architecture (missing, unexpected and
             misshapen tensors are named). A model that was passed in is unchanged then.
     """
-    path = Path(path)
-    if path.is_dir() and (path / "model.safetensors").is_file():
-        path = path / "model.safetensors"
+    path = model_file(path)
     contents, state = container.read(path)
     header = Header.parse(contents, path)
     if model is not None and quantized_layers(model):

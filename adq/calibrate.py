@@ -111,7 +111,7 @@ def calibrate_(model: nn.Module, batches: Iterable[Any], *, batch_norm: bool = T
     refuse_packed(model, "calibration")
     quantizers = activation_quantizers(model)
     trained = is_trained(model)
-    if trained and not force:
+    if trained and not force and any(quantizer.is_calibrated for quantizer in quantizers.values()):
         raise RuntimeError(
             "adq: the model has been trained since it was calibrated, and calibrating again would discard its learned "
             "thresholds; calibrate before training, or pass force=True"

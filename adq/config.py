@@ -53,8 +53,7 @@ class WeightConfig:
         ema_decay: g of ``N <- g N + (1 - g) n``.
         ema_follows_lr: multiply (1 - g) by the learning rate over its peak, so that codebooks come to rest
             together with the weights; otherwise they go on moving while the weights can no longer answer. The peak is
-            ``initial_lr`` or ``max_lr`` of the parameter group, as most schedulers of torch record it; with
-            ``ReduceLROnPlateau``, ``CyclicLR`` and rates set by hand record ``max_lr`` there yourself.
+            ``max_lr`` of the parameter group, where there is one, else the highest rate that it has had.
         snap: ``"int8"`` holds the levels on an int8 grid (a power-of-two step) times the scale.
     """
 

@@ -295,6 +295,9 @@ for _depth in (20, 32, 44, 56):
 # ---- float weights -----------------------------------------------------------------------------------
 
 
+_AUXILIARY_HEADS = ("aux1.", "aux2.", "AuxLogits.")
+
+
 def load_float_weights(model: nn.Module, path: str | Path) -> None:
     """Load the weights of a float network from a file, in place; the model is unchanged when this raises.
 
@@ -319,6 +322,8 @@ def load_float_weights(model: nn.Module, path: str | Path) -> None:
             f"{path}: the weights of a quantized model, as adq.save writes them; load it by adq.load(path, model), or "
             "let adq train begin from it (--set start=FILE)"
         )
+    if getattr(model, "aux_logits", None) is False:  # torchvision's GoogLeNet and Inception v3, whose files have them
+        state = {key: value for key, value in state.items() if not key.startswith(_AUXILIARY_HEADS)}
     _check_state(model, state, path)
     model.load_state_dict(state, strict=False)  # checked above: what may be missing is
 

@@ -19,19 +19,26 @@ from adq.summary import float_bytes
 ROUNDING = 2e-6
 """Of the largest input of a quantizer: how far sums in float32 of another order may lie apart."""
 NOISY_RUNS = 64
+CLOSE = 1e-3
+"""Of the largest output of a batch: how far outputs that are no classes may lie apart."""
 
 
 @dataclass(frozen=True)
 class Parity:
-    """A check: images with the same top-1, images left out as undecided, and the largest difference of logits."""
+    """A check: images with the same top-1, images left out as undecided, and the largest difference of logits.
+
+    Of a model with one output, which has no top-1, images whose outputs are close (``of_values``).
+    """
 
     runtime: str
     images: int
     undecided: int
     max_difference: float
+    of_values: bool = False
 
     def __str__(self) -> str:
-        text = f"parity: top-1 identical on {self.images:,} images in {self.runtime}"
+        same = f"outputs within {CLOSE:.1%}" if self.of_values else "top-1 identical"
+        text = f"parity: {same} on {self.images:,} images in {self.runtime}"
         if self.undecided:
             text += f" ({self.undecided:,} more left out: there rounding decides in the model itself)"
         return f"{text}, largest difference of the logits {self.max_difference:.3g}"
@@ -75,7 +82,20 @@ def _first(outputs: Any) -> Tensor:
 
 def _top1(logits: Tensor) -> Tensor:
     """The top classes of each image, ``[N, places]``: of ``[N, classes]`` one, of ``[N, classes, ...]`` one a place."""
-    return logits.reshape(len(logits), *logits.shape[1:2], -1).argmax(1) if logits.dim() > 1 else logits[:, None] * 0
+    return logits.reshape(len(logits), *logits.shape[1:2], -1).argmax(1)
+
+
+def _has_classes(outputs: Tensor) -> bool:
+    return outputs.dim() > 1 and outputs.shape[1] > 1
+
+
+def _differing(expected: Tensor, found: Tensor) -> list[int]:
+    """Images with another top-1 in one place; where there are no classes, with outputs that are not close."""
+    if _has_classes(expected):
+        differ = _top1(expected) != _top1(found)
+    else:
+        differ = ((expected - found).abs() > CLOSE * expected.abs().amax()).reshape(len(expected), -1)
+    return differ.any(1).nonzero().flatten().tolist()
 
 
 @contextmanager
@@ -96,39 +116,45 @@ def _rounding_noise(model: nn.Module) -> Iterator[None]:
             hook.remove()
 
 
-def _undecided(model: nn.Module, inputs: tuple[Tensor, ...], index: int) -> bool:
-    """Whether rounding decides the model's own top-1 for one image of a batch: it changes under noise of that size.
+def _undecided(model: nn.Module, inputs: tuple[Tensor, ...], index: int, largest: Tensor) -> bool:
+    """Whether rounding decides the model's own answer for one image of a batch: it changes under noise of that size.
 
     Values next to a threshold make such images: summed in another order they pass it, and later layers follow. torch
     alone gives them another top-1 with another batch size or kernel.
     """
     copies = tuple(x[index : index + 1].expand(NOISY_RUNS, *x.shape[1:]) for x in inputs)
     with _rounding_noise(model):
-        return len(_top1(_first(model(*copies))).unique(dim=0)) > 1
+        outputs = _first(model(*copies))
+    if _has_classes(outputs):
+        return len(_top1(outputs).unique(dim=0)) > 1
+    return bool((outputs.amax(0) - outputs.amin(0)).max() > CLOSE * largest)
 
 
 def _compare_batch(
     model: nn.Module, run: Callable[..., Any], inputs: tuple[Tensor, ...], runtime: str, allowance: float
-) -> tuple[int, Tensor]:
-    """How many images of a batch are undecided, at most ``allowance``, and the largest difference of the logits."""
+) -> tuple[int, Tensor, bool]:
+    """Of a batch: how many images are undecided, at most ``allowance``, the largest difference of the logits, and
+    whether outputs were compared by their values.
+    """
     expected, found = _first(model(*inputs)), _first(run(*(x.cpu() for x in inputs)))
     largest = (expected - found).abs().max()
     if not bool(largest.isfinite()):
         raise RuntimeError("adq: not exported: NaN or infinity among the differences of the logits")
-    others = (_top1(expected) != _top1(found)).any(1).nonzero().flatten().tolist()
-    if len(others) > allowance or not all(_undecided(model, inputs, i) for i in others):
+    others, reach = _differing(expected, found), expected.abs().amax()
+    if len(others) > allowance or not all(_undecided(model, inputs, i, reach) for i in others):
+        what = "top-1 differs" if _has_classes(expected) else f"outputs differ by more than {CLOSE:.1%}"
         raise RuntimeError(
-            f"adq: not exported: in {runtime} top-1 differs on {len(others):,} of {len(expected):,} "
+            f"adq: not exported: in {runtime} {what} on {len(others):,} of {len(expected):,} "
             f"images, and not by rounding; largest difference of the logits {largest.item():.3g}"
         )
-    return len(others), largest
+    return len(others), largest, not _has_classes(expected)
 
 
 @torch.no_grad()
 def compare(
     model: nn.Module, run: Callable[..., Any], count: int, runtime: str, batches: Iterable[Any], images: int
 ) -> Parity:
-    """Compare a model with what was exported, until ``images`` have the same top-1.
+    """Compare a model with what was exported, until ``images`` have the same top-1, or one output that is close.
 
     Args:
         model: on any device; stays as it is.
@@ -140,11 +166,11 @@ def compare(
 
     Raises:
         ValueError: fewer images than that, or a batch that is a mapping.
-        RuntimeError: top-1 differs on an image where rounding does not decide, or on more than 2 %; or a difference
-            is not finite.
+        RuntimeError: the answer differs on an image where rounding does not decide, or on more than 2 %; or a
+            difference is not finite.
     """
     device = model_device(model)
-    same, undecided, largest = 0, 0, torch.zeros(())
+    same, undecided, largest, of_values = 0, 0, torch.zeros(()), False
     with evaluating(model):
         for batch in batches:
             if isinstance(batch, Mapping):
@@ -155,12 +181,12 @@ def compare(
             while len(rest[0]) and same < images:
                 size = images - same
                 inputs, rest = to_device(tuple(x[:size] for x in rest), device), tuple(x[size:] for x in rest)
-                left_out, difference = _compare_batch(model, run, inputs, runtime, images / 50 - undecided)
+                left_out, difference, of_values = _compare_batch(model, run, inputs, runtime, images / 50 - undecided)
                 largest = torch.maximum(largest, difference)
                 undecided += left_out
                 same += len(inputs[0]) - left_out
             if same == images:
-                return Parity(runtime, same, undecided, largest.item())
+                return Parity(runtime, same, undecided, largest.item(), of_values)
     raise ValueError(f"adq: the check wants {images:,} images with the same top-1, the data has {same:,}")
 
 

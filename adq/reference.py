@@ -21,7 +21,9 @@ INT8_MAX = 127
 SMOOTHING = 1e-5
 """Of the mean count of a level: how much a codeword is held where it stands."""
 REVIVE_BELOW = 1e-3
-"""A level is dead when its EMA count falls below this share of the mean count of a level."""
+"""A level is dead when its EMA count falls below this share of the mean count of a level,"""
+UNUSED = 0.5
+"""and below this many weights: in a large layer a level that a few outliers use is in use."""
 
 
 def decision_thresholds(codebook: Tensor) -> Tensor:
@@ -184,7 +186,7 @@ def _revive(codebook: Tensor, count: Tensor, total: Tensor) -> tuple[Tensor, Ten
         return codebook, count, total
     dead, donor = count.argmin(), count.argmax()
     # a donor of fewer than two weights has nothing to share
-    revive = (count[dead] < REVIVE_BELOW * count.sum() / levels) & (count[donor] >= 2.0)
+    revive = (count[dead] < (REVIVE_BELOW * count.sum() / levels).clamp_max(UNUSED)) & (count[donor] >= 2.0)
     centre = codebook[donor]
     left = centre - codebook[(donor - 1).clamp_min(0)]
     right = codebook[(donor + 1).clamp_max(levels - 1)] - centre

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from adq.artifact import installed_version, load
+from adq.artifact import installed_version, load, model_file
 from adq.convert import activation_quantizers, quantized_layers, weight_quantizers
 from adq.functional import codebook_statistics
 from adq.nn.activation import ActivationQuantizer
@@ -29,7 +29,7 @@ from adq.summary import LayerSummary, Summary, summary
 
 BINS = 96
 OPEN_PANELS = 3
-MODEL, RESULT, METRICS, REPORT = "model.safetensors", "result.json", "metrics.jsonl", "report.html"
+RESULT, METRICS, REPORT = "result.json", "metrics.jsonl", "report.html"
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def report_saved(source: str | Path, output: str | Path | None = None) -> Path:
             or the model itself.
     """
     source = Path(source)
-    file = source / MODEL if source.is_dir() else source
+    file = model_file(source)
     output = Path(output or (source / REPORT if source.is_dir() else source.with_suffix(".html")))
     if output.is_dir():
         raise ValueError(f"adq: {output} is a folder; name the file to write")

@@ -14,6 +14,7 @@ own weight.
 from __future__ import annotations
 
 import sys
+import threading
 import weakref
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
@@ -31,7 +32,11 @@ if TYPE_CHECKING:
     from adq.nn.weight import WeightQuantizer
 
 _LAYERS: weakref.WeakSet[QuantizedLayer] = weakref.WeakSet()
-_LAYERS_OF: weakref.WeakKeyDictionary[nn.Module, list[QuantizedLayer]] = weakref.WeakKeyDictionary()
+_LOCK = threading.Lock()
+_LAYERS_OF: weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[QuantizedLayer]]] = weakref.WeakKeyDictionary()
+"""Weakly: layers may be replaced, and may hold their model, by a hook say, which would then never go."""
+PEAK = "adq_peak_lr"
+"""In a parameter group: the highest learning rate that it has had."""
 
 _OPTIMIZER_FILE = register_optimizer_step_post_hook.__code__.co_filename
 
@@ -40,26 +45,34 @@ Pace = float | Tensor
 
 def register(layer: QuantizedLayer) -> None:
     """Enter a layer whose codebook shall follow its weight."""
-    _LAYERS.add(layer)
+    with _LOCK:
+        _LAYERS.add(layer)
 
 
 def unregister(layer: nn.Module) -> None:
     """Take out a layer that is a float one again."""
-    _LAYERS.discard(layer)  # type: ignore[arg-type]
+    with _LOCK:
+        _LAYERS.discard(layer)  # type: ignore[arg-type]
 
 
 def _pace(group: dict[str, Any]) -> Pace:
-    """Learning rate of a parameter group over its peak, at most 1; without one, or a record of the peak, 1.
+    """Learning rate of a parameter group over its peak, at most 1; without a learning rate 1, of a rate of zero 0.
 
-    Schedulers of torch that lower the rate by a formula, step by step, record it as ``initial_lr`` or ``max_lr``;
-    ``ReduceLROnPlateau`` and ``CyclicLR`` do not. Optimizers that find their rate themselves may have none.
+    The peak is ``max_lr``, where a scheduler or the user has put it, else the highest rate until now, which the group
+    keeps, and with it the optimizer's state dict. What schedulers record as ``initial_lr`` may be no rate at all but a
+    factor of theirs. Optimizers that find their rate themselves may have none.
     """
-    rate, peak = group.get("lr"), group.get("max_lr", group.get("initial_lr"))
-    if rate is None or peak is None:
+    rate, peak = group.get("lr"), group.get("max_lr")
+    if rate is None:
         return 1.0
     if isinstance(rate, Tensor):  # of a capturable optimizer: not to be read back
-        return torch.where(torch.as_tensor(peak, device=rate.device) > 0, rate / peak, 1.0).clamp_max(1.0).float()
-    return min(1.0, float(rate) / float(peak)) if float(peak) > 0.0 else 1.0
+        if peak is None:
+            peak = group[PEAK] = torch.maximum(torch.as_tensor(group.get(PEAK, 0.0), device=rate.device), rate)
+        peak = torch.as_tensor(peak, device=rate.device)
+        return torch.where(peak > 0, rate / peak, 0.0).clamp_max(1.0).float()
+    if peak is None:
+        peak = group[PEAK] = max(float(group.get(PEAK, 0.0)), float(rate))
+    return min(1.0, float(rate) / float(peak)) if float(peak) > 0.0 else 0.0
 
 
 @lru_cache(maxsize=64)
@@ -76,6 +89,8 @@ def _update(layers: Iterable[QuantizedLayer], paces: dict[int, Pace] | None) -> 
         quantizer = layer.weight_quantizer
         pace = 1.0 if paces is None else paces.get(id(layer.weight))
         if pace is None or not layer.training or id(quantizer) in done or isinstance(quantizer, nn.Identity):
+            continue
+        if not layer.weight.requires_grad:  # it stays as it is
             continue
         done.add(id(quantizer))
         counted.setdefault(quantizer.steps.device, []).append(quantizer.steps)
@@ -139,13 +154,15 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
     skipped = getattr(optimizer, "found_inf", None)
     if not _LAYERS or (skipped is not None and bool(skipped)) or _is_inner_step(optimizer):
         return
+    with _LOCK:
+        layers = list(_LAYERS)  # another thread may make or copy some meanwhile
     groups = optimizer.param_groups
     group_of = {id(parameter): i for i, group in enumerate(groups) for parameter in group["params"]}
     place = {key: i for i, key in enumerate(group_of)}  # processes must agree on the order
-    held = sorted((x for x in _LAYERS if id(x.weight) in place), key=lambda x: place[id(x.weight)])
+    held = sorted((x for x in layers if id(x.weight) in place), key=lambda x: place[id(x.weight)])
     pace_of = {i: _pace(groups[i]) for i in {group_of[id(x.weight)] for x in held}}
     _update(held, {id(x.weight): pace_of[group_of[id(x.weight)]] for x in held})
-    for layer in _LAYERS:
+    for layer in layers:
         if layer.training and not isinstance(layer.input_quantizer, nn.Identity):
             layer.input_quantizer.trained |= id(layer.input_quantizer.start) in place
 
@@ -185,6 +202,8 @@ def _can_prepare(quantizer: WeightQuantizer | nn.Identity, weight: Tensor) -> bo
         and quantizer.enabled
         and quantizer.config.update in ("ema", "frozen")
         and type(weight) in (nn.Parameter, Tensor)  # not one that a parallel strategy has sharded
+        and weight.device == quantizer.codebook.device  # nor one that comes only when its layer is called
+        and weight.numel() > 0
         and not (weight.is_inference() or quantizer.codebook.is_inference())
     )
 
@@ -200,10 +219,10 @@ def _quantize_together(model: nn.Module) -> None:
 
     if model not in _LAYERS_OF:
         # without the model, should it be a layer itself: an entry that holds its own key is never dropped
-        _LAYERS_OF[model] = [layer for layer in _layers_of(model) if layer is not model]
+        _LAYERS_OF[model] = [weakref.ref(layer) for layer in _layers_of(model) if layer is not model]
     groups: dict[torch.device, dict[int, tuple[Tensor, WeightQuantizer]]] = {}
-    for layer in _LAYERS_OF[model]:
-        if layer.packed:  # since the first pass
+    for layer in (reference() for reference in _LAYERS_OF[model]):
+        if layer is None or layer.packed:  # since the first pass
             continue
         weight, quantizer = layer.weight, layer.weight_quantizer
         if _can_prepare(quantizer, weight):
@@ -222,8 +241,8 @@ def _quantize_together(model: nn.Module) -> None:
 def _release(model: nn.Module, args: Any, output: Any) -> None:
     if torch.compiler.is_compiling():
         return
-    for layer in _LAYERS_OF.get(model, ()):
-        if not isinstance(layer.weight_quantizer, nn.Identity):
+    for layer in (reference() for reference in _LAYERS_OF.get(model, ())):
+        if layer is not None and not isinstance(layer.weight_quantizer, nn.Identity):
             layer.weight_quantizer.prepared = None
 
 

@@ -10,6 +10,7 @@ namespace {
 
 constexpr float kSmoothing = 1e-5f;    // of the mean count of a level
 constexpr float kReviveBelow = 1e-3f;  // of the mean count of a level
+constexpr float kUnused = 0.5f;        // weights
 constexpr float kInt8Max = 127.0f;
 
 // Elements of a layer that one thread takes: whole rows where rows have scales of their own. It depends on
@@ -126,7 +127,8 @@ void revive(const Layer& layer) {
     const int donor = static_cast<int>(std::max_element(count, count + levels) - count);
     double sum = 0.0;
     for (int k = 0; k < levels; ++k) sum += count[k];
-    const bool is_dead = count[dead] < kReviveBelow * static_cast<float>(sum) / static_cast<float>(levels);
+    const float rare = kReviveBelow * static_cast<float>(sum) / static_cast<float>(levels);
+    const bool is_dead = count[dead] < std::min(rare, kUnused);
     if (levels < 2 || !is_dead || !(count[donor] >= 2.0f)) return;
     const float centre = c[donor];
     const float left = centre - c[std::max(donor - 1, 0)];

@@ -57,6 +57,7 @@ ITEMS, HEIGHT, WORK, INDEX, SNAP = (_COLUMNS[name] for name in FIELDS[18:])
 
 SMOOTHING = tl.constexpr(1e-5)
 REVIVE_BELOW = tl.constexpr(1e-3)
+UNUSED = tl.constexpr(0.5)
 
 
 @triton.jit
@@ -547,8 +548,8 @@ def _revive(codebook, count, total, level, levels):
     dead = tl.argmin(tl.where(there, count, float("inf")), 0)
     donor = tl.argmax(tl.where(there, count, -float("inf")), 0)
     fewest, most = _pick(count, level, dead), _pick(count, level, donor)
-    mean = tl.div_rn(tl.reduce(count, 0, ADD) * REVIVE_BELOW, levels.to(tl.float32))
-    revive = (fewest < mean) & (most >= 2.0)
+    rare = tl.div_rn(tl.reduce(count, 0, ADD) * REVIVE_BELOW, levels.to(tl.float32))
+    revive = (fewest < rare) & (fewest < UNUSED) & (most >= 2.0)
     centre = _pick(codebook, level, donor)
     left = centre - _pick(codebook, level, tl.maximum(donor - 1, 0))
     right = _pick(codebook, level, tl.minimum(donor + 1, levels - 1)) - centre

@@ -108,7 +108,7 @@ def revived(codebook: np.ndarray, count: np.ndarray, total: np.ndarray) -> list[
     """Codebook, N and M with the least used level, if it is dead, put beside the most used one."""
     state = [codebook, count, total]
     dead, donor = int(count.argmin()), int(count.argmax())
-    if not (count[dead] < 1e-3 * count.mean() and count[donor] >= 2):
+    if not (count[dead] < min(1e-3 * count.mean(), 0.5) and count[donor] >= 2):
         return state
     left = codebook[donor] - codebook[max(donor - 1, 0)]
     right = codebook[min(donor + 1, len(codebook) - 1)] - codebook[donor]

@@ -415,6 +415,21 @@ def test_names_are_drawn_as_they_are(tmp_path):
         assert (tmp_path / f"{name}.png").stat().st_size > 0
 
 
+def test_curves_of_networks_with_other_float_accuracies_have_lines_of_their_own(tmp_path, monkeypatch):
+    rows = [
+        {"curve": name, "float_top1": top1, "quantized_top1": top1 - 1, "quantized_top1_std": None,
+         "average_bits_quantized": bits, "bytes_packed": 1000 * bits}
+        for name, top1 in (("small", 90.0), ("large", 94.0)) for bits in (2, 3)
+    ]  # fmt: skip
+    lines = []
+    monkeypatch.setattr("matplotlib.axes.Axes.axhline", lambda axis, y, **style: lines.append((y, style.get("label"))))
+    ablation_report.draw_curves(tmp_path / "a.png", rows)
+    assert sorted(lines) == [(90.0, None)] * 2 + [(94.0, None)] * 2
+    lines.clear()
+    ablation_report.draw_curves(tmp_path / "b.png", rows[:2])
+    assert lines == [(90.0, "float")] * 2
+
+
 def test_a_figure_that_cannot_be_drawn_is_said_and_ends_nothing(tmp_path, monkeypatch):
     def fail(*args):
         raise RuntimeError("no font")

@@ -329,6 +329,13 @@ def test_architectures_that_nothing_can_be_built_from_are_not_saved(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_run_folder_that_has_but_a_packed_model_is_that(tmp_path):
+    model = adq.calibrate_(adq.quantize_(Masked()), [torch.randn(4, 4)]).eval()
+    adq.save(model, tmp_path / "model-packed.safetensors", packed=True)
+    x = torch.randn(4, 4)
+    assert torch.equal(adq.load(tmp_path, Masked())(x), model(x))
+
+
 def test_a_run_folder_is_the_model_in_it(tmp_path):
     model = adq.calibrate_(adq.quantize_(adq.create_model("digits_cnn")), [torch.randn(4, 1, 8, 8)])
     adq.save(model, tmp_path / "model.safetensors")

@@ -73,6 +73,21 @@ def test_calibration_must_precede_training():
         assert not torch.equal(thresholds, model.body[0].input_quantizer.out_scale)
 
 
+def test_weights_may_be_trained_before_inputs_are_quantized():
+    model = adq.quantize_(net())
+    for quantizer in activation_quantizers(model).values():
+        quantizer.enabled = False
+    train(model)
+    for quantizer in activation_quantizers(model).values():
+        quantizer.enabled = True
+    statistics = model.norm.running_mean.clone()
+    adq.calibrate_(model, [images()])
+    assert all(quantizer.is_calibrated for quantizer in activation_quantizers(model).values())
+    assert torch.equal(model.norm.running_mean, statistics)
+    with pytest.raises(RuntimeError, match="has been trained"):
+        adq.calibrate_(model, [images()])
+
+
 def test_calibration_must_precede_training_of_thresholds_alone():
     model = adq.calibrate_(adq.quantize_(net(), ADQConfig(weight=None)), [images(1)])
     train(model)

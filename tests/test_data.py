@@ -10,7 +10,9 @@ import pickle
 import subprocess
 import tarfile
 import time
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,9 +24,10 @@ from torch.utils.data import DataLoader
 from adq.models import create_model
 from adq.train.data import Data, DataConfig, EpochSampler, build_data, check_classes, check_input
 from adq.train.data.decoding import BrokenImages, broken_images
-from adq.train.data.folder import open_rgb
+from adq.train.data.folder import list_files, open_rgb
 from adq.train.data.memory import CropFlip, MemoryDataset, identity
 from adq.train.data.sampler import stratified_order
+from adq.train.display import Bar
 from adq.train.pace import Pace
 
 ROOT = os.environ.get("ADQ_TEST_DATA")
@@ -712,3 +715,74 @@ def test_loader_workers_outlive_signals_from_elsewhere_and_end_with_their_parent
         worker.terminate()
         worker.join(20)
         assert worker.exitcode == 0
+
+
+@pytest.mark.parametrize(
+    "damage", ["flipped", "cut in a header", "cut in an image", "cut between members", "cut at the end"]
+)
+def test_a_damaged_shard_is_refused(tmp_path, damage):
+    write_shards(tmp_path, "train", 1)
+    shard = tmp_path / "train-000.tar"
+    with tarfile.open(shard) as archive:
+        places = [member.offset for member in archive]
+    content = bytearray(shard.read_bytes())
+    if damage == "flipped":
+        content[places[4] + 150] ^= 1
+    else:
+        end = {"cut in a header": places[4] + 100, "cut in an image": places[4] + 600, "cut between members": places[4]}
+        content = content[: end.get(damage, len(content.rstrip(b"\0")) + 1)]
+    shard.write_bytes(content)
+    text = message(ValueError, build_data, shards(tmp_path))
+    assert f"cannot list the shard {shard}: " in text
+
+
+@pytest.mark.parametrize("kind", ["shards", "tree"])
+def test_a_list_of_files_of_the_working_directory(tmp_path, monkeypatch, kind):
+    root = tmp_path / "data"
+    if kind == "shards":
+        root.mkdir()
+        write_shards(root, "train", 1, samples=10)
+    else:
+        for name in ("cat", "dog"):
+            for i in range(5):
+                write_image(root / name / f"{i}.png", (16, 16), seed=i)
+    for path in (*root.rglob("*"), root):
+        os.utime(path, (1, 1))
+    monkeypatch.chdir(root)
+    make = shards if kind == "shards" else folder
+    config = make(Path("."), index=tmp_path / "index", val_fraction=0.2, image_size=16, in_memory=False, workers=0)
+    first, second = build_data(config), build_data(config)
+    assert list((tmp_path / "index").iterdir())
+    assert same(batches(first, 2), batches(second, 2))
+
+
+def test_hidden_folders_below_a_class_and_links_that_lead_back_hold_no_images(tmp_path):
+    for name in ("cat", "dog"):
+        write_image(tmp_path / name / "deeper" / "0.png")
+    write_image(tmp_path / "cat" / ".thumbs" / "0.png")
+    (tmp_path / "cat" / "again").symlink_to(tmp_path / "cat")
+    (tmp_path / "dog" / "other").symlink_to(tmp_path / "cat" / "deeper")
+    files, _ = list_files(tmp_path)
+    names = [str(Path(path).relative_to(tmp_path)) for path in files.paths]
+    assert names == ["cat/deeper/0.png", "dog/deeper/0.png", "dog/other/0.png"]
+
+
+def test_networks_with_auxiliary_heads():
+    """GoogLeNet's files have them; training knows no loss for them."""
+    googlenet = pytest.importorskip("torchvision.models").googlenet
+    data = build_data(DataConfig("digits"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        whole = googlenet(num_classes=10, init_weights=False)
+        with pytest.raises(ValueError, match="aux_logits: false"):
+            check_input(whole, data, "googlenet")
+
+
+def test_the_speed_on_the_bar_is_of_the_images_since_it_began():
+    shown = []
+    progress = SimpleNamespace(update=lambda task, **fields: shown.append(fields["status"]))
+    bar = Bar(progress, None, 10**9)
+    totals = SimpleNamespace(samples=10**9 + 5, loss=torch.ones(()), correct=torch.ones(()))
+    time.sleep(0.01)
+    bar.update(1, totals, 0.1)
+    assert float(shown[0].rpartition("  ")[2].removesuffix(" images/s").replace(",", "")) < 600

@@ -68,6 +68,13 @@ def test_a_rare_level_is_left_alone():
     assert c.tolist() == pytest.approx([-1, 0, 1])
 
 
+def test_a_level_of_a_few_outliers_is_in_use_however_many_weights_the_others_have():
+    state = table(-1, 1, 40), table(1e6, 1e6, 3), table(-1e6, 1e6, 120)
+    c, n, _ = ema_update(*state, torch.tensor([10**6, 10**6, 3]), table(-1e6, 1e6, 120), 0.01)
+    assert c.tolist() == pytest.approx([-1, 1, 40], rel=1e-4)  # but for the smoothing
+    assert n.tolist() == pytest.approx([1e6, 1e6, 3])
+
+
 def test_too_few_weights_revive_nothing():
     state = table(-1, 0, 1), table(1, 0, 1), table(-1, 0, 1)
     c, n, _ = ema_update(*state, torch.tensor([1, 0, 1]), table(-1, 0, 1), 0.1)

@@ -256,6 +256,14 @@ def test_dead_level_is_revived(call, assert_sum, case, more):
     assert new.codebooks[0].unique().numel() == len(codebook)
 
 
+def test_outliers_keep_their_level(call, assert_sum):
+    w = torch.cat([f32(-1.0, 1.0).repeat(3000), f32(40.0)])
+    net = one_layer(w, f32(-1.0, 1.0, 40.0), f32(3000.0, 3000.0, 1.0), rate=0.25)
+    new = net.step(call)
+    assert_stepped(net, new, assert_sum)
+    assert new.codebooks[0].tolist() == pytest.approx([-1.0, 1.0, 40.0], rel=0.05)
+
+
 def test_donor_of_few_weights_gives_none_away(call):
     net = one_layer(f32(1.0), f32(-1.0, 1.0), f32(0.0, 1.0), rate=0.5)
     assert net.step(call).counts[0].tolist() == [0.0, 1.0]

@@ -275,3 +275,54 @@ def test_channels_last_stays(bits):
     weight = weight_by_numpy(quantized.weight_quantizer, layer.weight)
     expected = with_weight(layer, weight)(input_by_numpy(quantized.input_quantizer, x).contiguous())
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+
+
+def small(**config) -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    adq.quantize_(model, adq.ADQConfig(first_last_bits=3, **config))
+    model = adq.calibrate_(model, [torch.randn(16, 6)])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        model(torch.randn(16, 6)).square().mean().backward()
+        optimizer.step()
+    return model
+
+
+def test_averaged_parameters_leave_codebooks_alone():
+    model, x = small(), torch.randn(4, 6)
+    expected, before = model(x), copy.deepcopy(model.state_dict())
+    model.load_state_dict({name: p.detach().clone() for name, p in model.named_parameters()}, strict=False)
+    assert torch.equal(model(x), expected)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_float_weights_for_a_trained_layer_are_said_to_be_fitted_anew():
+    model = small(activation=None)
+    state = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.warns(UserWarning, match="float weights for the trained layer '0': its codebook is fitted"):
+        model.load_state_dict(state, strict=False)
+    assert int(model[0].weight_quantizer.steps) == 0
+
+
+def test_thresholds_that_were_copied_tensor_by_tensor_are_calibrated():
+    torch.manual_seed(0)
+    model = adq.quantize_(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3)))
+    other = copy.deepcopy(model)
+    adq.calibrate_(model, [torch.randn(16, 6)])
+    with pytest.raises(RuntimeError, match="is not calibrated"):
+        other(torch.randn(2, 6))
+    with torch.no_grad():
+        for mine, its in zip(other.state_dict().values(), model.state_dict().values(), strict=True):
+            mine.copy_(its)
+    x = torch.randn(2, 6)
+    assert torch.equal(other(x), model(x))
+
+
+def test_float_weights_cannot_fit_what_is_on_the_meta_device():
+    with torch.device("meta"), pytest.raises(ValueError, match=r"meta device; load the weights first.*\(layer '0'\)"):
+        adq.quantize_(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)))
+    model = adq.quantize_(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))).to("meta")
+    state = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)).state_dict()
+    with pytest.raises(RuntimeError, match="layer '0' is quantized and on the meta device"):
+        model.load_state_dict(state, assign=True, strict=False)

@@ -81,8 +81,31 @@ def test_an_image_on_a_threshold_is_left_out():
     with torch.no_grad():
         edge = (quantizer.start + 1.5 * quantizer.interval[0]) / quantizer.in_scale
         on, off = torch.stack((edge, 1.2 * edge), 1), torch.stack((0.1 * edge, 3 * edge), 1)
-        assert parity._undecided(model, (torch.cat((off, on)),), 1)
-        assert not parity._undecided(model, (torch.cat((off, on)),), 0)
+        assert parity._undecided(model, (torch.cat((off, on)),), 1, edge)
+        assert not parity._undecided(model, (torch.cat((off, on)),), 0, edge)
+
+
+class One(nn.Module):
+    """One output an image, with an axis of its own or without."""
+
+    def __init__(self, model: nn.Module, axis: bool) -> None:
+        super().__init__()
+        self.model, self.axis = model, axis
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.model(x)[:, :1]
+        return y if self.axis else y[:, 0]
+
+
+@pytest.mark.parametrize("axis", [True, False])
+def test_one_output_is_compared_by_its_value(model, axis):
+    one = One(model, axis).eval()
+    largest = max(float(one(batch[0]).detach().abs().max()) for batch in BATCHES)
+    found = parity.compare(one, lambda x: one(x) + 1e-5 * largest, 1, "a runtime", BATCHES, 80)
+    assert "parity: outputs within 0.1% on 80 images in a runtime" in str(found)
+    for broken in (lambda x: one(x) + 0.01 * largest, lambda x: -one(x), lambda x: torch.zeros_like(one(x))):
+        with pytest.raises(RuntimeError, match="in a runtime outputs differ by more than 0.1% on"):
+            parity.compare(one, broken, 1, "a runtime", BATCHES, 80)
 
 
 class Dense(nn.Module):

@@ -236,7 +236,7 @@ def test_a_learning_rate_on_the_device_paces_the_codebooks_as_a_number_does():
     for net, lr in zip(nets, (0.05, torch.tensor(0.05)), strict=True):
         optimizer = torch.optim.Adam(net.parameters(), lr=lr)
         for group in optimizer.param_groups:
-            group["initial_lr"] = 0.1
+            group["max_lr"] = 0.1
         assert float(update._pace(optimizer.param_groups[0])) == pytest.approx(0.5)
         net(inputs()).sum().backward()
         with torch.no_grad():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import sys
+import threading
 import weakref
 
 import numpy as np
@@ -281,8 +283,8 @@ def test_the_pace_follows_the_learning_rate_to_zero(name, monkeypatch):
 
 def test_without_a_schedule_the_pace_is_full_and_can_be_unhooked():
     assert update._pace({"lr": 0.3}) == 1.0
-    assert update._pace({"lr": 0.0}) == 1.0
-    assert update._pace({"lr": 0.2, "initial_lr": 0.1}) == 1.0
+    assert update._pace({"lr": 0.0}) == 0.0
+    assert update._pace({"lr": 0.2, "max_lr": 0.1}) == 1.0
     rests, moves = model(ema_follows_lr=True), model(ema_follows_lr=False)
     for net in (rests, moves):
         optimizer = sgd(net)
@@ -378,3 +380,115 @@ def test_other_default_dtypes():
     assert steps(net) == [1, 1, 1]
     quantizer = net[2].input_quantizer
     assert all(tensor.dtype == torch.float32 for tensor in quantizer.state_dict().values())
+
+
+def test_a_rate_that_is_a_factor_of_the_scheduler_is_no_peak():
+    """Adam(lr=1) with the rate itself from a LambdaLR, as transformers are trained."""
+    net = model()
+    optimizer = torch.optim.Adam(net.parameters(), lr=1.0)
+    schedule = LambdaLR(optimizer, lambda t: [1e-4, 1e-3, 5e-4, 1e-4][min(t, 3)])
+    paces = []
+    for _ in range(4):
+        paces.append(update._pace(optimizer.param_groups[0]))
+        schedule.step()
+    assert paces == pytest.approx([1.0, 1.0, 0.5, 0.1])
+
+
+@pytest.mark.parametrize("make", [float, torch.tensor])
+def test_the_highest_rate_goes_with_the_optimizers_state(make):
+    net = model()
+    optimizers = [torch.optim.Adam(net.parameters(), lr=make(0.1)) for _ in range(2)]
+    backward(net)
+    optimizers[0].step()
+    assert float(optimizers[0].param_groups[0][update.PEAK]) == pytest.approx(0.1)
+    optimizers[1].load_state_dict(optimizers[0].state_dict())
+    for group in optimizers[1].param_groups:
+        group["lr"] = make(0.02)
+    assert float(update._pace(optimizers[1].param_groups[0])) == pytest.approx(0.2)
+
+
+def test_frozen_layers_stay_as_they_are():
+    net = model()
+    net[0].weight.requires_grad_(False)
+    before = state(net)
+    optimizer = sgd(net)
+    for _ in range(3):
+        backward(net)
+        optimizer.step()
+    adq.step(net)
+    assert steps(net) == [0, 4, 4]
+    moved = {key for key, value in state(net).items() if not torch.equal(value, before[key])}
+    assert moved and not any(key.startswith("0.") for key in moved)
+
+
+def test_layers_may_come_and_go_in_another_thread_while_an_optimizer_steps():
+    net, stop = model(), threading.Event()
+    optimizer = sgd(net)
+
+    def copies():
+        while not stop.is_set():
+            copy.deepcopy(net)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    thread = threading.Thread(target=copies)
+    thread.start()
+    try:
+        backward(net)
+        for _ in range(60):
+            optimizer.step()
+    finally:
+        stop.set()
+        thread.join()
+        sys.setswitchinterval(interval)
+    assert steps(net) == [60] * 3
+
+
+class Normalised(nn.Module):
+    """Sets a weight anew in its forward pass, past autograd and its count of changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.b.weight.data = nn.functional.normalize(self.b.weight.data, dim=1) * 5
+        return self.b(self.a(x))
+
+
+def test_a_weight_that_is_set_anew_during_the_pass_is_quantized_as_it_is():
+    torch.manual_seed(0)
+    net = adq.quantize_(Normalised(), adq.ADQConfig(activation=None, first_last_bits=3)).eval()
+    with torch.no_grad():
+        found = net(inputs())
+        assert torch.equal(found, net.b(net.a(inputs())))
+
+
+def test_a_hook_that_holds_the_model_does_not_keep_it_alive():
+    net = model()
+    net.seen = []
+    net[2].register_forward_hook(lambda *args, net=net: None)
+    net(inputs())
+    held = weakref.ref(net)
+    del net
+    gc.collect()
+    assert held() is None
+
+
+def test_a_layer_that_was_replaced_is_no_longer_quantized(monkeypatch):
+    net = model()
+    net(inputs())
+    gone = weakref.ref(net[4])
+    net[4] = nn.Linear(16, 3)
+    gc.collect()
+    assert gone() is None
+    net(inputs()).sum().backward()
+
+
+def test_weights_that_come_when_their_layer_is_called():
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    net = model().eval()
+    with torch.no_grad():
+        expected = net(inputs())
+        accelerate.cpu_offload(net, execution_device="cpu")
+        assert torch.equal(net(inputs()), expected)

@@ -68,7 +68,7 @@ class ActivationQuantizer(nn.Module):
         """Quantize x, any shape and float dtype; same shape, dtype and strides back."""
         if not self.enabled:
             return x
-        if not self._ready:
+        if not self._ready and (torch.compiler.is_compiling() or not self._read_calibrated()):
             raise RuntimeError(
                 f"adq: the activation quantizer of layer {self.name!r} is not calibrated; "
                 "call adq.calibrate_(model, batches) before training or evaluation"
@@ -76,6 +76,11 @@ class ActivationQuantizer(nn.Module):
         return quantize_activation(
             x, self.start, self.interval, self.in_scale, self.out_scale, self.offset, self.config.steps
         )
+
+    def _read_calibrated(self) -> bool:
+        """Whether the buffer says so, as where values were copied tensor by tensor; reads the device."""
+        self._ready = not self.calibrated.is_meta and bool(self.calibrated)
+        return self._ready
 
     @property
     def level_size(self) -> float:

@@ -6,6 +6,7 @@ float checkpoints load as they are.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, ClassVar
 
 import torch
@@ -77,9 +78,22 @@ class QuantizedLayer(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        is_float = not any(key.startswith(f"{prefix}weight_quantizer.") for key in state_dict)
+        own = tuple(f"{prefix}{name}." for name in ("weight_quantizer", "input_quantizer"))
+        is_float = not any(key.startswith(own) for key in state_dict)  # parameters alone may be those of an average
         has_weight = f"{prefix}{self.weight_name}" in state_dict
         if is_float and has_weight and isinstance(self.weight_quantizer, WeightQuantizer):
+            if self.weight_quantizer.steps.is_meta:
+                args[-1].append(  # what load_state_dict raises
+                    f"adq: layer {prefix.rstrip('.')!r} is quantized and on the meta device, where float weights have "
+                    "nothing to fit; load them first, then call quantize_"
+                )
+                return
+            if int(self.weight_quantizer.steps) > 0:
+                warnings.warn(
+                    f"adq: float weights for the trained layer {prefix.rstrip('.')!r}: its codebook is fitted to them "
+                    "anew; to swap weights in and out, load them with the quantizers' state",
+                    stacklevel=2,
+                )
             self.weight_quantizer.refit_(self.weight)
 
 

@@ -21,18 +21,22 @@ class Prepared:
     """A weight quantized ahead of its layer's forward pass, together with all others (:mod:`adq.update`)."""
 
     weight: Tensor
-    versions: tuple[int, int]
+    state: tuple[int, int, int]
     w_q: Tensor
 
     @classmethod
     def make(cls, weight: Tensor, codebook: Tensor, w_q: Tensor) -> Prepared:
         """Remember what ``w_q`` was made from."""
-        return cls(weight, (weight._version, codebook._version), w_q)
+        return cls(weight, cls._state(weight, codebook), w_q)
 
     def of(self, weight: Tensor, codebook: Tensor) -> Tensor | None:
         """``w_q``, unless it was made from another weight, or weight or codebook have changed since."""
-        same = weight is self.weight and (weight._version, codebook._version) == self.versions
+        same = weight is self.weight and self._state(weight, codebook) == self.state
         return self.w_q if same else None
+
+    @staticmethod
+    def _state(weight: Tensor, codebook: Tensor) -> tuple[int, int, int]:
+        return weight._version, weight.data_ptr(), codebook._version  # ``weight.data = x`` counts no version
 
 
 class WeightQuantizer(nn.Module):
@@ -83,6 +87,8 @@ class WeightQuantizer(nn.Module):
 
     def _fit(self, weight: Tensor, config: WeightConfig) -> Fit:
         try:
+            if weight.is_meta:
+                raise ValueError("adq: the weight is on the meta device; load the weights first, then call quantize_")
             if weight.dtype == torch.float64:
                 raise ValueError("adq: the weight is float64, adq computes in float32 at most; call model.float()")
             fitted = fit(weight, config, self.axis)

@@ -282,10 +282,14 @@ def draw_curves(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         ("average_bits_quantized", 1, "weight bits, average over quantized layers"),
         ("bytes_packed", 1e-3, "packed size, kB"),
     )
+    in_float = {
+        curve: {row["float_top1"] for row in rows if row["curve"] == curve} for curve in {r["curve"] for r in rows}
+    }
+    shared = len(set().union(*in_float.values())) == 1
     for axis, (key, unit, quantity) in zip(axes, panels, strict=True):
         for curve in dict.fromkeys(row["curve"] for row in rows):
             points = sorted((row for row in rows if row["curve"] == curve), key=lambda row: row[key])
-            axis.errorbar(
+            lines = axis.errorbar(
                 [unit * row[key] for row in points],
                 [row["quantized_top1"] for row in points],
                 yerr=[row["quantized_top1_std"] or 0.0 for row in points],
@@ -293,7 +297,10 @@ def draw_curves(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
                 capsize=4,
                 label=label(curve),
             )
-        axis.axhline(_mean(row["float_top1"] for row in rows), color=GREY, linestyle="--", label="float")
+            if not shared and len(in_float[curve]) == 1:
+                axis.axhline(*in_float[curve], color=lines[0].get_color(), linestyle="--")
+        if shared:
+            axis.axhline(rows[0]["float_top1"], color=GREY, linestyle="--", label="float")
         axis.set_xlabel(quantity)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("top-1 %, mean and standard deviation")

@@ -193,20 +193,23 @@ def evaluate_(
     with _plain_errors():
         from accelerate import Accelerator
 
-        from adq.artifact import load
+        from adq.artifact import load, model_file
         from adq.distributed import share
         from adq.integer import to_integer
         from adq.summary import summary
-        from adq.train.data import build_data, check_classes
+        from adq.train.data import build_data, check_classes, check_input
         from adq.train.engine import evaluate
 
-        file = model / "model.safetensors" if model.is_dir() else model
+        file = model_file(model)
         recipe = config or (str(model / "config.yaml") if model.is_dir() else None)
         changes = [_nested(data__name=data, data__root=root), *(parse_assignment(text) for text in set_ or [])]
+        if recipe is None and data is None:
+            raise ValueError("no images to evaluate on: give a run folder, --data or --config")
         resolved = resolve(recipe, changes)
         network = load(file)
         bundle = build_data(resolved.data)
         check_classes(network, bundle)
+        check_input(network, bundle, str(file))
         accelerator = Accelerator(cpu=resolved.engine.device == "cpu")
         report = summary(network)
         if integer:
@@ -297,14 +300,14 @@ def export(
 ) -> None:
     """Write a saved model in another form; one for a runtime is checked on images of the run's data, or of --data."""
     with _plain_errors():
-        from adq.artifact import load, save
+        from adq.artifact import load, model_file, save
 
         kinds = ("packed", "plain", *EXPORTS)
         if to not in kinds:
             raise ValueError(f"--to must be one of {', '.join(kinds)}, got {to!r}")
         if fold_batch_norm and to != "packed":
             raise ValueError(f"--fold-batch-norm is for --to packed, not {to}")
-        file = model / "model.safetensors" if model.is_dir() else model
+        file = model_file(model)
         if output.resolve() == file.resolve():
             raise ValueError(f"{output} is the model itself; choose another file to write")
         if to in EXPORTS:
@@ -329,10 +332,11 @@ def _checked(
 ) -> ExportReport:
     """Export a model file, checked on the test images, then on those for calibration."""
     from adq.artifact import load
-    from adq.train.data import build_data, check_classes
+    from adq.train.data import build_data, check_classes, check_input
 
     network, bundle = load(file), build_data(config.data)
     check_classes(network, bundle)
+    check_input(network, bundle, str(file))
     example = torch.zeros(1, *bundle.input_shape)
     if export is export_coreml:  # it reads the package back; nothing here runs it
         return export(network, output, example)

@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 class Bar:
     """The progress bar of one epoch; silent where there is no terminal."""
 
-    def __init__(self, progress: Progress | None, task: Any, start: int) -> None:
+    def __init__(self, progress: Progress | None, task: Any, samples: int) -> None:
         self._progress, self._task = progress, task
-        self._began = time.perf_counter()
+        self._began, self._before = time.perf_counter(), samples
 
     def update(self, done: int, totals: Totals, lr: float) -> None:
         """Show batches done, mean loss, top-1, learning rate and images/s of this process so far."""
         if self._progress is None or totals.samples == 0:
             return
-        speed = totals.samples / max(1e-9, time.perf_counter() - self._began)
+        speed = (totals.samples - self._before) / max(1e-9, time.perf_counter() - self._began)
         text = (
             f"loss {totals.loss.item() / totals.samples:.4f}  "
             f"top-1 {100 * totals.correct.item() / totals.samples:.2f}  "
@@ -53,10 +53,10 @@ class Display:
             self.console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     @contextmanager
-    def epoch(self, phase: str, epoch: int, epochs: int, batches: int, start: int) -> Iterator[Bar]:
-        """A progress bar over the batches of an epoch."""
+    def epoch(self, phase: str, epoch: int, epochs: int, batches: int, start: int, samples: int = 0) -> Iterator[Bar]:
+        """A progress bar over the batches of an epoch, of which ``start``, with so many samples, are done."""
         if not (self.active and self.console.is_terminal):
-            yield Bar(None, None, start)
+            yield Bar(None, None, samples)
             return
         columns = (
             TextColumn("{task.description}"),
@@ -67,7 +67,7 @@ class Display:
         )
         with Progress(*columns, console=self.console, transient=True) as progress:
             task = progress.add_task(f"{phase} {epoch + 1}/{epochs}", total=batches, completed=start, status="")
-            yield Bar(progress, task, start)
+            yield Bar(progress, task, samples)
 
     def row(self, row: dict[str, Any], epochs: int) -> None:
         """One finished epoch."""

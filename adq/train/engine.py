@@ -255,7 +255,7 @@ class Trainer:
             totals.restore(begin.sums[accelerator.process_index])
         exact_check = 1 if accelerator.device.type == "cpu" else CHECK_EVERY
         last = len(self.train) - 1
-        with self.display.epoch(self.phase, epoch, self.config.epochs, last + 1, start) as bar:
+        with self.display.epoch(self.phase, epoch, self.config.epochs, last + 1, start, totals.samples) as bar:
             for index, (images, target) in self._batches(epoch, start, pace):
                 with accelerator.accumulate(model):
                     logits = model(images)

@@ -34,6 +34,12 @@ class MetricsLog:
             for key, value in row.items():
                 if isinstance(value, float):
                     self.writer.add_scalar(f"{row['phase']}/{key}", value, row["epoch"])
+            self.writer.flush()
+
+    def close(self) -> None:
+        """No rows come after this."""
+        if self.writer is not None:
+            self.writer.close()
 
     def size(self) -> int:
         """Bytes written so far; a checkpoint notes them."""

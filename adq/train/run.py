@@ -6,7 +6,7 @@ import copy
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import islice
@@ -29,7 +29,7 @@ from adq.allocate import (
     check_reachable,
     describe_allocation,
 )
-from adq.artifact import load, save
+from adq.artifact import MODEL, PACKED_MODEL, load, model_file, save
 from adq.batch_norm import correct_batch_norm_, reestimate_batch_norm_
 from adq.calibrate import calibrate_
 from adq.config import dump_yaml, from_dict, load_yaml, to_dict
@@ -66,7 +66,7 @@ class RunFolder:
     float_weights = property(lambda self: self.path / "float.safetensors")
     sensitivity = property(lambda self: self.path / "sensitivity.yaml")
     allocation = property(lambda self: self.path / "allocation.yaml")
-    model = property(lambda self: self.path / "model.safetensors")
+    model = property(lambda self: self.path / MODEL)
     summary = property(lambda self: self.path / "summary.txt")
     result = property(lambda self: self.path / RESULT)
     checkpoints = property(lambda self: self.path / "checkpoints")
@@ -131,7 +131,7 @@ def check_files(config: RunConfig) -> None:
     """Raise FileNotFoundError or ValueError for files and folders that are named and not there."""
     named = flatten(to_dict(config))
     for key, file in ((key, named.get(key)) for key in FILES):
-        if file is None or Path(file).is_file() or (key == "start" and RunFolder(Path(file)).model.is_file()):
+        if file is None or Path(file).is_file() or (key == "start" and model_file(file).is_file()):
             continue
         raise FileNotFoundError(f"adq: no such file: {file}")
     if config.data.root is not None:
@@ -232,7 +232,7 @@ class Run:
             ProcessLost: another process does not answer.
         """
         try:
-            with self._held, self.departure:
+            with self._held, self.departure, closing(self.metrics):
                 return self._execute()
         except TrainingStopped:
             raise
@@ -492,7 +492,7 @@ class Run:
     ) -> None:
         folder = self.folder
         save(model, folder.model)
-        save(model, folder.path / "model-packed.safetensors", packed=True)
+        save(model, folder.path / PACKED_MODEL, packed=True)
         write_text(folder.summary, f"{summary(model)}\n")
         weights = {name: layer.weight.numel() for name, (layer, _) in weight_quantizers(model).items()}
         figures.draw_allocation(folder.figures / "bits-per-layer.png", allocation, weights)

@@ -19,6 +19,7 @@ import torch
 from accelerate import Accelerator
 from scipy.stats import kendalltau, pearsonr, spearmanr
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
 
 from adq import models
 from adq.allocate import Allocation, Budget, allocate, apply_allocation_
@@ -260,11 +261,10 @@ def _draws(data: Data, config: RunConfig, device: torch.device) -> list[Batches]
 
 def _held_out(data: Data, config: RunConfig, device: torch.device) -> Batches:
     """A seeded subset of the test images, in small batches; all of them if there are fewer."""
-    images, target = zip(*data.test, strict=True)
-    count = sum(len(part) for part in target)
-    chosen = torch.from_numpy(np.random.default_rng(config.seed).permutation(count)[: config.study.images])
-    inputs, labels = torch.cat(images), torch.cat(target)
-    return [(inputs[index].to(device), labels[index].to(device)) for index in chosen.split(HELD_OUT_BATCH)]
+    count = len(data.test.dataset)  # type: ignore[arg-type]
+    chosen = np.random.default_rng(config.seed).permutation(count)[: config.study.images].tolist()
+    loader = DataLoader(Subset(data.test.dataset, chosen), HELD_OUT_BATCH, collate_fn=data.test.collate_fn)
+    return [(images.to(device), target.to(device)) for images, target in loader]
 
 
 def _free_scores(table: SensitivityTable) -> dict[str, dict[int, float]]:

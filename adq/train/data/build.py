@@ -75,16 +75,24 @@ def check_classes(model: nn.Module, data: Data) -> None:
 
 @torch.no_grad()
 def check_input(model: nn.Module, data: Data, name: str) -> None:
-    """Raise ValueError when the model ``name`` cannot take an image of the data."""
+    """Raise ValueError when the model ``name`` cannot take an image of the data, or gives no logits in training."""
+    if getattr(model, "aux_logits", False):
+        raise ValueError(
+            f"the model {name!r} has auxiliary heads, which no loss here knows; leave them out: "
+            "--set 'model.kwargs={aux_logits: false}'"
+        )
     try:
         with evaluating(model):
-            model(torch.zeros(1, *data.input_shape))
+            logits = model(torch.zeros(1, *data.input_shape))
     except Exception as error:  # whatever a model says of such images: torchvision's and timm's transformers assert
         shape = "x".join(map(str, data.input_shape))
         raise ValueError(
-            f"the model {name!r} does not take images of {shape}, as {data.name!r} has them; choose another --model "
+            f"the model {name!r} does not take images of {shape}, as {data.name!r} has them; choose another "
             f"({str(error).partition(chr(10))[0]})"
         ) from error
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"the model {name!r} gives no logits [images, classes], but {found}")
 
 
 # ---- sources -----------------------------------------------------------------------------------------
@@ -269,7 +277,8 @@ def _file_data(config: DataConfig, train: Files, test: Files) -> Data:
     side = config.image_size or _LARGE_SIDE
     training, plain = _transforms(side, *_normalisation(config))
     dataset = partial(FolderDataset, max_broken=config.max_broken)
-    workers = min(16, cores()) if config.workers == "auto" else config.workers
+    here = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # torchrun says so
+    workers = min(16, here) if config.workers == "auto" else config.workers
     return _loaders(
         config,
         dataset(train, training, config.seed) if config.augment else dataset(train, plain),
@@ -324,7 +333,6 @@ def _loaders(
             num_workers=workers,
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
-            persistent_workers=workers > 0,
             worker_init_fn=leave_signals_to_parent,
             generator=torch.Generator(),  # an iterator takes a number from it, and leaves the global one alone
             **options,
@@ -339,8 +347,9 @@ def _loaders(
             workers,
             sampler=EpochSampler(length, config.seed),
             drop_last=length > config.batch_size,
+            persistent_workers=workers > 0,
         ),
-        test=loader(test, plain_batch, workers),
+        test=loader(test, plain_batch, workers, persistent_workers=workers > 0),
         calibration=loader(Subset(train_plain, chosen), plain_batch, workers),
         num_classes=len(classes),
         classes=classes,

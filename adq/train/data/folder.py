@@ -70,15 +70,22 @@ def _is_image(name: str) -> bool:
 
 
 def _images_under(folder: Path, directories: list[str]) -> list[str]:
-    found = []
-    for directory, _, names in os.walk(folder, followlinks=True):
+    found, seen = [], set()
+    for directory, subfolders, names in os.walk(folder, followlinks=True):
+        place = os.stat(directory)
+        if (place.st_dev, place.st_ino) in seen:  # links may lead back
+            subfolders.clear()
+            continue
+        seen.add((place.st_dev, place.st_ino))
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         directories.append(directory)
         found += [os.path.join(directory, name) for name in names if _is_image(name)]
     return sorted(found)
 
 
 def list_files(folder: Path) -> tuple[Files, list[str]]:
-    """Images of ``folder/<class>/**``, sorted by path, and all folders gone through; hidden ones are ignored.
+    """Images of ``folder/<class>/**``, sorted by path, and all folders gone through; hidden ones are ignored, and those
+    that a class has been through already, by links.
 
     Raises:
         ValueError: no class folders, no images, or class folders without any; the message names the folder.

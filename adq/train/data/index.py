@@ -17,7 +17,7 @@ from adq.train.data.folder import Files
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 _SETTLED = 2 * 10**9
 """Nanoseconds: what has changed so shortly before it was listed may change again within the same tick of the clock."""
 
@@ -57,7 +57,7 @@ def _scan(file: Path, folder: Path, scan: Scan) -> Files:
     if max(changed) > began - _SETTLED:
         logger.info("%s has just changed; its list of files is not kept", folder)
         return files
-    names = "\0".join(path[len(str(folder)) + 1 :] for path in files.paths)
+    names = "\0".join(path.removeprefix(f"{folder}/") for path in files.paths)
     columns = {
         "version": np.array(VERSION),
         "watched": np.array(watched),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import tarfile
 from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO, cast
 
 import numpy as np
 
@@ -72,6 +73,15 @@ def _lister(split: str) -> Scan:
     return scan
 
 
+def _check_end(archive: tarfile.TarFile) -> None:
+    """Raise ReadError unless a block of zeros is where the members end: tarfile takes a broken header for the end."""
+    stream = cast(BinaryIO, archive.fileobj)
+    stream.seek(archive.offset)
+    end = stream.read(tarfile.BLOCKSIZE)
+    if len(end) < tarfile.BLOCKSIZE or any(end):
+        raise tarfile.ReadError(f"it is damaged or cut short after {archive.offset:,} bytes")
+
+
 def _samples(shard: Path) -> list[tuple[str, int, tuple[int, int]]]:
     """Path, class, offset and size of each image of an archive; its members of one key follow each other."""
     grouped: dict[str, dict[str, tarfile.TarInfo]] = {}
@@ -89,6 +99,7 @@ def _samples(shard: Path) -> list[tuple[str, int, tuple[int, int]]]:
                 elif kind == "cls":
                     content = archive.extractfile(member)
                     labels[f"{folder}/{key}"] = int(content.read()) if content else -1
+            _check_end(archive)
     except (tarfile.TarError, ValueError) as error:
         raise ValueError(f"cannot list the shard {shard}: {error}") from error
     for key, group in grouped.items():
