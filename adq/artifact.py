@@ -56,8 +56,9 @@ MODEL, PACKED_MODEL = "model.safetensors", "model-packed.safetensors"
 def model_file(path: str | Path) -> Path:
     """The file itself; of a run folder the plain model, or the packed one where that is all there is."""
     path = Path(path)
-    names = [name for name in (MODEL, PACKED_MODEL) if (path / name).is_file()]
-    return path / names[0] if names else path
+    if not path.is_dir():
+        return path
+    return path / next((name for name in (MODEL, PACKED_MODEL) if (path / name).is_file()), MODEL)
 
 
 def installed_version() -> str:

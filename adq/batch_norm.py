@@ -16,7 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
-from adq.convert import evaluating, forward_batch, is_trained, model_device, quantizers_enabled, to_device
+from adq.convert import (
+    evaluating,
+    forward_batch,
+    is_trained,
+    model_device,
+    quantizers_enabled,
+    refuse_packed,
+    to_device,
+)
 from adq.distributed import pool
 
 Statistics = tuple[Tensor, Tensor]
@@ -282,11 +290,13 @@ def correct_batch_norm_(model: nn.Module, batches: Iterable[Any], reference: nn.
         ValueError: no batches, NaN or infinite inputs (the batch norm is named), or a reference with other batch norms.
         RuntimeError: the model has been trained and no reference is given.
     """
-    if reference is None and is_trained(model):
-        raise RuntimeError(
-            "adq: the model has been trained, so its float network is no measure any more; pass reference=, the "
-            "network before its widths were changed, or call adq.reestimate_batch_norm_ with training batches"
-        )
+    if reference is None:
+        refuse_packed(model, "running the float network")
+        if is_trained(model):
+            raise RuntimeError(
+                "adq: the model has been trained, so its float network is no measure any more; pass reference=, the "
+                "network before its widths were changed, or call adq.reestimate_batch_norm_ with training batches"
+            )
     norms = _named_batch_norms(model)
     others = {} if reference is None else _named_batch_norms(reference)
     if reference is not None and norms.keys() != others.keys():

@@ -378,7 +378,8 @@ def is_trained(model: nn.Module) -> bool:
     """Whether a quantized model has been trained since its calibration, as far as can be told: of one with weights in
     float its file does not say."""
     moved = any(quantizer.trained for quantizer in activation_quantizers(model).values())
-    return moved or any(int(quantizer.steps) > 0 for _, quantizer in weight_quantizers(model).values())
+    weights = weight_quantizers(model).values()
+    return moved or any(not layer.packed and int(quantizer.steps) > 0 for layer, quantizer in weights)
 
 
 @contextmanager

@@ -92,9 +92,9 @@ class _LayerTracer(fx.Tracer):
             then; of the others the graph has no argument.
     """
 
-    def __init__(self, defaults: dict[str, Any]) -> None:
+    def __init__(self, defaults: dict[str, Any] | None = None) -> None:  # without, for copies of what it traced
         super().__init__()
-        self.defaults = defaults
+        self.defaults = defaults or {}
 
     def create_args_for_root(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Any]]:
         """The model's function and what it is called with, a proxy for each argument that has no fixed value."""

@@ -170,15 +170,16 @@ def test_quantization_starts_from_another_quantized_network(finished):
     starts = {"float": None, "plain": "whole", "packed": "whole/model-packed.safetensors"}
     for name, start in starts.items():
         options = [] if start is None else ["--set", f"start={start}"]
-        code, text = adq(folder, *common, "--output", name, "--set", "allocation.weight_bits=null", *options)
+        output = f"from {name}"
+        code, text = adq(folder, *common, "--output", output, "--set", "allocation.weight_bits=null", *options)
         assert code == 0, text
     whole = load(folder / "whole")
-    networks = {name: load(folder / name) for name in starts}
+    networks = {name: load(folder / f"from {name}") for name in starts}
     assert torch.equal(networks["plain"].conv2.weight, whole.conv2.weight)
     assert torch.equal(networks["packed"].conv2.weight, whole.conv2.quantized_weight())
     levels = {name: network.conv2.weight_quantizer.levels.numel() for name, network in networks.items()}
     assert levels == dict.fromkeys(starts, 4) and whole.conv2.weight_quantizer.levels.numel() > 4
-    results = {name: json.loads((folder / name / "result.json").read_text()) for name in starts}
+    results = {name: json.loads((folder / f"from {name}" / "result.json").read_text()) for name in starts}
     assert len({result["float_top1"] for result in results.values()}) == 1
     assert results["float"]["calibrated_top1"] not in {results[name]["calibrated_top1"] for name in ("plain", "packed")}
     learned = whole.conv2.input_quantizer
