@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import sys
 import threading
 import weakref
 
@@ -421,27 +420,28 @@ def test_frozen_layers_stay_as_they_are():
     assert moved and not any(key.startswith("0.") for key in moved)
 
 
-def test_layers_may_come_and_go_in_another_thread_while_an_optimizer_steps():
-    net, stop = model(), threading.Event()
+def test_layers_may_come_in_another_thread_while_an_optimizer_steps(monkeypatch):
+    """One does as soon as the optimizer looks at the layers that there are."""
+    net, other = model(), model()[0]
+    update.unregister(other)
+    threads = []
+
+    class Busy(weakref.WeakSet):
+        def __iter__(self):
+            for layer in super().__iter__():
+                if not threads:
+                    threads.append(threading.Thread(target=update.register, args=(other,)))
+                    threads[0].start()
+                    threads[0].join(0.2)  # waits where iterating is guarded
+                yield layer
+
+    monkeypatch.setattr(update, "_LAYERS", Busy(update._LAYERS))
     optimizer = sgd(net)
-
-    def copies():
-        while not stop.is_set():
-            copy.deepcopy(net)
-
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-4)
-    thread = threading.Thread(target=copies)
-    thread.start()
-    try:
-        backward(net)
-        for _ in range(60):
-            optimizer.step()
-    finally:
-        stop.set()
-        thread.join()
-        sys.setswitchinterval(interval)
-    assert steps(net) == [60] * 3
+    backward(net)
+    optimizer.step()
+    threads[0].join()
+    assert steps(net) == [1] * 3
+    assert other in update._LAYERS
 
 
 class Normalised(nn.Module):
