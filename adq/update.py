@@ -66,6 +66,7 @@ def _pace(group: dict[str, Any]) -> Pace:
     if rate is None:
         return 1.0
     if isinstance(rate, Tensor):  # of a capturable optimizer: not to be read back
+        rate = rate.detach()
         if peak is None:
             peak = group[PEAK] = torch.maximum(torch.as_tensor(group.get(PEAK, 0.0), device=rate.device), rate)
         peak = torch.as_tensor(peak, device=rate.device)

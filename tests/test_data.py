@@ -10,7 +10,6 @@ import pickle
 import subprocess
 import tarfile
 import time
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -765,17 +764,6 @@ def test_hidden_folders_below_a_class_and_links_that_lead_back_hold_no_images(tm
     files, _ = list_files(tmp_path)
     names = [str(Path(path).relative_to(tmp_path)) for path in files.paths]
     assert names == ["cat/deeper/0.png", "dog/deeper/0.png", "dog/other/0.png"]
-
-
-def test_networks_with_auxiliary_heads():
-    """GoogLeNet's files have them; training knows no loss for them."""
-    googlenet = pytest.importorskip("torchvision.models").googlenet
-    data = build_data(DataConfig("digits"))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        whole = googlenet(num_classes=10, init_weights=False)
-        with pytest.raises(ValueError, match="aux_logits: false"):
-            check_input(whole, data, "googlenet")
 
 
 def test_the_speed_on_the_bar_is_of_the_images_since_it_began():

@@ -342,3 +342,20 @@ def test_a_quantized_model_is_told_from_another_architecture(tmp_path):
     adq.save(model, tmp_path / "m.safetensors")
     with pytest.raises(ValueError, match=r"the weights of a quantized model, .*adq\.load\(path, model\)"):
         load_float_weights(create_model("digits_cnn"), tmp_path / "m.safetensors")
+
+
+def test_networks_with_auxiliary_heads(tmp_path):
+    """They give tuples in training; their files have the heads, and networks without them take what is theirs."""
+    pytest.importorskip("torchvision", reason="torchvision is not installed")
+    pytest.importorskip("accelerate", reason="adq train needs the extra 'train'")
+    from adq.train.config import ModelConfig, RunConfig
+    from adq.train.run import check_layers
+
+    whole = create_model("googlenet", 10, init_weights=False)
+    with pytest.raises(ValueError, match="'googlenet' has auxiliary heads.*aux_logits: false"):
+        check_layers(whole, RunConfig(model=ModelConfig("googlenet")))
+    save_file(whole.state_dict(), tmp_path / "whole.safetensors")
+    without = create_model("googlenet", 10, init_weights=False, aux_logits=False)
+    check_layers(without, RunConfig(model=ModelConfig("googlenet")))
+    load_float_weights(without, tmp_path / "whole.safetensors")
+    assert torch.equal(without.fc.weight, whole.fc.weight)

@@ -142,8 +142,14 @@ def check_layers(model: nn.Module, config: RunConfig) -> None:
     """What can be said of quantizing a float network before it is trained.
 
     Raises:
-        ValueError: overrides, or an allocation file, name layers that are not there; no allocation meets the budget.
+        ValueError: auxiliary heads; overrides, or an allocation file, name layers that are not there; no allocation
+            meets the budget.
     """
+    if getattr(model, "aux_logits", False):  # torchvision's GoogLeNet and Inception v3 give tuples in training then
+        raise ValueError(
+            f"adq: the model {config.model.name!r} has auxiliary heads, which no loss here knows; leave them out: "
+            "--set 'model.kwargs={aux_logits: false}'"
+        )
     asked, chosen = config.allocation, choose_layers(model, config.quantization)
     if asked.file is not None:
         quantized = [name for name, choice in chosen.items() if choice.config.weight is not None]

@@ -75,12 +75,7 @@ def check_classes(model: nn.Module, data: Data) -> None:
 
 @torch.no_grad()
 def check_input(model: nn.Module, data: Data, name: str) -> None:
-    """Raise ValueError when the model ``name`` cannot take an image of the data, or gives no logits in training."""
-    if getattr(model, "aux_logits", False):
-        raise ValueError(
-            f"the model {name!r} has auxiliary heads, which no loss here knows; leave them out: "
-            "--set 'model.kwargs={aux_logits: false}'"
-        )
+    """Raise ValueError when the model ``name`` cannot take an image of the data, or gives no logits."""
     try:
         with evaluating(model):
             logits = model(torch.zeros(1, *data.input_shape))
