@@ -319,13 +319,12 @@ def _correct(
 ) -> list[list[Weighted]]:
     """Run a batch through both networks; what it says of each batch norm."""
     batch = to_device(batch, model_device(model))
-    with _hooked((c.reference, c.observe) for c in corrections):
-        if reference is not None:
-            with evaluating(reference):
-                forward_batch(reference, batch)
-        else:
-            with quantizers_enabled(model, weights=False, activations=False):
-                forward_batch(model, batch)
+    in_float = quantizers_enabled(model, weights=False, activations=False)
+    with (
+        in_float if reference is None else evaluating(reference),
+        _hooked((c.reference, c.observe) for c in corrections),
+    ):
+        forward_batch(model if reference is None else reference, batch)
     with _hooked((c.norm, c.correct) for c in corrections):
         forward_batch(model, batch)
     return [correction.take() for correction in corrections]

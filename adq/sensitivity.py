@@ -118,7 +118,6 @@ def sensitivity(
 
     Of a model that has been trained inputs stay quantized: its thresholds are part of what it computes.
 
-
     ``"loss"``: rise of the mean loss with that layer alone quantized: the truth, ``layers x widths`` passes.
     ``"fisher"``: ``0.5 sum F dw^2`` with the empirical Fisher diagonal F of the batches; one pass.
     ``"hessian"``: ``0.5 (tr H / n) ||dw||^2``, trace by Hutchinson's estimator (HAWQ-V2, arXiv 1911.03852).

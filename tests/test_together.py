@@ -184,7 +184,15 @@ def test_copies_quantize_their_own_weights_at_once(calls, copied):
     assert not torch.equal(twin(inputs()), net(inputs()))
 
 
-@pytest.mark.parametrize("make", [model, lambda: adq.quantize_(nn.Linear(6, 3), adq.ADQConfig(activation=None))])
+def held_by_a_hook() -> nn.Module:
+    net = model()
+    net.again.register_forward_hook(lambda *args, net=net: None)
+    return net
+
+
+@pytest.mark.parametrize(
+    "make", [model, lambda: adq.quantize_(nn.Linear(6, 3), adq.ADQConfig(activation=None)), held_by_a_hook]
+)
 def test_a_model_that_has_run_is_freed(make):
     net = make()
     net(inputs())

@@ -464,18 +464,7 @@ def test_a_weight_that_is_set_anew_during_the_pass_is_quantized_as_it_is():
         assert torch.equal(found, net.b(net.a(inputs())))
 
 
-def test_a_hook_that_holds_the_model_does_not_keep_it_alive():
-    net = model()
-    net.seen = []
-    net[2].register_forward_hook(lambda *args, net=net: None)
-    net(inputs())
-    held = weakref.ref(net)
-    del net
-    gc.collect()
-    assert held() is None
-
-
-def test_a_layer_that_was_replaced_is_no_longer_quantized(monkeypatch):
+def test_a_layer_that_was_replaced_is_no_longer_quantized():
     net = model()
     net(inputs())
     gone = weakref.ref(net[4])
