@@ -165,7 +165,9 @@ def fit(w: Tensor, config: WeightConfig, axis: int = 0) -> Fit:
     if not all(bool(bound.isfinite().all()) for bound in bounds):
         raise ValueError("adq: the weight holds NaN or infinity")
     peak = torch.maximum(-bounds[0], bounds[1])
-    covering = torch.where(peak > 0, peak, 1.0)
+    some = peak[peak > 0]
+    # a channel of zeros is in units of the smallest other one: its codeword nearest to zero need not be zero
+    covering = torch.where(peak > 0, peak, some.min() if some.numel() else 1.0)
     scale = covering if per_channel else torch.ones_like(peak)
     if config.update == "step":
         codebook, scale = _uniform_step(w, covering, config.num_levels)

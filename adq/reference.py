@@ -100,7 +100,7 @@ def foreach_codebook_step_(
     With ``v = w / scale``, q the codewords of v and r = ``rates[l] * pace``::
 
         scale <- scale + r (sum w q / sum q^2 - scale)      of each channel, where there are channels
-        c, N, M <- ema_update(c, N, M, n, s, r)             n, s: statistics of v in the old cells
+        c, N, M <- ema_update(c, N, M, n, s, r)             n, s: statistics of within_reach(v) in the old cells
         c <- snap_codebook(c)                               where ``snap[l]``; N and M stay as they are
 
     Args:
@@ -114,9 +114,10 @@ def foreach_codebook_step_(
     ops.check_foreach_step(weights, scales, codebooks, counts, totals, rates, snap, quantized)
     for i, (w, scale, codebook) in enumerate(zip(weights, scales, codebooks, strict=True)):
         rate = rates[i] * pace
-        v = w.float() / scale
-        q, _, n, s = codebook_lookup_statistics(v, codebook, decision_thresholds(codebook), False)
-        if ops.scale_axis(w.shape, scale) is not None:
+        v, per_channel = w.float() / scale, ops.scale_axis(w.shape, scale) is not None
+        counted = within_reach(v, codebook) if per_channel else v
+        q, _, n, s = codebook_lookup_statistics(counted, codebook, decision_thresholds(codebook), False)
+        if per_channel:
             fitted = least_squares_scale(w.float(), q, scale)
             scale.copy_(scale + rate * (fitted - scale))
         new_codebook, count, total = ema_update(codebook, counts[i], totals[i], n, s, rate)
@@ -125,6 +126,21 @@ def foreach_codebook_step_(
         totals[i].copy_(total)
     for w_q, value in zip(quantized, foreach_codebook_quantize(weights, scales, codebooks), strict=False):
         w_q.copy_(value)
+
+
+def within_reach(v: Tensor, codebook: Tensor) -> Tensor:
+    """``v``, but no further beyond an outer level than the gap to its neighbour, or the mean one; cells do not change.
+
+    A channel outgrows its scale where a filter was nearly dead: behind a batch norm its gradient is as large as its
+    weights are small. Until the scale has followed, it shall not take the levels away from all other channels.
+    """
+    levels, peak = codebook.numel(), codebook[[0, -1]].abs().amax()
+    if levels < 2:
+        return v
+    gap = torch.where(peak > 0, peak / (levels - 1), torch.inf)
+    low = codebook[0] - torch.maximum(codebook[1] - codebook[0], gap)
+    high = codebook[-1] + torch.maximum(codebook[-1] - codebook[-2], gap)
+    return v.clamp(low, high)
 
 
 def least_squares_scale(w: Tensor, q: Tensor, scale: Tensor) -> Tensor:
@@ -162,7 +178,8 @@ def ema_update(
 
     ``N <- (1 - r) N + r n``, ``M <- (1 - r) M + r s``, ``c = (M + e c) / (N + e)``. The smoothing e pulls a
     level that few weights use towards where it stands, not towards zero, so the order is kept. A level
-    that no weight has used for long is moved into the most used cell, with half of that cell's weight.
+    that no weight has used for long is moved into the most used cell, with half of that cell's weight, unless the rate
+    is zero.
 
     Args:
         codebook: ascending float32 ``[K]``; ema_count, ema_total: N and M, float32 ``[K]``.
@@ -176,10 +193,10 @@ def ema_update(
     new_total = (1.0 - rate) * ema_total + rate * total
     smoothing = SMOOTHING * new_count.sum() / new_count.numel() + 1e-30
     codebook = (new_total + smoothing * codebook) / (new_count + smoothing)
-    return _revive(torch.cummax(codebook, 0).values, new_count, new_total)
+    return _revive(torch.cummax(codebook, 0).values, new_count, new_total, rate)
 
 
-def _revive(codebook: Tensor, count: Tensor, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _revive(codebook: Tensor, count: Tensor, total: Tensor, rate: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Move the least used level, if it is dead, beside the most used one, whose N and M it shares."""
     levels = codebook.numel()
     if levels < 2:
@@ -187,6 +204,7 @@ def _revive(codebook: Tensor, count: Tensor, total: Tensor) -> tuple[Tensor, Ten
     dead, donor = count.argmin(), count.argmax()
     # a donor of fewer than two weights has nothing to share
     revive = (count[dead] < (REVIVE_BELOW * count.sum() / levels).clamp_max(UNUSED)) & (count[donor] >= 2.0)
+    revive = revive & (torch.as_tensor(rate, device=count.device) > 0.0)
     centre = codebook[donor]
     left = centre - codebook[(donor - 1).clamp_min(0)]
     right = codebook[(donor + 1).clamp_max(levels - 1)] - centre

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from adq.ops import scale_axis
-from adq.reference import decision_thresholds, ema_update, snap_codebook
+from adq.reference import decision_thresholds, ema_update, snap_codebook, within_reach
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -123,7 +123,10 @@ def _add_up(
     if axis is not None:
         scale = scale.narrow(axis, first[axis], local.shape[axis])
     v = local.float() / scale
-    q, _, count, total = torch.ops.adq.codebook_lookup_statistics(v, codebook, decision_thresholds(codebook), False)
+    counted = v if axis is None else within_reach(v, codebook)
+    q, _, count, total = torch.ops.adq.codebook_lookup_statistics(
+        counted, codebook, decision_thresholds(codebook), False
+    )
     cells[: len(codebook)], cells[len(codebook) :] = count, total
     if axis is not None:
         others = [d for d in range(local.dim()) if d != axis]

@@ -17,7 +17,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from functools import cache
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +68,10 @@ def _pace(group: dict[str, Any]) -> Pace:
     if isinstance(rate, Tensor):  # of a capturable optimizer: not to be read back
         rate = rate.detach()
         if peak is None:
-            peak = group[PEAK] = torch.maximum(torch.as_tensor(group.get(PEAK, 0.0), device=rate.device), rate)
+            peak = group.get(PEAK, 0.0)
+            if not isinstance(peak, Tensor) or peak.device != rate.device:
+                peak = group[PEAK] = torch.full_like(rate, float(peak))
+            torch.maximum(peak, rate, out=peak)  # in place: a captured graph goes on with it
         peak = torch.as_tensor(peak, device=rate.device)
         return torch.where(peak > 0, rate / peak, 0.0).clamp_max(1.0).float()
     if peak is None:
@@ -76,22 +79,25 @@ def _pace(group: dict[str, Any]) -> Pace:
     return min(1.0, float(rate) / float(peak)) if float(peak) > 0.0 else 0.0
 
 
-@lru_cache(maxsize=64)
+@cache  # for good: captured graphs read them
 def _constant_rates(rates: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(rates, dtype=torch.float32, device=device)
 
 
 def _update(layers: Iterable[QuantizedLayer], paces: dict[int, Pace] | None) -> None:
-    """Count a step of the layers in training mode, and move the codebooks that follow their weights."""
+    """Count a step of the layers in training mode, and move the codebooks that follow their weights.
+
+    ``paces`` are by the layers' identities; None: all at full pace.
+    """
     counted: dict[torch.device, list[Tensor]] = {}
     groups: dict[tuple[torch.device, Any], list[tuple[Tensor, WeightQuantizer]]] = {}
     done = set()  # layers that share a weight share a quantizer
     for layer in layers:
         quantizer = layer.weight_quantizer
-        pace = 1.0 if paces is None else paces.get(id(layer.weight))
+        pace = 1.0 if paces is None else paces.get(id(layer))
         if pace is None or not layer.training or id(quantizer) in done or isinstance(quantizer, nn.Identity):
             continue
-        if not layer.weight.requires_grad:  # it stays as it is
+        if not any(parameter.requires_grad for parameter in _learned(layer)):  # it stays as it is
             continue
         done.add(id(quantizer))
         counted.setdefault(quantizer.steps.device, []).append(quantizer.steps)
@@ -107,6 +113,12 @@ def _update(layers: Iterable[QuantizedLayer], paces: dict[int, Pace] | None) -> 
         if len(whole) < len(members):
             parts = [member for member in members if sharded.is_sharded(member[0])]
             sharded.step(parts, _rates(device, pace, [quantizer for _, quantizer in parts]))
+
+
+def _learned(layer: QuantizedLayer) -> list[Tensor]:
+    """What an optimizer may hold of a layer's weight: itself, or what a parametrization computes it from."""
+    parametrized, name = getattr(layer, "parametrizations", {}), layer.weight_name
+    return list(parametrized[name].parameters()) if name in parametrized else [layer.weight]
 
 
 def _rates(device: torch.device, pace: Pace, quantizers: Sequence[WeightQuantizer]) -> Tensor:
@@ -160,9 +172,10 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
     groups = optimizer.param_groups
     group_of = {id(parameter): i for i, group in enumerate(groups) for parameter in group["params"]}
     place = {key: i for i, key in enumerate(group_of)}  # processes must agree on the order
-    held = sorted((x for x in layers if id(x.weight) in place), key=lambda x: place[id(x.weight)])
-    pace_of = {i: _pace(groups[i]) for i in {group_of[id(x.weight)] for x in held}}
-    _update(held, {id(x.weight): pace_of[group_of[id(x.weight)]] for x in held})
+    parameter_of = {x: next((id(p) for p in _learned(x) if id(p) in place), None) for x in layers}
+    held = sorted(((x, key) for x, key in parameter_of.items() if key is not None), key=lambda pair: place[pair[1]])
+    pace_of = {i: _pace(groups[i]) for i in {group_of[key] for _, key in held}}
+    _update([x for x, _ in held], {id(x): pace_of[group_of[key]] for x, key in held})
     for layer in layers:
         if layer.training and not isinstance(layer.input_quantizer, nn.Identity):
             layer.input_quantizer.trained |= id(layer.input_quantizer.start) in place
@@ -172,14 +185,17 @@ def _is_inner_step(optimizer: torch.optim.Optimizer) -> bool:
     """Whether an optimizer that holds the same weights steps through this one, and has yet to end.
 
     Seen on the stack, where torch's wrapper of each ``step`` calls the hook: a counter would be off for good once a
-    step raises. ``ZeroRedundancyOptimizer`` is of this kind: its inner optimizer holds this process's share alone.
+    step raises. ``ZeroRedundancyOptimizer`` is of this kind: its inner optimizer holds this process's share alone. A
+    subclass that calls its parent's ``step`` is, too: torch wraps both once an optimizer of the parent was made.
     """
     frame: FrameType | None = sys._getframe(1)
+    inside = False  # of the wrapper that has called
     while frame is not None:
         if frame.f_code.co_name == "wrapper" and frame.f_code.co_filename == _OPTIMIZER_FILE:
             outer = (frame.f_locals.get("args") or (optimizer,))[0]
-            if outer is not optimizer and _parameters(optimizer) <= _parameters(outer):
+            if inside and _parameters(optimizer) <= _parameters(outer):
                 return True
+            inside = True
         frame = frame.f_back
     return False
 

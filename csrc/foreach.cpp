@@ -59,10 +59,36 @@ StepTable table_of(const Layer& layer) {
     return table;
 }
 
-// visit(begin, end, q) for the pieces of an item, with their codewords; the statistics are optional.
+// Values that are counted as they are; see within_reach in reference.py.
+struct Reach {
+    float low = -std::numeric_limits<float>::infinity();
+    float high = std::numeric_limits<float>::infinity();
+};
+
+Reach reach_of(const Layer& layer) {
+    const int last = layer.levels - 1;
+    const float* c = layer.codebook;
+    const float peak = std::max(std::fabs(c[0]), std::fabs(c[last]));
+    if (last == 0 || !(peak > 0.0f)) return {};
+    const float gap = peak / static_cast<float>(last);
+    return {c[0] - std::max(c[1] - c[0], gap), c[last] + std::max(c[last] - c[last - 1], gap)};
+}
+
+// NaN stays.
+void clamp(float* v, std::int64_t n, const Reach& reach) {
+    for (std::int64_t i = 0; i < n; ++i) {
+        const float least = reach.low > v[i] ? reach.low : v[i];
+        v[i] = reach.high < least ? reach.high : least;
+    }
+}
+
+// visit(begin, end, q) for the pieces of an item, with their codewords; the statistics, of values within
+// reach, are optional.
 template <class Visit>
 void look_up(const Layer& layer, const StepTable& table, const Item& item, double* total, std::int64_t* count,
              const Visit& visit) {
+    const bool limited = total != nullptr && layer.channels > 1;
+    const Reach reach = limited ? reach_of(layer) : Reach{};
     static thread_local std::vector<float> scratch(2 * kChunk);
     float *v = scratch.data(), *q = v + kChunk;
     const Kernels& isa = kernels();
@@ -72,6 +98,7 @@ void look_up(const Layer& layer, const StepTable& table, const Item& item, doubl
             isa.divide(layer.dtype, at(layer.w, layer.dtype, first), n, scale_of(layer, row),
                        v + (first - begin));
         });
+        if (limited) clamp(v, end - begin, reach);
         isa.steps(Dtype::kFloat32, table, v, end - begin, q, nullptr, total, count);
         visit(begin, end, q);
     }
@@ -128,7 +155,7 @@ void revive(const Layer& layer) {
     double sum = 0.0;
     for (int k = 0; k < levels; ++k) sum += count[k];
     const float rare = kReviveBelow * static_cast<float>(sum) / static_cast<float>(levels);
-    const bool is_dead = count[dead] < std::min(rare, kUnused);
+    const bool is_dead = layer.rate > 0.0f && count[dead] < std::min(rare, kUnused);
     if (levels < 2 || !is_dead || !(count[donor] >= 2.0f)) return;
     const float centre = c[donor];
     const float left = centre - c[std::max(donor - 1, 0)];

@@ -307,9 +307,35 @@ def _fit_scales(layer, first, end, fit, norm, seen, rate, SHORT: tl.constexpr, L
 
 
 @triton.jit
-def _row_sums(counts, totals, values, scale, K: tl.constexpr):
+def _reach(layer):
+    """The values that are counted as they are, from and to: see :func:`adq.reference.within_reach`."""
+    codebook, last = _floats(layer, CODEBOOK), _number(layer, LEVELS) - 1
+    lowest, highest = tl.load(codebook), tl.load(codebook + last)
+    peak = tl.maximum(tl.abs(lowest), tl.abs(highest))
+    limited = (_number(layer, CHANNELS) != 0) & (last > 0) & (peak > 0)
+    gap = tl.where(limited, tl.div_rn(peak, tl.maximum(last, 1).to(tl.float32)), float("inf"))
+    low = lowest - tl.maximum(tl.load(codebook + tl.minimum(last, 1)) - lowest, gap)
+    high = highest + tl.maximum(highest - tl.load(codebook + tl.maximum(last - 1, 0)), gap)
+    return low, high
+
+
+@triton.jit
+def _clamped(v, low, high):
+    """v within reach; NaN stays."""
+    return tl.where(v > high, high, tl.where(v < low, low, v))
+
+
+@triton.jit
+def _beyond(v, low, high, lowest, highest):
+    """Sum ``[LANES]`` of what values have beyond reach, times their codewords."""
+    excess = tl.where(v > high, highest * (v - high), tl.where(v < low, lowest * (v - low), 0.0))
+    return tl.reduce(excess, 1, ADD)
+
+
+@triton.jit
+def _row_sums(counts, totals, beyond, values, scale, K: tl.constexpr):
     """The sums of ``w q``, of ``q^2`` and of one in each lane, from its statistics of the row."""
-    fit = values[0] * totals[0]
+    fit = beyond + values[0] * totals[0]
     norm = values[0] * values[0] * counts[0].to(tl.float32)
     seen = counts[0]
     for k in tl.static_range(1, K):
@@ -359,6 +385,7 @@ def _chain_statistics(
     """Statistics of an item's rows in up to 16 cells, and their new scales."""
     shape, levels, scales = _shape(layer), _number(layer, LEVELS), _floats(layer, SCALE)
     values, edges = _tables(_floats(layer, CODEBOOK), levels, K)
+    low, high = _reach(layer)
     count = lane_zeros(K, LANES, tl.int32)
     total = lane_zeros(K, LANES, tl.float32)
     start, end = _span(layer, item)
@@ -368,13 +395,15 @@ def _chain_statistics(
         scale = tl.load(scales + row * _number(layer, CHANNELS), mask=row < end, other=1.0)
         row_count = lane_zeros(K, LANES, tl.int32)
         row_total = lane_zeros(K, LANES, tl.float32)
+        beyond = tl.full((LANES,), 0, tl.float32)
         for at in range(0, tl.cdiv(shape[0], VECTOR), step):
             vector = at + lane
             w = _load(source, row, vector, left, shape, DTYPE, VECTOR)
             v = _divided(w, scale, _inside(vector, left, VECTOR))
-            row_count, row_total = _accumulate(v, edges, row_count, row_total, K)
+            beyond += _beyond(v, low, high, values[0], values[K - 1])
+            row_count, row_total = _accumulate(_clamped(v, low, high), edges, row_count, row_total, K)
         if _number(layer, CHANNELS) != 0:
-            fit, norm, seen = _row_sums(row_count, row_total, values, scale, K)
+            fit, norm, seen = _row_sums(row_count, row_total, beyond, values, scale, K)
             _fit_scales(layer, first, end, fit, norm, seen, rate, SHORT, LONG)
         count, total = _added(count, row_count, K), _added(total, row_total, K)
     items = _number(layer, ITEMS)
@@ -405,6 +434,7 @@ def _product_statistics(
     digit = tl.arange(0, 16)
     count = tl.full((BATCH, 16, 16), 0, tl.int32)
     total = tl.full((BATCH, 16, 16), 0, tl.float32)
+    least, most = _reach(layer)
     low, high = lane_zeros(2, LANES, tl.float32)
     start, end = _span(layer, item)
     step = 1 << _number(layer, SHIFT)
@@ -422,7 +452,7 @@ def _product_statistics(
             fit += tl.reduce(tl.where(v == v, w * q, 0.0), 1, ADD)
             norm += tl.reduce(tl.where(v == v, q * q, 0.0), 1, ADD)
             seen += tl.reduce((v == v).to(tl.int32), 1, ADD)
-            v = tl.reshape(v, (LANES,))
+            v = _clamped(tl.reshape(v, (LANES,)), least, most)
             low += tl.where(v == -float("inf"), v, 0.0)
             high += tl.where(v == float("inf"), v, 0.0)
             code = tl.reshape(tl.where(v == v, tl.reshape(code, (LANES,)), 256), (BATCH, SIZE))
@@ -470,9 +500,10 @@ def foreach_statistics_kernel(
 ):
     """First half of a step: the statistics of ``v = w / scale`` in the cells, item by item, and the new scales.
 
-    ``n[k] = #{code = k}``, ``s[k] = sum of those v``; ``scale <- scale + r (sum w q / sum q^2 - scale)`` of each
-    channel, with q the codewords and ``r = rates[l] pace``. NaN counts nowhere, and leaves the scale of its channel
-    as it is. Source: ADQ, arXiv 2510.19760, section 3.2; the scale is the least-squares one.
+    ``n[k] = #{code = k}``, ``s[k] = sum of those v``, within reach where channels have scales;
+    ``scale <- scale + r (sum w q / sum q^2 - scale)`` of each channel, with q the codewords and ``r = rates[l] pace``.
+    NaN counts nowhere, and leaves the scale of its channel as it is. Source: ADQ, arXiv 2510.19760, section 3.2; the
+    scale is the least-squares one.
 
     table   ``[layers, FIELDS]`` int64, and behind it the layer of each program; the scales are written
     staged  copies of the weights that are not dense, in the weights' dtype, or None
@@ -539,8 +570,8 @@ def _ema(old, level, levels, n, s, rate):
 
 
 @triton.jit
-def _revive(codebook, count, total, level, levels):
-    """Move the least used level, if it is dead, beside the most used one, whose N and M it shares.
+def _revive(codebook, count, total, level, levels, rate):
+    """Move the least used level, if it is dead, beside the most used one, whose N and M it shares; at no rate of zero.
 
     Returns the state in the old order, and the new place of each level.
     """
@@ -549,7 +580,7 @@ def _revive(codebook, count, total, level, levels):
     donor = tl.argmax(tl.where(there, count, -float("inf")), 0)
     fewest, most = _pick(count, level, dead), _pick(count, level, donor)
     rare = tl.div_rn(tl.reduce(count, 0, ADD) * REVIVE_BELOW, levels.to(tl.float32))
-    revive = (fewest < rare) & (fewest < UNUSED) & (most >= 2.0)
+    revive = (fewest < rare) & (fewest < UNUSED) & (most >= 2.0) & (rate > 0)
     centre = _pick(codebook, level, donor)
     left = centre - _pick(codebook, level, tl.maximum(donor - 1, 0))
     right = _pick(codebook, level, tl.minimum(donor + 1, levels - 1)) - centre
@@ -588,7 +619,7 @@ def _update(layer, item, counts, totals, old, new, rate, K: tl.constexpr, CHUNK:
     n = _add_partials(counts, level, levels, items, tl.int64, CHUNK).to(tl.float32)
     s = _add_partials(totals, level, levels, items, tl.float64, CHUNK).to(tl.float32)
     codebook, count, total = _ema(old, level, levels, n, s, rate)
-    codebook, count, total, place = _revive(codebook, count, total, level, levels)
+    codebook, count, total, place = _revive(codebook, count, total, level, levels, rate)
     there = level < levels
     if tl.load(layer + SNAP) != 0:
         codebook = _snapped(codebook, there)

@@ -28,8 +28,8 @@ def tile_offsets(LANES: tl.constexpr, VECTOR: tl.constexpr):
 
 @triton.jit
 def tile_mask(tile, start, numel):
-    """Which elements of the last tile, from ``start`` on, there are."""
-    return tile < (numel - start).to(tl.int32)
+    """Which elements of a tile, from ``start`` on, there are."""
+    return tile < tl.minimum(numel - start, 1 << 30).to(tl.int32)  # more than a tile may be left, and than int32 holds
 
 
 @triton.jit

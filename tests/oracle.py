@@ -121,11 +121,23 @@ def revived(codebook: np.ndarray, count: np.ndarray, total: np.ndarray) -> list[
     return [np.array(column) for column in zip(*rows, strict=True)]
 
 
+def within_reach(v: np.ndarray, codebook: np.ndarray) -> np.ndarray:
+    """No further beyond the outer levels than a level's distance: the outer one, or the largest level over K - 1."""
+    if len(codebook) == 1 or not codebook[[0, -1]].any():
+        return v
+    even = max(abs(codebook[0]), abs(codebook[-1])) / (len(codebook) - 1)
+    low = codebook[0] - max(codebook[1] - codebook[0], even)
+    high = codebook[-1] + max(codebook[-1] - codebook[-2], even)
+    return np.where(v < low, low, np.where(v > high, high, v))
+
+
 def codebook_step(
     w: np.ndarray, scale: np.ndarray, codebook: np.ndarray, count: np.ndarray, total: np.ndarray, rate: float
 ) -> State:
     """One step of a layer in float64, from decisions in float32; ``rate`` is that of the layer times the pace."""
     v, _ = scaled_codes(w, scale, codebook)
+    if scale.size > 1:
+        v = within_reach(v, codebook)
     n, s = codebook_statistics(v, decision_thresholds(codebook))
     count = (1 - rate) * count.astype(np.float64) + rate * n
     magnitude = (1 - rate) * np.abs(total).astype(np.float64) + rate * s.magnitude
@@ -133,7 +145,7 @@ def codebook_step(
     smoothing = 1e-5 * count.mean() + 1e-30
     mean = np.maximum.accumulate((total + smoothing * codebook) / (count + smoothing))
     reach = np.maximum.accumulate((magnitude + smoothing * np.abs(codebook)) / (count + smoothing))
-    state = revived(mean, count, total)
+    state = revived(mean, count, total) if rate > 0 else [mean, count, total]
     # the spacing of two levels carries the errors of both
     sizes = [np.maximum(np.abs(state[0]), reach), state[1], np.maximum(np.abs(state[2]), magnitude)]
     if scale.size > 1:

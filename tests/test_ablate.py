@@ -172,7 +172,37 @@ def test_what_a_row_sets_of_the_engine_must_be_what_it_was_run_with(finished, we
                 with pytest.raises(ValueError, match=r"row 'k-means, EMA': .* with another engine\.accumulation"):
                     act()
     file = write(tmp_path, weights, rows=[ROWS[0]], seeds=[0])
-    assert ablate(file, tmp_path, [{"engine": {"accumulation": 2}}]) == 0  # of the machine, not of the row
+    assert ablate(file, tmp_path, [{"engine": {"channels_last": True}}]) == 0  # of the machine, not of the row
+    with pytest.raises(ValueError, match=r"holds a run with another engine\.accumulation"):  # images of a step
+        ablate(file, tmp_path, [{"engine": {"accumulation": 2}}])
+
+
+def test_only_the_chosen_rows_need_their_files(finished, weights, tmp_path):
+    shutil.copytree(finished / "runs" / "k-means-ema-seed0", tmp_path / "runs" / "k-means-ema-seed0")
+    later = {"name": "later", "set": {"start": str(tmp_path / "runs" / "early-seed0")}}
+    file = write(tmp_path, weights, rows=[ROWS[0], later], seeds=[0])
+    assert ablate(file, tmp_path, only="k-means") == 0
+    with pytest.raises(ValueError, match="row 'later': no such file"):
+        ablate(file, tmp_path)
+
+
+def test_the_table_says_what_runs_were_told_besides_the_file(finished, weights, tmp_path):
+    shutil.copytree(finished / "runs", tmp_path / "runs")
+    report_only(write(tmp_path, weights), tmp_path)
+    assert (
+        "Besides" not in (tmp_path / "table.md").read_text() and "precision" not in (tmp_path / "table.md").read_text()
+    )
+    saved = tmp_path / "runs" / "k-means-ema-seed1" / "config.yaml"
+    saved.write_text(saved.read_text().replace("mixed_precision: 'no'", "mixed_precision: bf16"))
+    other = merge(QUICK, {"model": {"weights": str(weights)}, "qat": {"lr": 0.5}})
+    report_only(write(tmp_path, weights, set=other), tmp_path)
+    lr = resolve("digits", [QUICK]).qat.lr
+    text = (tmp_path / "table.md").read_text()
+    assert f"Besides what the file says:\n\n- `qat.lr={lr}` in 4 of 4 runs\n" in text
+    assert (
+        "Mixed precision differs: `bf16` in seed 1 of 1 rows, `no` in seed 0 of 2 rows, `no` in seed 1 of 1 rows."
+        in text
+    )
 
 
 def test_a_base_beside_the_file(tmp_path):
@@ -203,12 +233,17 @@ def test_rows_may_come_from_another_machine():
     other["data"].update(index="lists", workers=3)
     assert differences(resolve("digits", [one]), resolve("digits", [other])) == []
     for key in ("model.weights", "start", "allocation.file", "distillation.teacher.weights"):
-        changes = [parse_assignment(f"{key}={place}") for place in ("here/a.pt", "/there/a.pt", "here/b.pt")]
+        changes = [
+            parse_assignment(f"{key}={place}")
+            for place in ("here/a.safetensors", "/there/a.safetensors", "here/b.safetensors")
+        ]
         same, moved, another = (resolve("digits", [one, change]) for change in changes)
         assert differences(same, moved) == []
         assert differences(same, another) == [key]
         changes = [parse_assignment(f"{key}={run}/model.safetensors") for run in ("a", "b")]
         assert differences(*(resolve("digits", [change]) for change in changes)) == [key]  # every run has one
+    changes = [parse_assignment(f"start={study}/runs/2.81-3-bits-seed0") for study in ("a", "b")]  # every study has one
+    assert differences(*(resolve("digits", [change]) for change in changes)) == ["start"]
 
 
 @pytest.mark.parametrize(

@@ -171,9 +171,17 @@ def test_scale_without_refinement_is_the_largest_magnitude(axis, refine):
 
 
 def test_scale_of_a_zero_channel_and_of_a_tensor():
-    w = tensor(0.5, -2.0, 0.0, 0.0).reshape(2, 2)
-    assert cb.fit(w, WeightConfig(refine=False)).scale.flatten().tolist() == [2.0, 1.0]
+    w = tensor(0.5, -2.0, 0.0, 0.0, 0.25, 0.1).reshape(3, 2)
+    assert cb.fit(w, WeightConfig(refine=False)).scale.flatten().tolist() == [2.0, 0.25, 0.25]
+    assert cb.fit(torch.zeros(3, 2), WeightConfig(refine=False)).scale.flatten().tolist() == [1.0] * 3
     assert cb.fit(w, WeightConfig(scale="tensor")).scale.flatten().tolist() == [1.0]
+
+
+@pytest.mark.parametrize(("bits", "least"), [(2, 9.0), (3, 14.0), (4, 20.0)])
+def test_a_channel_of_zeros_stays_small(bits, least):
+    w = 0.02 * torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
+    w[3] = 0
+    assert ratio_db(w, quantized(cb.fit(w, WeightConfig(bits=bits), 0), w)) > least
 
 
 @pytest.mark.parametrize("axis", [0, 1])

@@ -634,6 +634,12 @@ def test_shards_hold_what_an_image_folder_holds(tmp_path):
     assert same(batches(data, 3), batches(build_data(shards(root, workers=2)), 3))
 
 
+def test_blank_lines_behind_the_names_of_classes_name_none(tmp_path):
+    write_shards(tmp_path, "train", 2)
+    (tmp_path / "classes.txt").write_text("x\ny\nz\n\n \n")
+    assert build_data(shards(tmp_path)).classes == ("x", "y", "z")
+
+
 def test_shards_are_listed_once_until_one_changes(tmp_path, monkeypatch):
     write_shards(tmp_path / "data", "train", 2, samples=20)
     settle(tmp_path / "data")

@@ -264,6 +264,29 @@ def test_outliers_keep_their_level(call, assert_sum):
     assert new.codebooks[0].tolist() == pytest.approx([-1.0, 1.0, 40.0], rel=0.05)
 
 
+def test_a_rate_of_zero_changes_nothing(call):
+    codebook, donor, dead = CROWD["dead before, revived right"]
+    count = torch.full((5,), 10.0)
+    count[donor], count[dead] = 400.0, 0.0
+    net = one_layer(codebook[donor].repeat(300), codebook, count, rate=0.25)
+    for a, b in zip(net.step(call, pace=0.0).results(), net.results(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("levels", [2, 4, 8, 16, 40, 256])
+def test_channel_that_outgrew_its_scale_leaves_the_levels_to_the_others(call, assert_sum, levels, dtype):
+    w = normal(9, 128)
+    w[3] *= 1e5
+    codebook = normal(9 * 128).sort().values[:: 9 * 128 // levels][:levels].contiguous()
+    count = torch.full((levels,), 9 * 128 / levels)
+    net = Network([w.to(dtype)], [torch.ones(9, 1)], [codebook], [count], [count * codebook], f32(0.01))
+    new = net.step(call)
+    assert_stepped(net, new, assert_sum)
+    assert new.codebooks[0].abs().max() < 1.1 * codebook.abs().max()
+    assert new.scales[0][3] > 100.0  # its scale follows
+
+
 def test_donor_of_few_weights_gives_none_away(call):
     net = one_layer(f32(1.0), f32(-1.0, 1.0), f32(0.0, 1.0), rate=0.5)
     assert net.step(call).counts[0].tolist() == [0.0, 1.0]

@@ -174,7 +174,12 @@ def test_correlations_of_ties_and_few_pairs_are_none():
         (["--estimator", "kl"], "it takes no --estimator, --output or --allocation"),
         (["--output", "table.yaml"], "it takes no --estimator, --output or --allocation"),
         (sets(["study.repeats=1"]), "study.repeats must be at least 2, got 1"),
-        (sets(["study.images=0"]), "study.images must be at least 1, got 0"),
+        (sets(["study.images=1"]), "study.images must be at least 2, got 1"),
+        (
+            sets(["quantization.overrides={'re:.*': {weight: {bits: 3}}}", "allocation.batches=1"]),
+            "the configuration gives each layer its own",
+        ),
+        (sets(["allocation.weight_bits=1.0"]), "no allocation meets the budget of 1.0"),
         (sets(["study.image=5"]), "unknown key 'image' in study; did you mean 'images'"),
         (sets(["allocation.weight_bits=null"]), "give it a budget, allocation.weight_bits"),
         (sets(["allocation.batches=9"]), "4 disjoint draws of 9 batches need 2304 training images, there are 1437"),
@@ -186,6 +191,11 @@ def test_bad_options_are_refused(weights, tmp_path, arguments, message):
     assert outcome.exit_code == 1
     assert message in " ".join(outcome.output.split())
     assert not (tmp_path / "out").exists()
+
+
+def test_an_allocation_needs_a_budget(weights, tmp_path):
+    outcome = run("--weights", weights, "--allocation", tmp_path / "a.yaml", *sets(["allocation.weight_bits=null"]))
+    assert outcome.exit_code == 1 and "an allocation needs a budget: --weight-bits" in outcome.output
 
 
 def test_the_start_is_scored_where_there_is_one(weights, tmp_path):

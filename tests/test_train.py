@@ -133,11 +133,14 @@ def test_given_weights_a_teacher_of_its_own_reversed_bits_and_reestimated_batch_
     runs = {
         "plain": [],
         "changed": ["--set", teacher, *(f"--set={change}" for change in changes)],
-        "finetuned": ["--set", "model.finetune=true"],
+        # more batches than there are, twice
+        "finetuned": ["--set=model.finetune=true", "--set=float.reestimate_batches=999", "--set=allocation.batches=99"],
     }
     for name, options in runs.items():
         code, text = adq(folder, *common, "--output", name, *options)
         assert code == 0, text
+    assert "batches of an epoch, not 999" in text
+    assert "scores are over all calibration batches, fewer than the 99 asked for" in text
     assert phases(folder / "plain") == phases(folder / "changed") == ["sensitivity", "calibrated", "qat", "result"]
     assert phases(folder / "finetuned")[0] == "float"
     given, trained = load_file(weights), load_file(folder / "finetuned" / "float.safetensors")
@@ -220,6 +223,16 @@ def test_quantization_starts_from_another_quantized_network(finished):
         (["--set", "float.dampening=0.1"], "weights in float have no codewords; set qat.dampening"),
         (["--set", "qat.reestimate_batches=-1"], "reestimate_batches must not be negative"),
         (["--set", "qat.label_smoothing=2"], "label_smoothing must be in [0, 1], got 2"),
+        (["--set", "qat.label_smoothing=0.1"], "is of cross entropy, which distillation.alpha=1 leaves out"),
+        (["--set", "qat.clip_grad_norm=0"], "clip_grad_norm must be positive, or null for no limit, got 0"),
+        (["--set", "engine.timeout=.inf"], "engine.timeout must be positive and below 1e+09 seconds, got inf"),
+        (["--seed", "4294967294"], "seed must be in 0 .. 4294967293, got 4294967294"),
+        (["--mixed-precision", "fp16"], "fp16 needs a GPU; on a CPU bf16 or no"),
+        (["--set", "model.kwargs={foo: 1}"], "the model 'digits_cnn' with {'foo': 1}: "),
+        (
+            ["--set", "quantization.overrides={0: null}"],
+            "an override is keyed by a name, 're:PATTERN' or a module type",
+        ),
         (["--set", "distillation.alpha=2"], "distillation.alpha must be in [0, 1], got 2"),
         (["--set", "distillation.temperature=0"], "distillation.temperature must be positive, got 0"),
         (
@@ -267,6 +280,14 @@ def test_networks_and_teachers_of_the_recipes_exist(name):
             "no allocation meets the budget of 1.5000 average weight bits; the smallest possible has 2.0",
         ),
         (["--set", "quantization.overrides={conv9: {weight: {bits: 2}}}"], "overrides match no layer: conv9"),
+        (
+            ["--set", "quantization.weight.update=step", "--set", "allocation.bits=[1, 3]"],
+            'update="step" needs at least 2 bits',
+        ),
+        (
+            ["--set", "quantization.weight.update=step", "--set", "allocation.file=one.yaml"],
+            "(layer 'conv2' at 1 bits)",
+        ),
         (["--set", "allocation.file=nowhere.yaml"], "no such file: nowhere.yaml"),
         (["--set", "allocation.file=other.yaml"], "other.yaml names an unknown layer 'conv9'"),
         (["--model", "resnet20"], "the model 'resnet20' does not take images of 1x8x8, as 'digits' has them"),
@@ -275,6 +296,7 @@ def test_networks_and_teachers_of_the_recipes_exist(name):
 def test_what_cannot_be_quantized_is_said_before_anything_is_trained_or_written(finished, arguments, message):
     folder, _ = finished
     Allocation({"conv9": 2}, 2.0, 2.0).save(folder / "other.yaml")
+    Allocation({"conv2": 1}, 1.0, 1.0).save(folder / "one.yaml")
     code, text = adq(folder, "train", "--output", "late", *arguments)
     assert code == 1
     assert message in text and "training the float network" not in text
@@ -291,6 +313,24 @@ def test_runs_that_begin_together_have_folders_of_their_own(tmp_path):
         assert f"run folder: {found[seed].relative_to(tmp_path)}" in text
         assert phases(found[seed]) == ["float"] * 2 + ["sensitivity", "calibrated"] + ["qat"] * 2 + ["result"]
         assert not (found[seed] / "run.lock").exists()
+
+
+def test_a_run_is_complete_with_its_last_file_only(finished):
+    folder, _ = finished
+    (folder / "reported" / "report.html").mkdir(parents=True)
+    arguments = (
+        "train",
+        "--output",
+        "reported",
+        "--weights",
+        str(folder / "whole" / "float.safetensors"),
+        "--epochs",
+        "0",
+    )
+    assert adq(folder, *arguments)[0] == 1
+    (folder / "reported" / "report.html").rmdir()
+    code, text = adq(folder, *arguments, "--resume")
+    assert code == 0 and (folder / "reported" / "report.html").is_file(), text
 
 
 def test_a_folder_that_a_run_is_in_is_refused(tmp_path):

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR
 from torch.utils.checkpoint import checkpoint
 
@@ -174,6 +176,49 @@ def test_an_optimizer_that_wraps_another_takes_one_step():
     assert steps(net) == [1, 1, 1]
     sgd(net).step()
     assert steps(net) == [2, 2, 2]
+
+
+def test_an_optimizer_that_calls_its_parents_step_takes_one_step():
+    class Own(torch.optim.SGD):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    for _ in range(2):  # the second time torch has wrapped the parent's step too
+        net = model()
+        optimizer = Own(net.parameters(), lr=0.1)
+        backward(net)
+        optimizer.step()
+        assert steps(net) == [1, 1, 1]
+        torch.optim.SGD(net.parameters(), lr=0.1)
+
+
+def test_codebooks_of_parametrized_weights_follow_what_they_are_computed_from():
+    net = model()
+    parametrizations.weight_norm(net[2])
+    before = net[2].weight_quantizer.ema_total.clone()
+    optimizer = sgd(net)
+    backward(net)
+    optimizer.step()
+    assert steps(net) == [1, 1, 1]
+    assert not torch.equal(net[2].weight_quantizer.ema_total, before)
+
+
+def test_a_filter_that_was_nearly_dead_leaves_the_levels_to_the_others():
+    """Behind a batch norm its gradient is as large as its weights are small."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(8, 64, 3, padding=1, bias=False)
+    with torch.no_grad():
+        conv.weight[0] *= 1e-5
+    net = nn.Sequential(conv, nn.BatchNorm2d(64), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+    weight = adq.WeightConfig(bits=3)
+    adq.quantize_(net, adq.ADQConfig(weight=weight, activation=None, first_last_bits=3))
+    optimizer = sgd(net, 0.01)
+    for _ in range(3):
+        optimizer.zero_grad()
+        F.cross_entropy(net(torch.randn(32, 8, 8, 8)), torch.randint(0, 10, (32,))).backward()
+        optimizer.step()
+    assert conv.weight[0].abs().max() > 1e-3  # a hundred times its scale
+    assert adq.codebook.sqnr(conv.weight[1:].detach(), conv.quantized_weight()[1:].detach()) > 18.0
 
 
 def test_a_step_within_that_of_an_optimizer_of_other_weights_counts():
@@ -391,6 +436,16 @@ def test_a_rate_that_is_a_factor_of_the_scheduler_is_no_peak():
         paces.append(update._pace(optimizer.param_groups[0]))
         schedule.step()
     assert paces == pytest.approx([1.0, 1.0, 0.5, 0.1])
+
+
+def test_the_highest_rate_stays_where_a_captured_step_reads_it():
+    group = {"lr": torch.tensor(0.1)}
+    update._pace(group)
+    place = group[update.PEAK].data_ptr()
+    for rate, pace in ((0.4, 1.0), (0.2, 0.5), (0.8, 1.0)):
+        group["lr"].fill_(rate)
+        assert float(update._pace(group)) == pytest.approx(pace)
+        assert group[update.PEAK].data_ptr() == place
 
 
 @pytest.mark.parametrize("make", [float, torch.tensor])

@@ -7,6 +7,7 @@ tensors. Tables are kept by addresses, shapes and strides, not by the tensors, w
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,6 +109,18 @@ def _describe(w: Tensor, scale: Tensor, codebook: Tensor, lanes: int) -> dict[st
     return fields | {"numel": w.numel(), "levels": codebook.numel(), "kind": kind, "vectors": int(whole)}
 
 
+def _on_device(numbers: list[int], device: torch.device) -> Tensor:
+    """int64 tensor that outlives the pass.
+
+    While ``torch.compile`` warms up a CUDA graph, what this thread allocates comes from a pool that must be empty again
+    when the pass ends; another thread's memory does not.
+    """
+    if device.type != "cuda":
+        return torch.tensor(numbers, device=device)
+    with ThreadPoolExecutor(1) as other:
+        return other.submit(torch.tensor, numbers, device=device).result()
+
+
 def _make(
     dtype: torch.dtype,
     members: Sequence[int],
@@ -142,7 +155,7 @@ def _make(
         rows += [fields[name] for name in FIELDS]
     order, _, places, copies = zip(*layers, strict=True)
     return Table(
-        data=torch.tensor(rows + owners, device=tensors["weights"][order[0]].device),
+        data=_on_device(rows + owners, tensors["weights"][order[0]].device),
         dtype=dtype,
         members=order,
         programs=len(owners),

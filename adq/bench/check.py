@@ -46,6 +46,8 @@ CONVOLUTIONS: dict[str, tuple[tuple[int, ...], tuple[int, int, int, int, int]]] 
     "depthwise": ((2, 48, 14, 9), (48, 3, 1, 1, 48)),
 }
 """Shapes of inputs, and outputs, kernel, stride, padding and groups."""
+WIDTHS = (2, 3, 4, 1, 5, 6, 7, 8)
+"""Those that are timed first."""
 SUM_TOLERANCE = 2e-6
 """Of the sum of the absolute contributions."""
 REFERENCE_TOLERANCE = 1e-14
@@ -66,12 +68,9 @@ def checks(setting: Setting) -> Iterator[Check]:
     """All comparisons of the operators on the setting's device, the widths that are timed before the others."""
     device = setting.device
     yield Check("memory kept for the backward", partial(_check_kept, setting))
-    for bits in (2, 3, 4, 1, 5, 6, 7, 8):
+    for bits in WIDTHS:
         for count in (0, 1, 7, 8191, 65536):
             yield Check(f"{count} codes of {bits} bits", partial(_check_bits, bits, count, device))
-        for inputs in (8, 13, 4136):
-            title = f"products with codes of {bits} bits, rows of {inputs}"
-            yield Check(title, partial(_check_linear, bits, inputs, device))
     values = _values(2**17)
     finite = values.nan_to_num(0.0, 3.0, -3.0)
     for shape, take in sorted(SHAPES.items(), key=lambda item: item[0] != PLAIN):
@@ -88,6 +87,10 @@ def checks(setting: Setting) -> Iterator[Check]:
         for bits in (3, 1, 2, 4, 8):
             title = f"integer convolution, {name}, {bits} bits"
             yield Check(title, partial(_check_convolution, images, geometry, bits, device))
+    for bits in WIDTHS:  # last: on a GPU these take the longest to compile
+        for inputs in (8, 13, 4136):
+            title = f"products with codes of {bits} bits, rows of {inputs}"
+            yield Check(title, partial(_check_linear, bits, inputs, device))
 
 
 def _values(count: int) -> Tensor:

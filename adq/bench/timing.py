@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -12,7 +11,9 @@ import torch
 from adq.bench.case import Call
 
 HEAD_START_CYCLES = 1_000_000
-"""GPU clock cycles a call for which the stream sleeps first, so that launches are queued before they are timed."""
+"""GPU clock cycles for which the stream sleeps first, so that a call's launches are queued before they are timed."""
+LONGEST_HEAD_START = 64 * HEAD_START_CYCLES
+"""For calls that wait for the device themselves: none is long enough."""
 
 
 class Clock(Protocol):
@@ -51,19 +52,32 @@ class SynchronisedClock:
 
 
 class EventClock:
-    """Events on the current stream of a GPU, which sleeps while the host queues the round."""
+    """Events on the current stream of a GPU, which sleeps while the host queues a call.
+
+    A call whose sleep was over before it was queued is timed again after a sleep of twice the length.
+    """
+
+    def __init__(self) -> None:
+        self.head_starts: dict[Call, int] = {}
 
     def round(self, calls: Sequence[Call]) -> list[float]:
         """Milliseconds of each call on the device."""
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(len(calls) + 1)]
-        torch.cuda.synchronize()
-        torch.cuda._sleep(HEAD_START_CYCLES * len(calls))
-        events[0].record()
-        for call, event in zip(calls, events[1:], strict=True):
+        return [self._time(call) for call in calls]
+
+    def _time(self, call: Call) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        while True:
+            head_start = self.head_starts.setdefault(call, HEAD_START_CYCLES)
+            torch.cuda.synchronize()
+            torch.cuda._sleep(head_start)
+            begin.record()
             call()
-            event.record()
-        torch.cuda.synchronize()
-        return [before.elapsed_time(after) for before, after in pairwise(events)]
+            end.record()
+            in_time = not begin.query()
+            torch.cuda.synchronize()
+            if in_time or head_start >= LONGEST_HEAD_START:
+                return begin.elapsed_time(end)
+            self.head_starts[call] = 2 * head_start
 
 
 def race(

@@ -110,6 +110,7 @@ def ablate(
     every_seed = list(dict.fromkeys([*chosen, *found_seeds(output, ablation)]))
     jobs = plan(ablation, output, changes, every_seed)
     jobs = [job for job in jobs if job.seed in chosen and job.row.name in names]
+    check_jobs(jobs[: len(names)])
     run_jobs(jobs, ablation, output, display or Display())
     return sum(not job.finished for job in jobs)
 
@@ -149,7 +150,7 @@ def choose(rows: Sequence[Row], only: str | None) -> Sequence[Row]:
 
 
 def plan(ablation: Ablation, output: Path, changes: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> list[Job]:
-    """All jobs, all rows of a seed before the next seed; every one is checked.
+    """All jobs, all rows of a seed before the next seed; none has been run with another configuration.
 
     Raises:
         ValueError: as :func:`ablate`.
@@ -158,13 +159,17 @@ def plan(ablation: Ablation, output: Path, changes: Sequence[Mapping[str, Any]],
     for job in jobs:
         if job.folder.config.exists():
             _check_saved(job)
-    for job in jobs[: len(ablation.rows)]:
+    return jobs
+
+
+def check_jobs(jobs: Sequence[Job]) -> None:
+    """Raise ValueError, which names the row, for files that are not there and networks that cannot be made."""
+    for job in jobs:
         with _naming(job.row):
             config = job.config
             check_files(config)
             network = create_model(config.model.name, 10, **config.model.kwargs)
             choose_layers(network, config.quantization)
-    return jobs
 
 
 def _job(ablation: Ablation, row: Row, seed: int, output: Path, changes: Sequence[Mapping[str, Any]]) -> Job:

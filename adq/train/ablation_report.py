@@ -9,6 +9,7 @@ import math
 import re
 import statistics
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from textwrap import shorten
@@ -17,13 +18,14 @@ from typing import Any
 from adq.config import from_dict, load_yaml, to_dict
 from adq.store import write_text
 from adq.train.ablation_config import Ablation, Row
-from adq.train.config import RunConfig, differences, flatten, merge
+from adq.train.config import RunConfig, differences, flatten, merge, resolve
 from adq.train.figures import BLUE, GREY, ORANGE, label
 from adq.train.figures import _pyplot as load_pyplot
 from adq.train.figures import _write as write_png
 from adq.train.run import RunFolder
 
 ERROR = "error.txt"
+ACCUMULATION = "engine.accumulation"
 NUMBERS = (
     "float_top1",
     "calibrated_top1",
@@ -63,20 +65,20 @@ def collect(output: Path, ablation: Ablation) -> dict[str, Any]:
         ValueError: a finished run was made with other settings than its row has; row and folder are named.
     """
     seeds = found_seeds(output, ablation)
-    rows = [_row(row, output, seeds) for row in ablation.rows]
+    rows = [_row(ablation, row, output, seeds) for row in ablation.rows]
     reference = next((row for row in rows if row["name"] == ablation.reference), None)
     for row in rows:
         row.update(_difference(row, reference))
     return {"reference": ablation.reference, "rows": rows}
 
 
-def _row(row: Row, output: Path, seeds: Sequence[int]) -> dict[str, Any]:
+def _row(ablation: Ablation, row: Row, output: Path, seeds: Sequence[int]) -> dict[str, Any]:
     results, failed = {}, {}
     for seed in seeds:
         folder = run_folder(output, row, seed)
         if folder.result.exists():
             _check_row(row, folder)
-            results[seed] = _numbers(folder)
+            results[seed] = _numbers(folder) | _settings(ablation, row, seed, folder)
         elif (folder.path / ERROR).exists():
             failed[seed] = (folder.path / ERROR).read_text(encoding="utf-8").partition("\n")[0]
     means = {key: _mean(result[key] for result in results.values()) for key in (*NUMBERS, "gap")}
@@ -104,11 +106,25 @@ def _check_row(row: Row, folder: RunFolder) -> None:
 def changed_settings(row: Row, saved: RunConfig, wanted: RunConfig) -> list[str]:
     """Fields in which a run of the row was made with other settings than are wanted.
 
-    Those of the engine may change from machine to machine, but not where the row itself sets them.
+    Those of the engine may change from machine to machine, but not where the row itself sets them, nor may the images
+    that one step of the optimizer takes.
     """
     a, b = flatten(to_dict(saved)), flatten(to_dict(wanted))
-    of_engine = [key for key in flatten(row.set) if key.startswith("engine.") and a[key] != b[key]]
-    return [*differences(saved, wanted), *of_engine]
+    of_engine = [key for key in {**flatten(row.set), ACCUMULATION: None} if key.startswith("engine.")]
+    return [*differences(saved, wanted), *(key for key in of_engine if a[key] != b[key])]
+
+
+def _settings(ablation: Ablation, row: Row, seed: int, folder: RunFolder) -> dict[str, Any]:
+    """A run's precision, and what else it was told than the file says, on the command line or by an older file.
+
+    The float weights are left out: a file need not name them.
+    """
+    if not folder.config.exists():
+        return {}
+    saved, of_file = read_saved(folder), resolve(ablation.base, [ablation.set, row.set, {"seed": seed}])
+    flat = flatten(to_dict(saved))
+    changed = (key for key in differences(saved, of_file) if key != "model.weights" or of_file.model.weights)
+    return {"precision": saved.engine.mixed_precision, "besides": {key: flat.get(key) for key in changed}}
 
 
 def _numbers(folder: RunFolder) -> dict[str, float]:
@@ -180,7 +196,23 @@ def table(report: Mapping[str, Any]) -> str:
             "|---|---|---|---|---|---|---|",
         ]
         lines += [_line(row, reference) for row in report["rows"] if row["group"] == group]
+    lines += _notes(report["rows"])
     return "\n".join(lines) + "\n"
+
+
+def _notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the runs of a table do not have in common, or not with the ablation file."""
+    runs = [(seed, result) for row in rows for seed, result in row["seeds"].items()]
+    precisions = Counter((result["precision"], seed) for seed, result in runs if "precision" in result)
+    besides = Counter(
+        f"{key}={json.dumps(value)}" for _, result in runs for key, value in result.get("besides", {}).items()
+    )
+    notes = [f"- `{setting}` in {n} of {len(runs)} runs" for setting, n in besides.items()]
+    notes = ["", "Besides what the file says:", "", *notes] if notes else []
+    if len({precision for precision, _ in precisions}) > 1:
+        kinds = ", ".join(f"`{kind}` in seed {seed} of {n} rows" for (kind, seed), n in sorted(precisions.items()))
+        notes += ["", f"Mixed precision differs: {kinds}."]
+    return notes
 
 
 def _line(row: Mapping[str, Any], reference: str | None) -> str:

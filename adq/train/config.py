@@ -17,6 +17,9 @@ from adq.sensitivity import Estimator
 from adq.train.data import DataConfig
 
 RECIPES = "adq.train.recipes"
+LONGEST_TIMEOUT = 1e9
+LARGEST_SEED = 2**32 - 3
+"""NumPy's generator takes 32 bits, and parts of a run add to the seed."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,8 @@ class PhaseConfig:
         check_choices(self)
         if not 0.0 <= self.label_smoothing <= 1.0:
             raise ValueError(f"label_smoothing must be in [0, 1], got {self.label_smoothing}")
+        if self.clip_grad_norm is not None and not self.clip_grad_norm > 0.0:
+            raise ValueError(f"clip_grad_norm must be positive, or null for no limit, got {self.clip_grad_norm}")
         if self.dampening and self.schedule == "constant":
             raise ValueError("dampening grows as the learning rate falls, and schedule: constant keeps it")
         for name in ("epochs", "reestimate_batches"):
@@ -136,7 +141,7 @@ class StudyConfig:
     """How much ``adq sensitivity --study`` measures.
 
     Attributes:
-        images: held-out images, a seeded subset of the test set.
+        images: held-out images, a seeded subset of the test set; two at least, for their standard error.
         repeats: disjoint draws of ``allocation.batches`` calibration batches.
         random: random allocations that are measured as a whole.
         steps: training steps that are timed.
@@ -148,7 +153,7 @@ class StudyConfig:
     steps: int = 12
 
     def __post_init__(self) -> None:
-        for name, low in (("images", 1), ("repeats", 2), ("random", 0), ("steps", 1)):
+        for name, low in (("images", 2), ("repeats", 2), ("random", 0), ("steps", 1)):
             if getattr(self, name) < low:
                 raise ValueError(f"adq: study.{name} must be at least {low}, got {getattr(self, name)}")
 
@@ -205,8 +210,10 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        if self.timeout <= 0:
-            raise ValueError(f"engine.timeout must be positive, got {self.timeout}")
+        if not 0 < self.timeout < LONGEST_TIMEOUT:
+            raise ValueError(
+                f"engine.timeout must be positive and below {LONGEST_TIMEOUT:g} seconds, got {self.timeout}"
+            )
         if self.accumulation < 1 or self.keep < 1 or self.checkpoint_steps < 0:
             raise ValueError("accumulation and keep must be at least 1, checkpoint_steps not negative")
 
@@ -236,11 +243,15 @@ class RunConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:
+        if not 0 <= self.seed <= LARGEST_SEED:
+            raise ValueError(f"adq: seed must be in 0 .. {LARGEST_SEED}, got {self.seed}")
         overrides = self.quantization.overrides.values()
         if self.quantization.weight is None and not any((override or {}).get("weight") for override in overrides):
             raise ValueError(
                 "adq: adq train allocates bits to weights, and quantization.weight leaves all of them in float"
             )
+        if self.qat.label_smoothing and self.distillation.alpha == 1.0:
+            raise ValueError("adq: qat.label_smoothing is of cross entropy, which distillation.alpha=1 leaves out")
         if self.float.dampening:
             raise ValueError("adq: float.dampening: weights in float have no codewords; set qat.dampening")
 
@@ -302,7 +313,8 @@ def resolve(recipe: str | None, changes: Sequence[Mapping[str, Any]]) -> RunConf
 
 
 FILES = ("model.weights", "start", "allocation.file", "distillation.teacher.weights")
-"""Fields of which the folder does not count, unless the file has a name that adq gives in every run."""
+"""Fields of which the folder does not count, unless adq gives the name in every run; of run folders it does, too: those
+of ablations have equal names."""
 OWN_NAMES = ("float.safetensors", "model.safetensors", "model-packed.safetensors", "allocation.yaml")
 
 
@@ -315,8 +327,9 @@ def differences(first: RunConfig, second: RunConfig) -> list[str]:
     a, b = (flatten(yaml.safe_load(dump_yaml(config))) for config in (first, second))
     for values in (a, b):
         for key in FILES:
-            if values.get(key) is not None and Path(values[key]).name not in OWN_NAMES:
-                values[key] = Path(values[key]).name
+            file = Path(values[key]) if values.get(key) is not None else None
+            if file is not None and file.name not in OWN_NAMES and (key != "start" or file.suffix == ".safetensors"):
+                values[key] = file.name
     changed = sorted(key for key in {*a, *b} if a.get(key) != b.get(key) or (key in a) != (key in b))
     elsewhere = ("output", "data.root", "data.index", "data.workers")
     return [key for key in changed if key not in elsewhere and not key.startswith("engine.")]

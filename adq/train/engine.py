@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DataLoaderConfiguration, set_seed
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
@@ -21,7 +21,7 @@ from adq.distributed import average_batch_norm_, gather, pool
 from adq.nn.activation import ActivationQuantizer
 from adq.nn.weight import WeightQuantizer
 from adq.train.checkpoint import Checkpoints, Layout, Progress, Sums
-from adq.train.config import PhaseConfig
+from adq.train.config import EngineConfig, PhaseConfig
 from adq.train.data import EpochSampler
 from adq.train.data.decoding import broken_images
 from adq.train.display import Display
@@ -33,6 +33,24 @@ CHECK_EVERY = 20
 """On a GPU the loss is read back, and checked, every so many micro-batches; on a CPU at each one."""
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def build_accelerator(config: EngineConfig, **options: Any) -> Accelerator:
+    """Devices, precision and processes of training; ``options`` are Accelerate's own.
+
+    Raises:
+        ValueError: fp16 without a GPU, which Accelerate would pass over.
+    """
+    accelerator = Accelerator(
+        cpu=config.device == "cpu" or not torch.accelerator.is_available(),  # else Accelerate has one process
+        mixed_precision=config.mixed_precision,
+        # the host runs ahead of a GPU: batches are in pinned memory there
+        dataloader_config=DataLoaderConfiguration(non_blocking=torch.cuda.is_available()),
+        **options,
+    )
+    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("adq: engine.mixed_precision=fp16 needs a GPU; on a CPU bf16 or no")
+    return accelerator
 
 
 def parameter_groups(model: nn.Module, config: PhaseConfig) -> list[dict[str, Any]]:

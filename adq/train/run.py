@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import DistributedDataParallelKwargs
 from accelerate.utils import InitProcessGroupKwargs, set_seed
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -44,11 +44,11 @@ from adq.store import locked, replacing, write_text
 from adq.summary import summary
 from adq.train import figures
 from adq.train.checkpoint import Checkpoints, Progress
-from adq.train.config import FILES, ModelConfig, RunConfig, differences, flatten
+from adq.train.config import FILES, ModelConfig, PhaseConfig, RunConfig, differences, flatten
 from adq.train.data import Data, build_data, check_classes, check_input
 from adq.train.data.decoding import BrokenImages
 from adq.train.display import Display
-from adq.train.engine import Trainer, evaluate
+from adq.train.engine import Trainer, build_accelerator, evaluate
 from adq.train.metrics import MetricsLog
 from adq.train.together import Departure, Preempted, ProcessLost, TrainingStopped, is_loss_of_process, together
 
@@ -142,26 +142,48 @@ def check_layers(model: nn.Module, config: RunConfig) -> None:
     """What can be said of quantizing a float network before it is trained.
 
     Raises:
-        ValueError: auxiliary heads; overrides, or an allocation file, name layers that are not there; no allocation
-            meets the budget.
+        ValueError: auxiliary heads; overrides, or an allocation file, name layers that are not there; a width that a
+            layer cannot have; no allocation meets the budget.
     """
     if getattr(model, "aux_logits", False):  # torchvision's GoogLeNet and Inception v3 give tuples in training then
         raise ValueError(
             f"adq: the model {config.model.name!r} has auxiliary heads, which no loss here knows; leave them out: "
             "--set 'model.kwargs={aux_logits: false}'"
         )
-    asked, chosen = config.allocation, choose_layers(model, config.quantization)
-    if asked.file is not None:
-        quantized = [name for name, choice in chosen.items() if choice.config.weight is not None]
-        known_layers(Allocation.load(asked.file), asked.file, quantized)
-    elif asked.weight_bits is not None:
-        costs = []
-        for name, choice in chosen.items():
-            if choice.config.weight is not None:
-                weight = getattr(choice.module, QUANTIZED[type(choice.module)].weight_name)
-                widths = [choice.config.weight.bits] if choice.config.pinned else asked.bits
-                costs.append(LayerCost(name, weight.numel(), 0, FLOAT_BITS, dict.fromkeys(widths, 0.0)))
+    asked, costs = config.allocation, []
+    chosen = {n: c for n, c in choose_layers(model, config.quantization).items() if c.config.weight is not None}
+    given = {} if asked.file is None else known_layers(Allocation.load(asked.file), asked.file, chosen).bits
+    for name, choice in chosen.items():
+        own = choice.config.weight
+        assert own is not None
+        scored = asked.file is None and asked.weight_bits is not None and not choice.config.pinned
+        widths = asked.bits if scored else [given.get(name, own.bits)]
+        for bits in widths:
+            try:
+                replace(own, bits=bits)
+            except ValueError as error:
+                raise ValueError(f"{error} (layer {name!r} at {bits} bits)") from error
+        weight = getattr(choice.module, QUANTIZED[type(choice.module)].weight_name)
+        costs.append(LayerCost(name, weight.numel(), 0, FLOAT_BITS, dict.fromkeys(widths, 0.0)))
+    if asked.file is None and asked.weight_bits is not None:
         check_reachable(Budget(weight_bits=asked.weight_bits), costs)
+
+
+def float_network(config: ModelConfig, data: Data, channels_last: bool = False) -> nn.Module:
+    """The network for these images, with its weights if a file is named.
+
+    Raises:
+        ValueError: what the architecture takes or gives does not fit the images; arguments that it does not take.
+    """
+    try:
+        model = models.create_model(config.name, data.num_classes, **config.kwargs)
+    except TypeError as error:
+        raise ValueError(f"adq: the model {config.name!r} with {dict(config.kwargs)}: {error}") from error
+    if config.weights is not None:
+        models.load_float_weights(model, config.weights)
+    check_classes(model, data)
+    check_input(model, data, config.name)
+    return model.to(memory_format=torch.channels_last) if channels_last else model
 
 
 def known_layers(allocation: Allocation, path: str, layers: Iterable[str]) -> Allocation:
@@ -183,9 +205,8 @@ class Run:
 
     def __init__(self, config: RunConfig, resume: bool = False, display: Display | None = None) -> None:
         engine = config.engine
-        self.accelerator = Accelerator(
-            cpu=engine.device == "cpu" or not torch.accelerator.is_available(),  # else Accelerate has one process
-            mixed_precision=engine.mixed_precision,
+        self.accelerator = build_accelerator(
+            engine,
             gradient_accumulation_steps=engine.accumulation,
             step_scheduler_with_optimizer=False,
             # codebooks are the same on every process by construction
@@ -301,17 +322,7 @@ class Run:
 
     def _create(self, data: Data) -> nn.Module:
         set_seed(self.config.seed)
-        return self._network(self.config.model, data)
-
-    def _network(self, config: ModelConfig, data: Data) -> nn.Module:
-        model = models.create_model(config.name, data.num_classes, **config.kwargs)
-        if config.weights is not None:
-            models.load_float_weights(model, config.weights)
-        check_classes(model, data)
-        check_input(model, data, config.name)
-        if self.config.engine.channels_last:
-            model = model.to(memory_format=torch.channels_last)
-        return model
+        return float_network(self.config.model, data, self.config.engine.channels_last)
 
     def _start_network(self, model: nn.Module) -> nn.Module | None:
         """What quantization starts from instead of the float network, if the recipe names a file."""
@@ -338,7 +349,7 @@ class Run:
     def _other_teacher(self, data: Data) -> nn.Module | None:
         """What the quantized network learns from instead of the float network, if the recipe names one."""
         config = self.config.distillation.teacher
-        return None if config is None else self._network(config, data)
+        return None if config is None else float_network(config, data, self.config.engine.channels_last)
 
     def _baseline(self, model: nn.Module, other: nn.Module | None, test: Any) -> tuple[nn.Module, dict[str, float]]:
         """The teacher, and top-1 of the float network and of a teacher that is not a copy of it."""
@@ -403,6 +414,7 @@ class Run:
 
         trainer = self._trainer("float", model, loss, data, train, test)
         model = trainer.run(saved)
+        self._reestimate(model, data, self.config.float)
 
         def write() -> None:
             with replacing(self.folder.float_weights) as temporary:
@@ -446,6 +458,8 @@ class Run:
         if config.weight_bits is None:
             table = self._score(model, data, 1, "fisher")
             return describe_allocation(table, {n: q.bits for n, (_, q) in weight_quantizers(model).items()})
+        if share_of(config.batches) > len(data.calibration):
+            self.display.say(f"scores are over all calibration batches, fewer than the {config.batches} asked for")
         began = time.perf_counter()
         table = self._score(model, data, config.batches, config.estimator)
         seconds = time.perf_counter() - began
@@ -472,15 +486,19 @@ class Run:
         loss = DistillationLoss(teacher, distill.alpha, distill.temperature, task)
         trainer = self._trainer("qat", model, loss, data, train, test)
         model = trainer.run(self._saved("qat")).eval()
-        self._reestimate(model, data)
+        self._reestimate(model, data, self.config.qat)
         return model
 
-    def _reestimate(self, model: nn.Module, data: Data) -> None:
+    def _reestimate(self, model: nn.Module, data: Data, config: PhaseConfig) -> None:
         """Batch-norm statistics over the first batches of one more epoch, a share of them on every process."""
-        config, device = self.config.qat, self.accelerator.device
-        if config.reestimate_batches:
+        device, wanted = self.accelerator.device, config.reestimate_batches
+        if wanted > len(data.train):
+            self.display.say(
+                f"batch norms are re-estimated over the {len(data.train)} batches of an epoch, not {wanted}"
+            )
+        if wanted:
             data.sampler.resume(config.epochs, 0)
-            batches = islice(share(data.train), share_of(config.reestimate_batches))
+            batches = islice(share(data.train), share_of(wanted))
             reestimate_batch_norm_(model, (images.to(device) for images, _ in batches))
 
     def _result(self, model: nn.Module, data: Data, accuracies: dict[str, float]) -> dict[str, Any]:
@@ -509,5 +527,5 @@ class Run:
         if rows:
             figures.draw_history(folder.figures / "training.png", rows, result["float_top1"])
         self.metrics.write({"phase": "result", **result})
-        write_text(folder.result, json.dumps(result, indent=2) + "\n")
         report(model, folder.path / "report.html", result=result, metrics=self.metrics.rows())
+        write_text(folder.result, json.dumps(result, indent=2) + "\n")  # last: with it the run is complete

@@ -9,7 +9,6 @@ from pathlib import Path
 from accelerate import Accelerator
 from torch import nn
 
-from adq import models
 from adq.allocate import Allocation, Budget, allocate
 from adq.artifact import load
 from adq.config import dump_yaml
@@ -18,8 +17,8 @@ from adq.progressive import start_from_
 from adq.sensitivity import SensitivityTable, reordered, sensitivity
 from adq.store import write_text
 from adq.train.config import RunConfig
-from adq.train.data import build_data, check_classes
-from adq.train.run import check_files
+from adq.train.data import build_data
+from adq.train.run import check_files, float_network
 
 
 def score(config: RunConfig, output: Path | None, allocation: Path | None) -> str:
@@ -29,15 +28,15 @@ def score(config: RunConfig, output: Path | None, allocation: Path | None) -> st
 
     Raises:
         FileNotFoundError: a file of the configuration is not there.
-        ValueError: no float weights are given; they would be random.
+        ValueError: no float weights are given; they would be random; an allocation is asked for without a budget.
     """
     if config.model.weights is None:
         raise ValueError("adq: sensitivity needs trained float weights: --weights FILE")
+    if allocation is not None and config.allocation.weight_bits is None:
+        raise ValueError("adq: an allocation needs a budget: --weight-bits")
     check_files(config)
     data = build_data(config.data)
-    model = models.create_model(config.model.name, data.num_classes, **config.model.kwargs)
-    models.load_float_weights(model, config.model.weights)
-    check_classes(model, data)
+    model = float_network(config.model, data)
     start = None if config.start is None else load(config.start, copy.deepcopy(model))
     quantize_(model, config.quantization)
     if start is not None:

@@ -21,7 +21,6 @@ from scipy.stats import kendalltau, pearsonr, spearmanr
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from adq import models
 from adq.allocate import Allocation, Budget, allocate, apply_allocation_
 from adq.batch_norm import correct_batch_norm_, float_statistics
 from adq.calibrate import calibrate_
@@ -30,8 +29,9 @@ from adq.distill import DistillationLoss
 from adq.sensitivity import Estimator, SensitivityTable, reordered, sensitivity
 from adq.store import write_text
 from adq.train.config import RunConfig
-from adq.train.data import Data, build_data, check_classes
-from adq.train.engine import build_optimizer
+from adq.train.data import Data, build_data
+from adq.train.engine import build_accelerator, build_optimizer
+from adq.train.run import check_layers, float_network
 from adq.train.study_figures import draw_allocations, draw_heatmaps, draw_scatter
 
 TRUTH = "truth"
@@ -53,7 +53,8 @@ def study(config: RunConfig, folder: Path) -> dict[str, Any]:
         What ``study.json`` holds: ``float``, ``truth``, ``estimators``, ``epoch``, ``additivity``.
 
     Raises:
-        ValueError: no float weights, no budget, too few training images for disjoint draws.
+        ValueError: no float weights, no budget, or one that no allocation meets, no layer whose width is free, too few
+            training images for disjoint draws.
     """
     subject = Subject.build(config)
     with subject.quantized({}):
@@ -96,7 +97,7 @@ class Measured:
         rise = self.loss - base.loss
         return {
             "loss": float(rise.mean()),
-            "error": float(rise.std() / math.sqrt(len(rise))),
+            "error": float(rise.std(ddof=1) / math.sqrt(len(rise))),
             "even": float(rise[::2].mean()),
             "odd": float(rise[1::2].mean()),
             "accuracy": 100.0 * float((base.correct - self.correct).mean()),
@@ -112,7 +113,7 @@ class Subject:
         config: everything the study is told.
         data: where the images come from.
         accelerator: the device and the autocast of training.
-        teacher: the float network.
+        teacher: what training learns from: the float network, or the one that the configuration names.
         model: the quantized one.
         held_out: batches of test images.
         draws: disjoint lists of calibration batches.
@@ -137,21 +138,22 @@ class Subject:
             raise ValueError("adq: the study is of float networks; it takes no start")
         if config.allocation.weight_bits is None:
             raise ValueError("adq: the study compares allocations; give it a budget, allocation.weight_bits")
-        accelerator = Accelerator(cpu=config.engine.device == "cpu", mixed_precision=config.engine.mixed_precision)
+        accelerator, channels_last = build_accelerator(config.engine), config.engine.channels_last
         images = config.allocation.batches * (config.data.eval_batch_size or config.data.batch_size)
         wanted = replace(config.data, calibration_images=config.study.repeats * images)
         data = build_data(wanted)
-        model = models.create_model(config.model.name, data.num_classes, **config.model.kwargs)
-        models.load_float_weights(model, config.model.weights)
-        check_classes(model, data)
-        if config.engine.channels_last:
-            model = model.to(memory_format=torch.channels_last)
+        model = float_network(config.model, data, channels_last)
+        check_layers(model, config)
+        other = config.distillation.teacher
+        teacher = copy.deepcopy(model) if other is None else float_network(other, data, channels_last)
+        teacher.to(accelerator.device).eval().requires_grad_(False)
         model.to(accelerator.device).eval()
-        teacher = copy.deepcopy(model).requires_grad_(False)
         quantize_(model, config.quantization)
         draws = _draws(data, config, accelerator.device)
         calibrate_(model, draws[0], batch_norm=False)
         table = sensitivity(model, draws[0][:1], nn.functional.cross_entropy, config.allocation.bits, "fisher")
+        if all(layer.pinned for layer in table.layers):
+            raise ValueError("adq: the study compares widths of layers, and the configuration gives each layer its own")
         held_out = _held_out(data, config, accelerator.device)
         return cls(config, data, accelerator, teacher, model, held_out, draws, table)
 
@@ -287,7 +289,9 @@ def time_epoch(subject: Subject) -> dict[str, float]:
     seconds: list[float] = []
     for images, target in itertools.islice(itertools.chain.from_iterable(itertools.repeat(train)), config.study.steps):
         began = time.perf_counter()
-        value = loss(model(images), images, target)
+        logits = model(images)
+        with accelerator.autocast():  # the teacher's pass belongs to the loss
+            value = loss(logits, images, target)
         accelerator.backward(value)
         optimizer.step()
         optimizer.zero_grad()

@@ -35,7 +35,8 @@ def list_splits(root: Path, index: Path | None) -> tuple[Files, Files | None]:
     last = max(int(files.labels.max()) for files in found.values())
     names = root / "classes.txt"
     classes = tuple(names.read_text(encoding="utf-8").split("\n")) if names.exists() else _numbers(last + 1)
-    classes = classes[:-1] if classes[-1] == "" else classes
+    while classes and not classes[-1].strip():
+        classes = classes[:-1]
     if last >= len(classes):
         raise ValueError(f"{names} names {len(classes)} classes, but a sample has the class {last}")
     train = replace(train, classes=classes)
