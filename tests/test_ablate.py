@@ -19,6 +19,7 @@ pytest.importorskip("sklearn", reason="the digits need scikit-learn")
 
 from typer.testing import CliRunner
 
+from adq.config import dump_yaml
 from adq.store import locked
 from adq.train import ablate as ablation
 from adq.train import ablation_report
@@ -184,6 +185,19 @@ def test_only_the_chosen_rows_need_their_files(finished, weights, tmp_path):
     assert ablate(file, tmp_path, only="k-means") == 0
     with pytest.raises(ValueError, match="row 'later': no such file"):
         ablate(file, tmp_path)
+
+
+def test_a_report_needs_no_images(tmp_path):
+    rows = [{"name": "a"}]
+    (tmp_path / "rows.yaml").write_text(yaml.safe_dump({"set": {"data": {"name": "imagefolder"}}, "rows": rows}))
+    parsed = read_ablation(tmp_path / "rows.yaml")
+    folder = run_folder(tmp_path, parsed.rows[0], 0)
+    config = resolve("digits", [{"data": {"name": "imagefolder", "root": "images"}, "qat": {"lr": 0.7}}])
+    folder.path.mkdir(parents=True)
+    folder.config.write_text(dump_yaml(config))
+    folder.result.write_text(json.dumps({**dict.fromkeys(ablation_report.NUMBERS, 1.0)}))
+    report_only(str(tmp_path / "rows.yaml"), tmp_path)
+    assert "- `qat.lr=0.7` in 1 of 1 runs\n" in (tmp_path / "table.md").read_text()
 
 
 def test_the_table_says_what_runs_were_told_besides_the_file(finished, weights, tmp_path):

@@ -121,10 +121,12 @@ def _settings(ablation: Ablation, row: Row, seed: int, folder: RunFolder) -> dic
     """
     if not folder.config.exists():
         return {}
-    saved, of_file = read_saved(folder), resolve(ablation.base, [ablation.set, row.set, {"seed": seed}])
+    saved = read_saved(folder)
+    of_run = {"seed": seed, "data": {} if saved.data.root is None else {"root": str(saved.data.root)}}
+    of_file = resolve(ablation.base, [ablation.set, row.set, of_run])
     flat = flatten(to_dict(saved))
-    changed = (key for key in differences(saved, of_file) if key != "model.weights" or of_file.model.weights)
-    return {"precision": saved.engine.mixed_precision, "besides": {key: flat.get(key) for key in changed}}
+    changed = [key for key in differences(saved, of_file) if key != "model.weights" or of_file.model.weights]
+    return {"precision": saved.engine.mixed_precision, "besides": {key: flat[key] for key in changed if key in flat}}
 
 
 def _numbers(folder: RunFolder) -> dict[str, float]:
