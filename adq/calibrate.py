@@ -33,8 +33,9 @@ Parts = list[list[Tensor]]
 class _Sampler:
     """Keeps a bounded sample of a layer's inputs, the same however the batches are spread over processes.
 
-    Of each call at most ``SAMPLES_PER_BATCH`` values, drawn by a generator that knows the batch's number alone; of
-    those every ``stride``-th, by the smallest power of two that leaves at most ``MAX_SAMPLES`` of all batches.
+    Of each call at most ``SAMPLES_PER_BATCH`` values, in an order drawn by a generator that knows the batch's number
+    alone; of those every ``stride``-th, by the smallest power of two that leaves at most ``MAX_SAMPLES`` of all
+    batches. In the order of memory a stride would pick out features or pixels.
     """
 
     def __init__(self) -> None:
@@ -50,10 +51,12 @@ class _Sampler:
     def __call__(self, quantizer: nn.Module, args: tuple[Tensor]) -> None:
         values = args[0].detach().reshape(-1)
         self.finite = values.isfinite().all() & self.finite  # of all of them, and not read back yet
-        if values.numel() > SAMPLES_PER_BATCH:
-            index = torch.randint(values.numel(), (SAMPLES_PER_BATCH,), generator=self.generator, device="cpu")
-            values = values[index.to(values.device)]
-        self.parts[-1].append(values.float()[:: self.stride])
+        count = values.numel()
+        if count > SAMPLES_PER_BATCH:
+            order = torch.randint(count, (SAMPLES_PER_BATCH,), generator=self.generator, device="cpu")
+        else:
+            order = torch.randperm(count, generator=self.generator, device="cpu")
+        self.parts[-1].append(values[order[:: self.stride].to(values.device)].float())
         self.parts, self.stride = _thinned(self.parts, self.stride)
 
     def pooled(self, name: str) -> Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from typing import NamedTuple
 
@@ -38,6 +39,20 @@ def test_many_inputs_are_sampled_reproducibly():
     assert torch.equal(layers[0].input_quantizer.out_scale, layers[1].input_quantizer.out_scale)
     everything = fit_thresholds(torch.cat(batches).flatten()[::2], ActivationConfig(3))
     torch.testing.assert_close(layers[0].input_quantizer.out_scale.detach(), everything.out_scale, rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(4096, 2), (16, 4, 8, 8)])
+def test_samples_are_of_every_feature_and_pixel(shape, monkeypatch):
+    """However many batches there are: of powers of two a stride in memory would see only some."""
+    monkeypatch.setattr(adq.calibrate, "SAMPLES_PER_BATCH", 2**13)
+    monkeypatch.setattr(adq.calibrate, "MAX_SAMPLES", 2**14)
+    sampler, place = adq.calibrate._Sampler(), torch.arange(math.prod(shape[1:])).expand(shape[0], -1).reshape(shape)
+    for batch in range(33):
+        sampler.begin(batch)
+        sampler(nn.Identity(), (place.float(),))
+    counts = sampler.pooled("layer").long().bincount()
+    assert len(counts) == math.prod(shape[1:])
+    assert counts.min() > 0.3 * counts.float().mean()
 
 
 class Batch(NamedTuple):
