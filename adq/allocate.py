@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import nn
 
 from adq.config import check_bits, dump_yaml, load_yaml
@@ -21,8 +21,8 @@ from adq.store import write_text
 FORMAT = "adq-allocation"
 FORMAT_VERSION = 1
 FLOAT_BITS = 32
-SCORE_SCALE = 1e6
-SOLVER_ATTEMPTS = 100
+FIRST_EXCESS = 1e-3
+"""Where the search begins: this part of the first gap between the bounds on the least score."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def allocate(
     limits: Mapping[str, tuple[int, int]] | None = None,
     tied: Iterable[Sequence[str]] = (),
 ) -> Allocation:
-    """Choose one width per layer: least sum of scores within the budget, exactly (mixed-integer program).
+    """Choose one width per layer: least sum of scores within the budget, exactly (dynamic program).
 
     Args:
         table: from :func:`adq.sensitivity`; pinned layers keep their width and count towards the budget.
@@ -221,45 +221,92 @@ def _choices(
     return choices
 
 
+@dataclass(frozen=True)
+class _Options:
+    """What the widths of a layer, or of a tied group, cost and score beyond its least: two arrays ``[widths]``."""
+
+    costs: Any
+    scores: Any
+
+    def priced(self, price: float) -> Any:
+        """Scores plus what the costs are worth."""
+        return self.scores + price * self.costs
+
+    def spent(self, price: float) -> int:
+        """Cost of the best option at a price, of several the least."""
+        priced = self.priced(price)
+        return int(self.costs[priced == priced.min()].min())
+
+
 def _solve(
     layers: Sequence[LayerCost], choices: dict[str, list[int]], budget: Budget, limit: int, tied: list[list[str]]
 ) -> dict[str, int]:
-    """Binary programme: x[layer, width]; one width a layer, cost within the limit, equal widths in a group."""
-    variables = [(layer, b) for layer in layers for b in choices[layer.name]]
-    index = {(layer.name, b): i for i, (layer, b) in enumerate(variables)}
-    scores = np.array([layer.scores[b] for layer, b in variables])
-    if not np.isfinite(scores).all():
-        raise ValueError("adq: the sensitivity table holds NaN or infinity")
-    costs = np.array([budget.cost(layer, b) for layer, b in variables], dtype=np.float64)
-    one_width = np.array([[float(layer.name == other.name) for layer, _ in variables] for other in layers])
-    constraints = [LinearConstraint(one_width, 1, 1)]
-    for group in tied:
-        for name in group[1:]:
-            for b in choices[name]:
-                row = np.zeros(len(variables))
-                row[index[group[0], b]] += 1.0
-                row[index[name, b]] -= 1.0
-                constraints.append(LinearConstraint(row, 0, 0))
-    # scaled for the solver, whose absolute tolerances are 1e-6; whole numbers decide afterwards
-    scores = scores * (SCORE_SCALE / (np.abs(scores).max() or 1.0))
-    constraints.append(LinearConstraint(costs / max(limit, 1), -np.inf, limit / max(limit, 1)))
-    for _ in range(SOLVER_ATTEMPTS):
-        result = milp(
-            scores,
-            constraints=constraints,
-            integrality=np.ones(len(variables)),
-            bounds=Bounds(0, 1),
-            options={"mip_rel_gap": 0.0},
-        )
-        if result.x is None:
+    """The assignment of least score within the limit, and of several the cheapest.
+
+    With a price on cost, every group has a best option, and an assignment exceeds the sum of those by some excess. No
+    assignment within the limit scores less than ``lower`` plus its excess. So those of small excess are searched, and
+    of ever larger, until the best one found scores no more than any left out could. Costs are whole numbers; scores are
+    compared as float64 sums.
+    """
+    named = {layer.name: layer for layer in layers}
+    in_group = {name for group in tied for name in group}
+    found = []
+    for group in (*tied, *([name] for name in named if name not in in_group)):
+        widths = choices[group[0]]
+        costs = np.array([sum(budget.cost(named[name], b) for name in group) for b in widths], dtype=np.int64)
+        scores = np.array([math.fsum(named[name].scores[b] for name in group) for b in widths])
+        if not np.isfinite(scores).all():
+            raise ValueError("adq: the sensitivity table holds NaN or infinity")
+        limit -= int(costs.min())
+        found.append((group, _Options(costs - costs.min(), scores - scores.min())))
+    found.sort(key=lambda item: float(item[1].scores.max()))  # sums begin with the small ones, which so are not lost
+    options = [option for _, option in found]
+    price = _price(options, limit)
+    lower = math.fsum(float(o.priced(price).min()) for o in options) - price * limit
+    gap = price * (limit - sum(o.spent(price) for o in options))  # the best options at the price are an assignment
+    rounding = 4 * len(options) * np.finfo(float).eps * (sum(float(o.scores.max()) for o in options) + price * limit)
+    excess = FIRST_EXCESS * gap
+    while True:
+        score, chosen = _search(options, limit, price, excess + rounding)
+        gap = min(gap, score - lower)
+        if gap <= excess + rounding:
             break
-        chosen = {layer.name: b for (layer, b), x in zip(variables, result.x, strict=True) if x > 0.5}
-        if sum(budget.cost(layer, chosen[layer.name]) for layer in layers) <= limit:
-            return chosen
-        # a little over the budget, but within the solver's tolerance: ask for another assignment
-        this = np.array([float(chosen[layer.name] == b) for layer, b in variables])
-        constraints.append(LinearConstraint(this, -np.inf, len(layers) - 1))
-    raise ValueError(f"adq: the solver found no allocation: {result.message}")
+        excess = min(10 * excess, gap)
+    return {name: choices[name][i] for (group, _), i in zip(found, chosen, strict=True) for name in group}
+
+
+def _price(options: Sequence[_Options], limit: int) -> float:
+    """The least price of cost at which the best options are within the limit: the dual of the relaxed problem."""
+    prices = {0.0}
+    for o in options:
+        dearer, saved = o.costs - o.costs[:, None], o.scores[:, None] - o.scores
+        prices.update((saved[dearer > 0] / dearer[dearer > 0]).clip(0.0).tolist())
+    ordered = [*sorted(prices), 2 * max(prices)]
+    return ordered[bisect_left(ordered, True, key=lambda price: sum(o.spent(price) for o in options) <= limit)]
+
+
+def _search(options: Sequence[_Options], limit: int, price: float, excess: float) -> tuple[float, list[int]]:
+    """The least score within the limit of the assignments up to an excess, and the option that each group has there.
+
+    Group by group, of assignments so far those stay than which no cheaper one scores as little.
+    """
+    costs, scores, least = np.zeros(1, dtype=np.int64), np.zeros(1), 0.0
+    steps = []
+    for o in options:
+        least += float(o.priced(price).min())
+        count = len(costs)
+        costs, scores = (np.add.outer(own, sums).ravel() for own, sums in ((o.costs, costs), (o.scores, scores)))
+        kept = np.flatnonzero((costs <= limit) & (scores + price * costs - least <= excess))
+        kept = kept[np.lexsort((scores[kept], costs[kept]))]
+        best = np.minimum.accumulate(scores[kept])
+        kept = kept[np.append(True, best[1:] < best[:-1])]
+        costs, scores = costs[kept], scores[kept]
+        steps.append((count, kept))
+    score, at, chosen = float(scores[-1]), len(scores) - 1, []
+    for count, kept in reversed(steps):
+        option, at = divmod(int(kept[at]), count)
+        chosen.append(option)
+    return score, chosen[::-1]
 
 
 def apply_allocation_(model: nn.Module, allocation: Allocation | Mapping[str, int]) -> nn.Module:
