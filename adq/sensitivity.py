@@ -295,11 +295,11 @@ def _change(layer: QuantizedLayer, quantizer: WeightQuantizer, bits: int) -> Ten
 Layers = dict[str, tuple[QuantizedLayer, WeightQuantizer]]
 Scores = dict[str, dict[int, float]]
 Found = list[tuple[int, Tensor]]
-"""Of each batch its weight, and the scores of it times that weight, float64 ``[layers, widths]`` on the CPU."""
+"""Of each batch its samples, and the scores of it times their number, float64 ``[layers, widths]`` on the CPU."""
 
 
 def _scores(estimator: str, find: Callable[[], Found], widths: list[int], layers: Layers) -> Scores:
-    """Mean over the batches of all processes, added up in their order."""
+    """Mean over the samples of all processes, added up in the order of their batches."""
     if not layers:
         return {}
     found = pool(find)
@@ -337,7 +337,8 @@ def _loss_scores(model: nn.Module, batches: list[Any], loss_fn: LossFn, widths: 
         return [float(_loss(model, batch, loss_fn)) for batch in batches]
 
     base = torch.tensor(losses(), dtype=torch.float64)
-    return [(1, rise) for rise in _each_change(model, layers, widths, losses) - base[:, None, None]]
+    rises = _each_change(model, layers, widths, losses) - base[:, None, None]
+    return [(size, size * rise) for size, rise in zip(map(batch_size, batches), rises, strict=True)]
 
 
 @torch.no_grad()
@@ -408,8 +409,9 @@ def _fisher_scores(model: nn.Module, batches: list[Any], loss_fn: LossFn, widths
         squares = [gradient.detach().float().square() for gradient in _gradients(model, batch, loss_fn, layers)]
         sums = [(g * change).sum() for g, row in zip(squares, changes, strict=True) for change in row]
         scores = torch.stack(sums).double().cpu().reshape(len(layers), len(widths))
+        size = batch_size(batch)
         # the gradient of a mean over B samples has B times less variance than that of one sample
-        found.append((1, batch_size(batch) * scores))
+        found.append((size, size * size * scores))
     return found
 
 
@@ -439,7 +441,8 @@ def _hessian_scores(model: nn.Module, batches: list[Any], loss_fn: LossFn, width
         for batch, number in zip(batches, count(*world()), strict=False):
             gradients = _gradients(model, batch, loss_fn, layers, create_graph=True)
             traces = _traces(gradients, weights, torch.Generator().manual_seed(number))
-            found.append((1, traces[:, None] * per_trace))
+            size = batch_size(batch)
+            found.append((size, size * traces[:, None] * per_trace))
     return found
 
 

@@ -119,6 +119,35 @@ def test_hessian_of_a_quadratic_with_known_trace():
         assert score == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("estimator", ["loss", "hessian"])
+def test_a_mean_over_samples_however_they_are_cut_into_batches(estimator):
+    torch.manual_seed(0)
+    model, x = adq.quantize_(nn.Sequential(nn.Linear(4, 3)), ADQConfig(activation=None)), torch.arange(1.0, 5.0).diag()
+
+    def loss(out: Tensor, _: Tensor) -> Tensor:
+        return out.square().sum() / len(out)
+
+    tables = [
+        adq.sensitivity(model, [(part, part) for part in x.split(size)], loss, (2, 3), estimator, pinned=[])
+        for size in (4, 3, 2, 1)
+    ]
+    for table in tables[1:]:
+        assert by_name(table)["0"] == pytest.approx(by_name(tables[0])["0"], rel=1e-4)
+
+
+@pytest.mark.parametrize("estimator", ["fisher", "true_fisher"])
+def test_a_batch_counts_by_its_samples(estimator, monkeypatch):
+    monkeypatch.setattr(torch, "multinomial", lambda p, count, generator: p.topk(count).indices)
+    (x, y), model = batches(1, 9)[0], scored()
+    parts = [(x[:8], y[:8]), (x[8:], y[8:])]
+    both, large, small = (
+        by_name(adq.sensitivity(model, chosen, F.cross_entropy, (2,), estimator, pinned=[]))["2"][2]
+        for chosen in (parts, parts[:1], parts[1:])
+    )
+    assert both == pytest.approx((8 * large + small) / 9, rel=1e-6)
+    assert small != pytest.approx(large, rel=0.1)
+
+
 def test_hessian_trace_of_a_network(monkeypatch):
     """The estimate of a stochastic trace is near the exact one, from the diagonal of the whole Hessian."""
     monkeypatch.setattr(sys.modules["adq.sensitivity"], "HUTCHINSON_PROBES", 200)
