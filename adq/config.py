@@ -88,7 +88,8 @@ class ActivationConfig:
 
     Attributes:
         bits: width of a level, 1..8; up to 5 bits every threshold is learned, above that one uniform step.
-        signed: levels on both sides of zero; ``None`` decides from the inputs seen at calibration.
+        signed: levels on both sides of zero, even if calibration sees inputs on one side only; ``None`` decides from
+            the inputs seen there.
         thresholds: ``"learned"``, each by itself (N2UQ), or ``"uniform"``: one learned step at any width.
     """
 

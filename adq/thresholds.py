@@ -68,10 +68,12 @@ def fit_thresholds(values: Tensor, config: ActivationConfig) -> Thresholds:
 
     Args:
         values: a sample of the layer's inputs, float32 ``[n]``, finite, not empty.
-        config: bits and sign.
+        config: bits and sign. Of inputs on one side of zero, ``signed=True`` gives the other side levels of the same
+            size: one less, or with two levels none.
 
     Raises:
-        ValueError: no values, NaN or infinity among them, or negative ones although ``signed=False``.
+        ValueError: no values, NaN or infinity among them, negative ones although ``signed=False``, or all of them so
+            small, or so large, that float32 holds no thresholds.
     """
     if values.numel() == 0:
         raise ValueError("adq: no inputs were observed")
@@ -81,12 +83,15 @@ def fit_thresholds(values: Tensor, config: ActivationConfig) -> Thresholds:
     low, high = values.min(), values.max()
     if config.signed is False and low < 0:
         raise ValueError(f"adq: signed=False, but inputs down to {low.item():.3g} were observed")
-    steps = config.steps
-    if low == high == 0:  # says nothing about the range
-        return uniform_thresholds(torch.ones_like(high) / steps, torch.zeros_like(high), config)
-    if low >= 0 and not config.signed:
-        clip = high * torch.arange(1, UNSIGNED_CANDIDATES + 1, device=values.device) / UNSIGNED_CANDIDATES
-        step, zero_level = clip / steps, torch.zeros_like(clip)
+    steps, peak = config.steps, torch.maximum(high, -low)
+    below = steps // 2 if config.signed else 0
+    if peak == 0:  # says nothing about the range
+        return uniform_thresholds(torch.ones_like(peak) / (steps - below), torch.full_like(peak, below), config)
+    unit = peak / (2 * torch.frexp(peak).mantissa)  # a power of two; squares of the quotients are in range
+    values, low, high, peak = values / unit, low / unit, high / unit, peak / unit
+    if low >= 0 or (config.signed and high <= 0):
+        clip = peak * torch.arange(1, UNSIGNED_CANDIDATES + 1, device=values.device) / UNSIGNED_CANDIDATES
+        step, zero_level = clip / (steps - below), torch.full_like(clip, below if low >= 0 else steps - below)
     else:
         part = torch.arange(1, SIGNED_CANDIDATES + 1, device=values.device) / SIGNED_CANDIDATES
         clip_low, clip_high = (
@@ -96,7 +101,10 @@ def fit_thresholds(values: Tensor, config: ActivationConfig) -> Thresholds:
         step, clip_low = step[step > 0], clip_low[step > 0]
         zero_level = (-clip_low / step).round()
     best = _squared_error(values, step, zero_level, steps).argmin()
-    return uniform_thresholds(step[best], zero_level[best], config)
+    fitted = uniform_thresholds(step[best] * unit, zero_level[best], config)
+    if not bool((fitted.in_scale + fitted.out_scale).isfinite()):
+        raise ValueError(f"adq: inputs of up to {(peak * unit).item():.3g} have no thresholds in float32")
+    return fitted
 
 
 def resampled(thresholds: Thresholds, present: ActivationConfig, config: ActivationConfig) -> Thresholds:

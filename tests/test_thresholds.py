@@ -111,6 +111,23 @@ def test_the_range_is_scaled_to_two():
     assert large.out_scale / small.out_scale == 2.0**20
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("exponent", [-120, -70, 60, 120])
+@pytest.mark.parametrize("name", ["normal", "half-normal"])
+def test_inputs_whose_squares_float32_does_not_hold(name, exponent, bits):
+    x, config = values({**SIGNED, **UNSIGNED}[name]), ActivationConfig(bits)
+    scaled = fit_thresholds(torch.ldexp(x, torch.tensor(exponent)), config)
+    fitted = fit_thresholds(x, config)
+    assert scaled.out_scale.double() == fitted.out_scale.double() * 2.0**exponent
+    assert scaled.in_scale.double() == fitted.in_scale.double() * 2.0**-exponent
+    assert torch.equal(scaled.offset, fitted.offset)
+
+
+def test_inputs_that_have_no_thresholds():
+    with pytest.raises(ValueError, match=r"inputs of up to 2\.94e-44 have no thresholds in float32"):
+        fit_thresholds(torch.tensor([1e-44, 3e-44]), ActivationConfig(1))
+
+
 @pytest.mark.parametrize("signed", [None, False])
 @pytest.mark.parametrize("bits", [2, 8])
 def test_all_zero_inputs_leave_a_range_of_one(bits, signed):
@@ -123,8 +140,30 @@ def test_signed_is_decided_by_the_inputs_or_by_the_configuration():
     positive = values(UNSIGNED["half-normal"])
     assert fit_thresholds(positive, ActivationConfig(3)).offset == 0.0
     assert fit_thresholds(-positive, ActivationConfig(3)).offset > 0.0
-    assert fit_thresholds(positive, ActivationConfig(3, signed=True)).offset == 0.0  # no level is wasted below zero
+    assert fit_thresholds(positive, ActivationConfig(3, signed=True)).offset > 0.0
     assert fit_thresholds(positive, ActivationConfig(3, signed=False)).offset == 0.0
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_signed_inputs_of_which_one_side_was_seen(sign, bits):
+    """Levels of one size on both sides, one fewer on that which was not seen; the seen one as with a bit less."""
+    x, config = sign * values(UNSIGNED["half-normal"]), ActivationConfig(bits, signed=True)
+    fitted = fit_thresholds(x, config)
+    levels = np.unique(apply(torch.linspace(-20, 20, 4001), fitted, config)) * sign
+    assert ((levels > 0).sum(), (levels < 0).sum()) == (2 ** (bits - 1), 2 ** (bits - 1) - 1)
+    assert 0.0 in levels
+    narrower = ActivationConfig(bits - 1)
+    known = apply(x.abs(), fit_thresholds(x.abs(), narrower), narrower)
+    assert np.square(apply(x, fitted, config) - x.numpy()).sum() < np.square(known - x.abs().numpy()).sum()
+
+
+@pytest.mark.parametrize("bits", [1, 2, 8])
+def test_all_zero_inputs_of_signed_quantizers(bits):
+    config = ActivationConfig(bits, signed=True)
+    found = apply(torch.tensor([-5.0, 0.0, 5.0]), fit_thresholds(torch.zeros(100), config), config)
+    below = config.steps // 2
+    assert found.tolist() == pytest.approx([-below / (config.steps - below), 0.0, 1.0])
 
 
 @pytest.mark.parametrize(
