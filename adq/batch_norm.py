@@ -33,6 +33,8 @@ Weighted = tuple[int, Tensor, Tensor]
 """Number of samples, and mean and variance of each channel, on the CPU."""
 SAVED = ("float_running_mean", "float_running_var")
 """Names in a file, after the batch norm's."""
+LEAST_VARIANCE = 1e-5
+"""Variance of normalised values that counts beside none: a channel that hardly varies in a batch is left alone."""
 
 
 @dataclass(frozen=True)
@@ -188,8 +190,11 @@ class _Correction:
         if not len(x):
             return
         (mean, var), (mean_float, var_float), (start_mean, start_var) = _moments(x), self.seen.popleft(), self.start
-        ratio = (var + self.norm.eps) / (var_float + self.norm.eps)
-        fitted = mean - (mean_float - start_mean) * ratio.sqrt(), start_var * ratio
+        divisor = start_var + self.norm.eps
+        ratio = (var + LEAST_VARIANCE * divisor) / (var_float + LEAST_VARIANCE * divisor)
+        new_var = (start_var + divisor * (ratio - 1)).clamp_min(0)
+        ratio = (new_var + self.norm.eps) / divisor  # of the squares by which the two networks divide
+        fitted = mean - (mean_float - start_mean) * ratio.sqrt(), new_var
         _assign(self.norm, fitted)
         self.fitted.append(_weighted(fitted, len(x)))
 
@@ -271,10 +276,11 @@ def correct_batch_norm_(model: nn.Module, batches: Iterable[Any], reference: nn.
 
     Each batch runs through the float network (all quantizers off) and through the quantized one. Every running mean
     and variance is changed so that the quantized network's normalised values have the mean and variance that the
-    float network's have on the same batch. Only differences count: the batches need not follow the distribution that
-    the float network's statistics were taken over (augmented images, say), and where nothing is quantized nothing
-    changes. A second call, after bits were allocated say, starts from the float network's statistics again: they are
-    kept with the model, in copies of it and in files of :func:`adq.save`, though not in its state dict.
+    float network's have on the same batch, as far as a variance that is not negative gives it. Only differences count:
+    the batches need not follow the distribution that the float network's statistics were taken over (augmented images,
+    say), and where nothing is quantized nothing changes. A second call, after bits were allocated say, starts from the
+    float network's statistics again: they are kept with the model, in copies of it and in files of :func:`adq.save`,
+    though not in its state dict.
     In a process group every process gives its share of the batches, as for :func:`adq.calibrate_`.
 
     Args:
