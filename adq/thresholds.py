@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,14 @@ class Thresholds:
 def num_intervals(config: ActivationConfig) -> int:
     """Length of ``interval``: one per step where they are learned, one for all where they are uniform."""
     return 1 if config.is_uniform else config.steps
+
+
+def uniform_bits(interval: Tensor) -> int | None:
+    """The width that the constant interval of a uniform quantizer is of; None if of none."""
+    if interval.is_meta or interval.numel() != 1:
+        return None
+    steps = ACTIVATION_RANGE / interval.item()
+    return next((bits for bits in range(1, 9) if math.isclose(steps, 2**bits - 1, rel_tol=1e-4)), None)
 
 
 def uniform_thresholds(step: Tensor, zero_level: Tensor, config: ActivationConfig) -> Thresholds:
@@ -114,6 +123,8 @@ def resampled(thresholds: Thresholds, present: ActivationConfig, config: Activat
     at position ``D i``. The new thresholds are the inputs at which it is at ``D' j``, where ``D' = R / steps`` of the
     new width; zero stays on a level, for which positions move by at most ``D' / 2``, and the ends go on straight. So
     outputs differ by at most ``out_scale (D / 2 + 3 D' / 2)``. A uniform quantizer takes the chord of the curve.
+    ``in_scale``, ``start`` and ``interval`` are multiplied by one number, which changes no output: where an interval
+    would be less than the least that counts, and so that the one of a uniform quantizer is ``D'``, as calibration sets.
 
     Args:
         thresholds: of a calibrated or trained quantizer.
@@ -131,10 +142,16 @@ def resampled(thresholds: Thresholds, present: ActivationConfig, config: Activat
     position = (levels * new_width - new_offset + offset) / width  # in steps of the present width
     segment = position.floor().clamp(0, present.steps - 1).long()
     edges = begins[segment] + (position - segment) * interval[segment]
+    if config.is_uniform:
+        interval = (edges[-1:] - edges[:1]) / config.steps
+        unit = new_width / interval
+    else:
+        interval = edges.diff()
+        unit = (MIN_INTERVAL / interval.min()).clamp_min(1.0)
     return Thresholds(
-        start=edges[:1].float(),
-        interval=((edges[-1:] - edges[:1]) / config.steps if config.is_uniform else edges.diff()).float(),
-        in_scale=thresholds.in_scale,
+        start=(unit * edges[:1]).float(),
+        interval=(unit * interval).float(),
+        in_scale=(unit * thresholds.in_scale).float(),
         out_scale=thresholds.out_scale,
         offset=new_offset.float(),
     )

@@ -16,6 +16,7 @@ import adq
 from adq import ActivationConfig, ADQConfig, WeightConfig
 from adq.convert import activation_quantizers, quantizers_enabled, set_weight_bits
 from adq.functional import threshold_quantize
+from adq.ops import MIN_INTERVAL
 from adq.thresholds import Thresholds, resampled
 
 from .networks import Block, assert_same_state, images, net
@@ -41,15 +42,26 @@ def output(x: torch.Tensor, t: Thresholds, config: ActivationConfig) -> np.ndarr
     [
         (1, [1.0]),
         (3, [1.5 / 7, 1.5 / 7, 0.5 / 7 + 0.4 / 7, 0.6 / 7, 0.4 / 7 + 0.3 / 7, 0.9 / 7, 0.9 / 7]),
-        (8, [1.0 / 255]),
+        (8, [2.0 / 255]),
     ],
 )
 def test_by_hand(bits, intervals):
-    """The curve has the inputs 0.1, 0.6, 0.8, 1.1 at 0, 1, 2, 3 of its steps."""
+    """The curve has the inputs 0.1, 0.6, 0.8, 1.1 at 0, 1, 2, 3 of its steps; a uniform one has a range of 2."""
     found = resampled(table(0.1, [0.5, 0.2, 0.3]), ActivationConfig(2), ActivationConfig(bits))
-    torch.testing.assert_close(found.start, torch.tensor([0.1]))
+    unit = 2.0 if bits == 8 else 1.0
+    torch.testing.assert_close(found.start, torch.tensor([unit * 0.1]))
     torch.testing.assert_close(found.interval, torch.tensor(intervals), rtol=1e-6, atol=1e-7)
-    assert (found.in_scale.item(), found.out_scale.item(), found.offset.item()) == (2.0, 0.5, 0.0)
+    torch.testing.assert_close(found.in_scale, torch.tensor([unit * 2.0]))
+    assert (found.out_scale.item(), found.offset.item()) == (0.5, 0.0)
+
+
+def test_small_intervals_stay_above_the_least_that_counts():
+    present, config = ActivationConfig(2), ActivationConfig(5)
+    before = table(0.1, [0.001, 0.002, 0.005])
+    after = resampled(before, present, config)
+    assert after.interval.min() == pytest.approx(MIN_INTERVAL)
+    x = torch.linspace(0.04, 0.06, 4001)
+    assert np.abs(output(x, after, config) - output(x, before, present)).max() / 0.5 <= 1 / 3 + 2 / 31 + 1e-5
 
 
 def test_zero_stays_on_a_level_and_the_ends_go_on():

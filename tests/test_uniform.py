@@ -186,3 +186,25 @@ def test_no_weights_have_a_step():
     w, scale = torch.zeros(0, 3, requires_grad=True), torch.ones(1, 1, requires_grad=True)
     learned_step(w, scale, torch.arange(-2.0, 2.0)).sum().backward()
     assert w.grad.shape == (0, 3) and scale.grad.tolist() == [[0.0]]
+
+
+@pytest.mark.parametrize("thresholds", ["learned", "uniform"])
+def test_thresholds_of_another_width_are_refused(thresholds):
+    def net(bits: int) -> nn.Module:
+        activation = ActivationConfig(bits=bits, thresholds=thresholds)
+        config = ADQConfig(weight=None, activation=activation, first_last_bits=None)
+        return adq.quantize_(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)), config)
+
+    saved = adq.calibrate_(net(8), [weight(9, 4)]).state_dict()
+    for bits in (6, 7):
+        with pytest.raises(RuntimeError, match=f"inputs of layer '1' have {bits} bits, and 8 in the state dict"):
+            net(bits).load_state_dict(saved)
+    (model := net(8)).load_state_dict(saved)
+    assert all(torch.equal(value, saved[key]) for key, value in model.state_dict().items())
+    learned = adq.calibrate_(net(4), [weight(9, 4)])
+    model = net(8)
+    model[1].input_quantizer.take_over_(learned[1].input_quantizer)
+    with pytest.raises(RuntimeError, match="layer '1' have 6 bits, and 8 in"):
+        net(6).load_state_dict(model.state_dict())
+    older = {key: 1.1 * value if key.endswith("interval") else value for key, value in saved.items()}
+    net(6).load_state_dict(older)  # of a curve that was followed before the constant told the width

@@ -12,7 +12,7 @@ from adq.config import ActivationConfig
 from adq.functional import quantize_activation
 from adq.nn.dtype import keeping_dtype
 from adq.ops import ACTIVATION_RANGE
-from adq.thresholds import Thresholds, fit_thresholds, num_intervals, resampled
+from adq.thresholds import Thresholds, fit_thresholds, num_intervals, resampled, uniform_bits
 
 _FITTED = ("start", "interval", "in_scale", "out_scale", "offset")
 
@@ -22,8 +22,9 @@ class ActivationQuantizer(nn.Module):
 
     Parameters (float32): ``start`` ``[1]``, ``interval`` ``[2^bits - 1]``, ``in_scale`` ``[1]``, ``out_scale`` ``[1]``.
     With ``thresholds="uniform"``, and above 5 bits, the quantizer is uniform: ``interval`` is then a constant buffer
-    ``[1]``, and the one learned step is ``interval / in_scale``; learning both would learn one number twice, the
-    first with a gradient ``steps`` times too large for its size. Buffers: ``offset`` ``[1]``, which puts zero on a
+    ``[1]``, by which a state dict of another width is known and refused, and the one learned step is ``interval /
+    in_scale``; learning both would learn one number twice, the first with a gradient ``steps`` times too large for its
+    size. Buffers: ``offset`` ``[1]``, which puts zero on a
     level for signed inputs, and ``calibrated``, 1 or 0 (a float, so that averages of models can be taken). All keep
     their dtype when the model is cast. A quantizer refuses to run before it has been calibrated: its start values say
     nothing about the inputs. Set ``enabled = False`` to let inputs through untouched. ``trained`` tells, in this
@@ -137,6 +138,13 @@ class ActivationQuantizer(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if not any(key.startswith(prefix) for key in state_dict):
             return  # a float checkpoint: thresholds stay as they are
+        saved = state_dict.get(prefix + "interval")
+        bits = self.config.bits if saved is None or not self.config.is_uniform else uniform_bits(saved)
+        if bits not in (None, self.config.bits):
+            args[-1].append(  # what load_state_dict raises
+                f"adq: the inputs of layer {self.name!r} have {self.config.bits} bits, and {bits} in the state dict"
+            )
+            return
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._ready = bool(self.calibrated)
 
