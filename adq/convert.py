@@ -66,18 +66,19 @@ def _matches(key: str, name: str, module: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class Choice:
-    """What becomes of a layer: its configuration, and what decided it."""
+    """What becomes of a layer: its configuration, what decided it, and what overrides say of its weight."""
 
     module: nn.Module
     config: LayerConfig
     by: str
+    weight_overrides: tuple[Any, ...] = ()
 
 
 def choose_layers(model: nn.Module, config: ADQConfig, filter_fn: FilterFn | None = None) -> dict[str, Choice]:
     """What becomes of each convertible layer of a float model; some stay in float.
 
     Raises:
-        ValueError: an override matches no layer.
+        ValueError: an override matches no layer, or only one of two layers that share a weight.
     """
     layers = {name: module for name, module in model.named_modules() if convertible(module)}
     chosen = {name: module for name, module in layers.items() if filter_fn is None or filter_fn(module, name)}
@@ -92,17 +93,35 @@ def choose_layers(model: nn.Module, config: ADQConfig, filter_fn: FilterFn | Non
         if name in (*names[:1], *names[-1:]):
             bits, by = config.first_last_bits, "first_last_bits is None"
             layer = _FLOAT if bits is None else with_bits(layer, bits)
+        of_weight: list[Any] = []
         for key, override in config.overrides.items():
             if _matches(key, name, module):
                 used.add(key)
                 layer, by = merge_override(layer, override), f"override {key!r}"
+                of_weight += [override["weight"]] if override and "weight" in override else []
         if _is_output(module) and _is_float(found.get(_parent(name))):
             layer, by = _FLOAT, "its attention is in float"
-        found[name] = Choice(module, layer, by)
+        found[name] = Choice(module, layer, by, tuple(of_weight))
     unused = [key for key in config.overrides if key not in used]
     if unused:
         raise ValueError(f"adq: overrides match no layer: {', '.join(unused)}; layers: {', '.join(names)}")
+    _refuse_conflicts(found)
     return found
+
+
+def _refuse_conflicts(choices: Mapping[str, Choice]) -> None:
+    """Raise ValueError if overrides tell layers that share a weight apart; first and last layers may differ."""
+    first: dict[int, str] = {}
+    for name, choice in choices.items():
+        if choice.config.weight is None:
+            continue
+        owner = first.setdefault(id(getattr(choice.module, QUANTIZED[type(choice.module)].weight_name)), name)
+        one, other = ((c.config.weight, c.config.pinned) for c in (choices[owner], choice))
+        if one != other and choices[owner].weight_overrides != choice.weight_overrides:
+            raise ValueError(
+                f"adq: layers {owner!r} and {name!r} share a weight, which is quantized once, but by the overrides it "
+                f"would be as {one[0]} and as {other[0]}; let them match both"
+            )
 
 
 def _is_float(choice: Choice | None) -> bool:
@@ -170,8 +189,8 @@ def quantize_(model: nn.Module, config: ADQConfig | None = None, filter_fn: Filt
 
     Raises:
         ValueError: nothing to quantize, or already quantized; an empty, all-zero or non-finite weight, or one of double
-            precision; an override that matches nothing (named); a ``config`` of another kind; a model inside
-            ``DistributedDataParallel``. The model is unchanged then.
+            precision; an override that matches nothing, or only one of two layers that share a weight (named); a
+            ``config`` of another kind; a model inside ``DistributedDataParallel``. The model is unchanged then.
     """
     config = config or ADQConfig()
     if not isinstance(config, ADQConfig):

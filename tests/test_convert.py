@@ -144,6 +144,34 @@ def test_shared_weights_share_a_quantizer():
 
 
 @pytest.mark.parametrize(
+    ("overrides", "agree"),
+    [
+        ({"1": {"weight": {"bits": 2}}}, False),
+        ({"2": {"weight": {"bits": 2}}}, False),
+        ({"2": {"weight": {"bits": 3}}}, False),  # a width that the allocator keeps
+        ({"2": {"weight": {"scale": "tensor"}}}, False),
+        ({"re:[12]": {"weight": {"bits": 2}}}, True),
+        ({"2": {"weight": None}}, True),
+        ({"2": {"activation": {"bits": 2}}}, True),
+        ({"3": {"weight": {"bits": 2}}}, True),
+        ({"0": {"weight": {"bits": 2}}}, False),
+        ({}, True),
+    ],
+)
+def test_overrides_of_layers_that_share_a_weight_must_agree(overrides, agree):
+    """Of six layers 1 and 2 share one, and so do the first, which is at 8 bits, and 4."""
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(6)))
+    model[2].weight, model[4].weight = model[1].weight, model[0].weight
+    if agree:
+        assert convert.quantized_layers(adq.quantize_(model, ADQConfig(overrides=overrides)))
+        return
+    names = "'0' and '4'" if "0" in overrides else "'1' and '2'"
+    with pytest.raises(ValueError, match=f"layers {names} share a weight, which is quantized once, .*match both"):
+        adq.quantize_(model, ADQConfig(overrides=overrides))
+    assert not convert.quantized_layers(model)
+
+
+@pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (lambda layer: nn.init.zeros_(layer.weight), r"every weight is zero.*\(layer 'body.2'\)"),
