@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,12 +23,14 @@ from adq.convert import (
     convert_layers_,
     convertible,
     float_reasons,
+    load_tensors_,
     note_reason,
     pack_,
     packed_weights,
     quantized_layers,
     refuse_disabled,
     refuse_packed,
+    unchanged_on_error,
     unwrapped,
 )
 from adq.deploy import listed
@@ -352,17 +355,19 @@ def load(path: str | Path, model: nn.Module | None = None, *, device: str | torc
     if model is not None and quantized_layers(model):
         raise ValueError("adq: load takes a float model to convert, this one is quantized already")
     _check_values(header, state, path)
-    if model is None:
-        model = _build(header, state, path)
+    torch.empty(0, device=device)  # raises where there is none such
+    given = model
+    model = _build(header, state, path) if given is None else given
     _check_architecture(model, header, state, path)
-    convert_layers_(model, header.layers, fitted=False)
-    if header.packed:
-        pack_(model, {name: state[f"{_prefix(name)}{CODES}"].clone() for name in header.shapes})
-        attach_(model, header.folded)
-    for name, reason in header.in_float.items():
-        note_reason(model.get_submodule(name), reason)
-    model.load_state_dict(state, strict=False)  # compared already, but for further names of a layer
-    restore_statistics_(model, state)
+    with nullcontext() if given is None else unchanged_on_error(given):
+        convert_layers_(model, header.layers, fitted=False)
+        if header.packed:
+            pack_(model, {name: state[f"{_prefix(name)}{CODES}"].clone() for name in header.shapes})
+            attach_(model, header.folded)
+        for name, reason in header.in_float.items():
+            note_reason(model.get_submodule(name), reason)
+        load_tensors_(model, state)  # compared already, but for further names of a layer
+        restore_statistics_(model, state)
     return model.eval().to(device)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import sys
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -168,6 +170,52 @@ def replace_module_(model: nn.Module, name: str, module: nn.Module) -> None:
     for other, present in list(model.named_modules(remove_duplicate=False)):
         if present is old:
             model.set_submodule(other, module)
+
+
+def attributes_restorer(model: nn.Module) -> Callable[[], None]:
+    """What gives every module its class and attributes of now back, and containers among these what they hold now."""
+    before = [(module, type(module), dict(vars(module))) for module in model.modules()]
+    values = (value for _, _, attributes in before for value in attributes.values())
+    held = [(value, copy.copy(value)) for value in values if isinstance(value, (dict, list, set, deque))]
+
+    def restore() -> None:
+        for value, then in held:
+            value.clear()
+            (value.extend if isinstance(value, (list, deque)) else value.update)(then)
+        for module, kind, attributes in before:
+            if type(module) is not kind:
+                module.__class__ = kind
+                unregister(module)
+            vars(module).clear()
+            vars(module).update(attributes)
+
+    return restore
+
+
+@contextmanager
+def unchanged_on_error(model: nn.Module) -> Iterator[None]:
+    """A model as it was, modules and values, if what is done to it fails."""
+    restore = attributes_restorer(model)
+    tensors = [(t, t.detach().clone(), t.requires_grad) for t in (*model.parameters(), *model.buffers())]
+    try:
+        yield
+    except BaseException:
+        restore()
+        for tensor, value, requires_grad in tensors:
+            tensor.detach().copy_(value)
+            if tensor.requires_grad != requires_grad:
+                tensor.requires_grad_(requires_grad)
+        raise
+
+
+def load_tensors_(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load the tensors that are given, as those of the model's own version: files say nothing of versions.
+
+    Without one some modules refuse to load, and others take the tensors for those of their first version.
+    """
+    versioned = OrderedDict(state)
+    versioned._metadata = getattr(model.state_dict(), "_metadata", None)  # type: ignore[attr-defined]
+    model.load_state_dict(versioned, strict=False)
 
 
 def quantize_(model: nn.Module, config: ADQConfig | None = None, filter_fn: FilterFn | None = None) -> nn.Module:

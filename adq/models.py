@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from adq.convert import load_tensors_
+
 Factory = Callable[..., nn.Module]
 
 _REGISTRY: dict[str, tuple[Factory, int]] = {}
@@ -325,7 +327,7 @@ def load_float_weights(model: nn.Module, path: str | Path) -> None:
     if getattr(model, "aux_logits", None) is False:  # torchvision's GoogLeNet and Inception v3, whose files have them
         state = {key: value for key, value in state.items() if not key.startswith(_AUXILIARY_HEADS)}
     _check_state(model, state, path)
-    model.load_state_dict(state, strict=False)  # checked above: what may be missing is
+    load_tensors_(model, state)  # checked above: what may be missing is
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from adq.convert import activation_quantizers, quantized_layers, refuse_packed, weight_quantizers
+from adq.convert import activation_quantizers, load_tensors_, quantized_layers, refuse_packed, weight_quantizers
 from adq.deploy import listed
 from adq.nn.packed import CODES
 from adq.sharded import refuse_sharded
@@ -56,9 +56,9 @@ def start_from_(model: nn.Module, start: nn.Module) -> nn.Module:
         raise ValueError("adq: the start is not calibrated")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
     try:
-        model.load_state_dict(state, strict=False)  # compared already; float weights let layers fit their codebooks
+        load_tensors_(model, state)  # compared already; float weights let layers fit their codebooks
     except ValueError:  # a weight that none can be fitted to
-        model.load_state_dict(before, strict=False)
+        load_tensors_(model, before)
         raise
     for name, quantizer in learned.items():
         if quantizer.is_calibrated:  # of layers that are never reached it is not

@@ -397,3 +397,12 @@ def test_disabled_quantizers_are_refused(tmp_path, quantizer):
         with pytest.raises(ValueError, match="a quantizer of layer 'conv2' is disabled"):
             refused()
     assert not (tmp_path / "file").exists() and not is_packed(model)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_model_that_asks_for_its_version(tmp_path, packed):
+    pytest.importorskip("torchvision", reason="torchvision is not installed")
+    model, path = adq.create_model("mnasnet0_5", 10), tmp_path / "m.safetensors"
+    adq.save(adq.quantize_(model, ADQConfig(activation=None)), path, packed=packed)
+    x = torch.randn(1, 3, 32, 32)
+    assert torch.equal(adq.load(path)(x), model.eval()(x))

@@ -410,3 +410,34 @@ def test_placeholders_are_not_fitted(monkeypatch, tmp_path, files):
     (tmp_path / "m.safetensors").write_bytes(files[False])
     monkeypatch.setattr(WeightQuantizer, "_fit", lambda *args: pytest.fail("a codebook was fitted"))
     adq.load(tmp_path / "m.safetensors", Net())
+
+
+class Failing(Net):
+    """Its head loads nothing, and a cache of it is a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache = [1]
+        self.head.register_load_state_dict_pre_hook(self.fail)
+
+    def fail(self, *args) -> None:
+        self.cache.append(2)
+        raise RuntimeError("of its own")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_model_that_fails_while_it_is_loaded(tmp_path, files, packed):
+    path, model = tmp_path / "m.safetensors", Failing()
+    path.write_bytes(files[packed])
+    assert_refused(path, "of its own", RuntimeError, model)
+    assert all(p.requires_grad for p in model.parameters()) and model.training and model.cache == [1]
+    assert not model._forward_pre_hooks
+    adq.quantize_(model)
+
+
+def test_a_device_that_is_not_there(tmp_path, files):
+    path, model = tmp_path / "m.safetensors", Net()
+    path.write_bytes(files[False])
+    with pytest.raises(RuntimeError, match="device"):
+        adq.load(path, model, device="none")
+    assert type(model.stem) is nn.Conv2d

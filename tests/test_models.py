@@ -359,3 +359,21 @@ def test_networks_with_auxiliary_heads(tmp_path):
     check_layers(without, RunConfig(model=ModelConfig("googlenet")))
     load_float_weights(without, tmp_path / "whole.safetensors")
     assert torch.equal(without.fc.weight, whole.fc.weight)
+
+
+class Versioned(nn.Linear):
+    """As torchvision's MNASNet: without a version it takes no tensors."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+        if local_metadata.get("version") != 2:
+            raise ValueError(f"version {local_metadata.get('version')}")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+
+def test_tensors_are_of_the_version_of_the_model(tmp_path):
+    model, other = nn.Sequential(Versioned(3, 2)), nn.Sequential(Versioned(3, 2))
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    load_float_weights(other, tmp_path / "w.safetensors")
+    assert torch.equal(model[0].weight, other[0].weight)

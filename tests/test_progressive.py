@@ -273,7 +273,13 @@ def test_a_weight_that_no_codebook_fits_changes_nothing(spoil):
 
 
 class Noted(nn.Linear):
-    """Has a state that is no tensor."""
+    """Has a state that is no tensor, and a version that it asks for."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+        assert local_metadata.get("version") == 2
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def get_extra_state(self) -> dict:
         return {"epoch": 3}
