@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 
 from adq import container
 from adq.batch_norm import expected_statistics, restore_statistics_, saved_statistics
@@ -49,7 +50,7 @@ TRAINING_STATE = ("ema_count", "ema_total", "steps")
 CALIBRATED = "input_quantizer.calibrated"
 """Float32 in a model, bool in its file."""
 COUNTER = "num_batches_tracked"
-"""Of batch norms: state of training too."""
+"""Of norms with running statistics: state of training too."""
 
 
 MODEL, PACKED_MODEL = "model.safetensors", "model-packed.safetensors"
@@ -183,7 +184,8 @@ def packed_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, list[in
     Each quantized ``<layer>.weight`` becomes ``<layer>.codes``, b bits a weight without padding between them;
     codebook and scale stay, the state of training goes. A weight that a layer in float uses too stays as it is.
     """
-    state = {key: tensor for key, tensor in plain_state(model).items() if not key.endswith(COUNTER)}
+    counters = _counters(model)
+    state = {key: tensor for key, tensor in plain_state(model).items() if key not in counters}
     shapes: dict[str, list[int]] = {}
     weights = packed_weights(model)
     codes = {id(weight): weight.row_major_codes() for weight in weights.values()}
@@ -198,6 +200,12 @@ def packed_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, list[in
             state[f"{prefix}weight_quantizer.codebook"] = weight.codebook
             state[f"{prefix}weight_quantizer.scale"] = weight.scale
     return dict(sorted(state.items())), shapes
+
+
+def _counters(model: nn.Module) -> set[str]:
+    """State dict keys of what norms count."""
+    named = model.named_modules(remove_duplicate=False)
+    return {f"{_prefix(name)}{COUNTER}" for name, module in named if isinstance(module, _NormBase)}
 
 
 def packed_bytes(model: nn.Module) -> int:
@@ -431,7 +439,7 @@ def _check_architecture(model: nn.Module, header: Header, state: dict[str, Tenso
     if not problems:
         problems = _fold_problems(modules, header)
     if not problems:
-        expected = _expected(model, header)
+        expected = _expected(model, header, state)
         if not header.packed:
             expected.update(expected_statistics(model, state))
         problems = _differences(expected, state)
@@ -455,13 +463,17 @@ def _fold_problems(modules: Mapping[str, nn.Module], header: Header) -> list[str
     return problems
 
 
-def _expected(model: nn.Module, header: Header) -> dict[str, Tensor]:
-    """What a file of this header holds for this float model: tensors without memory, by name."""
+def _expected(model: nn.Module, header: Header, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a file of this header holds for this float model: tensors without memory, by name.
+
+    Of packed files some lack the counters of other modules too.
+    """
     layers: dict[str, Any] = {name: model.get_submodule(name) for name in header.layers}
     state = _by_first_name(model.state_dict(), model, layers)
     expected = {key: tensor.to("meta") for key, tensor in state.items()}
     if header.packed and header.version > 1:
-        expected = {key: tensor for key, tensor in expected.items() if not key.endswith(COUNTER)}
+        counters = _counters(model) | {key for key in expected.keys() - found.keys() if key.endswith(COUNTER)}
+        expected = {key: tensor for key, tensor in expected.items() if key not in counters}
     for name, norm in header.folded.items():
         modules = model.named_modules(remove_duplicate=False)
         gone = tuple(_prefix(other) for other, module in modules if module is model.get_submodule(norm))
