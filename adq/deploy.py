@@ -118,10 +118,17 @@ class _LayerTracer(fx.Tracer):
         return isinstance(module, QuantizedLayer) or has_hooks(module) or super().is_leaf_module(module, name)
 
 
+HOOKS = "forward hooks, or a forward of its own"
+
+
 def has_hooks(module: nn.Module | None) -> bool:
-    """Whether something is called before or after a module's ``forward``, besides what adq itself does there."""
-    hooks = [] if module is None else [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    return any(hook not in OWN_HOOKS for hook in hooks)
+    """Whether something is called before or after a module's ``forward``, besides what adq itself does there, or in its
+    place.
+    """
+    if module is None:
+        return False
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return "forward" in vars(module) or any(hook not in OWN_HOOKS for hook in hooks)
 
 
 def trace_layers(model: nn.Module, given: int | None = None) -> fx.Graph:
@@ -137,7 +144,7 @@ def trace_layers(model: nn.Module, given: int | None = None) -> fx.Graph:
             no graph calls.
     """
     if has_hooks(model):
-        raise ValueError(f"{type(model).__name__} has forward hooks")
+        raise ValueError(f"{type(model).__name__} has {HOOKS}")
     parameters = inspect.signature(model.forward).parameters.values()
     others = [p for i, p in enumerate(parameters) if given is None or i >= given]
     defaults = {p.name: p.default for p in others if p.default is not p.empty}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from adq.convert import evaluating, pack_, packed_weights, quantized_layers, replace_module_
-from adq.deploy import batch_norm_affine, has_hooks, trace_layers
+from adq.deploy import HOOKS, batch_norm_affine, has_hooks, trace_layers
 from adq.nn.layers import QuantizedLayer
 from adq.nn.packed import PackedWeight
 
@@ -85,7 +85,7 @@ def fold_problem(layer: nn.Module, norm: nn.Module) -> str | None:
     if not isinstance(norm, BatchNorm) or norm.running_mean is None or norm.num_features != layer.out_channels:
         return f"{type(norm).__name__} is no batch norm of {layer.out_channels} channels with running statistics"
     if has_hooks(layer) or has_hooks(norm):
-        return "they have forward hooks"
+        return f"they have {HOOKS}"
     if layer.transposed and layer.groups > 1:
         return "its output channels are no axis of its weight"
     return None

@@ -22,6 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from adq.convert import quantized_layers, replace_module_, to_device
 from adq.deploy import (
+    HOOKS,
     IN_PLACE,
     batch_norm_affine,
     has_hooks,
@@ -97,7 +98,7 @@ def integer_problem(layer: QuantizedLayer) -> str | None:
     if problem := layer_problem(layer):
         return problem
     if has_hooks(layer):
-        return "it has forward hooks"
+        return f"it has {HOOKS}"
     if integer_levels(weight.levels) is None:
         return 'its levels lie on no int8 grid (train with snap="int8")'
     if isinstance(layer, (QConv1d, QConv2d)) and (layer.padding_mode != "zeros" or _padding(layer) is None):
@@ -251,7 +252,7 @@ class _Fuser:
         module = None if user is None else self._module(user)
         if user is None or not isinstance(module, BatchNorm) or module.running_mean is None:
             return
-        if isinstance(fusion.layer, QLinear) and len(_shape(fusion.last) or ()) != 2:
+        if len(_shape(fusion.last) or ()) != (2 if isinstance(fusion.layer, QLinear) else fusion.layer.weight.dim()):
             return  # its channels are another axis
         fusion.affine = fusion.affine.then(*batch_norm_affine(module))
         fusion.nodes.append(user)
@@ -340,8 +341,11 @@ class _Fuser:
         """Put integer layers in place of the fusions; returns how many of them take levels from another."""
         self.rebind()
         for node in self.graph.nodes:  # what layers give is channels_last, of which there may be no such view
-            if node.op == "call_method" and node.target == "view" and node not in self.changed and _gives_sizes(node):
-                node.target = "reshape"
+            if node.op == "call_method" and node not in self.changed:
+                if node.target == "view_as":
+                    node.target = "reshape_as"
+                elif node.target == "view" and _gives_sizes(node):
+                    node.target = "reshape"
         return sum(self._replace(fusion) for fusion in self.fusions())
 
     def _replace(self, fusion: _Fusion) -> int:
@@ -410,7 +414,22 @@ def _replace_each(model: nn.Module, names: list[str]) -> None:
     """Put integer layers in place, without what follows them."""
     for name in names:
         layer = cast(QuantizedLayer, model.get_submodule(name))
-        replace_module_(model, name, _integer_layer(layer, _bias(layer), Epilogue()))
+        replace_module_(model, name, _integer_layer(layer, _bias(layer), Epilogue(as_given=True)))
+
+
+_KINDS = ("dtype", "device", "shape", "ndim", "is_cuda")
+"""What a graph may ask of a weight that is the same of the decoded one."""
+
+
+def _keep_read(model: nn.Module, graph: fx.Graph, names: set[str]) -> None:
+    """Have the model hold the weights and biases that the graph itself reads of layers which are to be replaced."""
+    for node in graph.nodes:
+        name, _, own = str(node.target).rpartition(".")
+        if node.op != "get_attr" or name not in names:
+            continue
+        if not all(user.target is getattr and user.args[1] in _KINDS for user in node.users):
+            node.target = f"adq_{own}_of_{name.replace('.', '_')}"
+            model.register_parameter(node.target, getattr(model.get_submodule(name), own))
 
 
 @torch.no_grad()
@@ -443,7 +462,9 @@ def to_integer(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...], *,
         reasons = listed([f"layer {name!r}: {problem}" for name, problem in left.items()])
         raise ValueError(f"adq: cannot compute with integers: {reasons}")
     if isinstance(model, QuantizedLayer):
-        return _reported(_integer_layer(model, _bias(model), Epilogue()), IntegerReport(names, 0, left, None))
+        return _reported(
+            _integer_layer(model, _bias(model), Epilogue(as_given=True)), IntegerReport(names, 0, left, None)
+        )
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     try:
         graph = trace_layers(model, len(inputs))
@@ -451,6 +472,7 @@ def to_integer(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...], *,
         _replace_each(model, names)
         return _reported(model, IntegerReport(names, 0, left, f"torch.fx cannot trace the model: {error}"))
     called = {node.target for node in graph.nodes if node.op == "call_module"}
+    _keep_read(model, graph, set(names))
     _replace_each(model, [name for name in names if name not in called])  # within another layer: an attention's
     traced = fx.GraphModule(model, graph, type(model).__name__)
     _note_shapes(traced, to_device(inputs, next(iter(model.parameters())).device))

@@ -197,6 +197,82 @@ def test_a_model_that_cannot_be_traced_is_converted_layer_by_layer():
     assert "not fused" in str(converted.adq_integer)
 
 
+class Viewed(nn.Module):
+    """Views what a convolution gives, in code that torch.fx can trace, or cannot."""
+
+    def __init__(self, traceable: bool):
+        super().__init__()
+        self.traceable = traceable
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8 * 16, 5)
+        self.c = nn.Conv1d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        if not self.traceable and x.sum() > 1e9:
+            return x
+        y = self.c(F.relu(self.a(x)).view(x.size(0), 8, 16))
+        return self.b(y.view_as(x.new_empty((x.size(0), 128))))
+
+
+@pytest.mark.parametrize("why", ["", "code", "hook"])
+def test_results_can_be_viewed_as_those_of_float_layers(why):
+    torch.manual_seed(0)
+    x = images(2, 3, 4, 4)
+    model = quantized(Viewed(why != "code"), x)
+    if why == "hook":
+        model.register_forward_hook(lambda *args: None)
+    converted = integer(model, x, from_levels=0)
+    assert bool(converted.adq_integer.unfused) == bool(why)
+    if why:
+        y = x.to(memory_format=torch.channels_last)
+        assert converted.a(y).stride() == model.a(y).stride() != converted.a(x).stride() == model.a(x).stride()
+
+
+def test_an_image_or_a_sequence_without_a_batch():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten(-2), nn.Conv1d(4, 6, 3), nn.ReLU()
+    )
+    model = quantized(nn.Sequential(*model, nn.Conv1d(6, 5, 1, bias=False)), images(2, 3, 6, 6))
+    converted = integer(model, images(3, 6, 6), from_levels=2)
+    x = images(2, 3, 6, 6)
+    torch.testing.assert_close(converted(x), model(x), rtol=1e-5, atol=2e-5)
+
+
+class Reads(nn.Module):
+    """Reads weights and biases of its layers: what they are, and their values."""
+
+    def __init__(self, traceable: bool):
+        super().__init__()
+        self.traceable = traceable
+        self.a, self.n, self.b = (
+            nn.Conv2d(3, 8, 3, padding=1, groups=1),
+            nn.BatchNorm2d(8),
+            nn.Conv2d(8, 8, 3, groups=2),
+        )
+        self.c, self.d = nn.Conv1d(8, 20, 3), nn.Linear(2, 4)
+
+    def forward(self, x):
+        if not self.traceable and x.sum() > 1e9:
+            return x
+        y = F.relu(self.n(self.a(x.to(self.a.weight.dtype))) - self.a.bias.view(-1, 1, 1))
+        y = self.b(y).flatten(2)[..., : self.c.weight.shape[-1] + 1]
+        return self.d(self.c(y)) + self.d.bias + (self.d.weight.sum() if self.traceable else 0)
+
+
+@pytest.mark.parametrize("traceable", [True, False])
+def test_weights_and_biases_can_be_read(traceable):
+    torch.manual_seed(0)
+    x = images(2, 3, 6, 6)
+    model = quantized(Reads(traceable), x)
+    converted = integer(model, x, from_levels=int(traceable))
+    assert bool(converted.adq_integer.unfused) != traceable
+    assert sum("weight_of" in name for name, _ in converted.named_parameters()) == traceable
+    for name in "abcd":
+        ours, theirs = converted.get_submodule(name), model.get_submodule(name)
+        torch.testing.assert_close(ours.weight, theirs.quantized_weight())
+        assert name == "a" or torch.equal(ours.bias, theirs.bias)
+
+
 def test_float_outputs_are_kept_where_they_are_read():
     torch.manual_seed(0)
 
@@ -579,6 +655,21 @@ def test_hooks_are_called_or_refused(name, before):
     assert list(left.adq_integer.left) == ["0"]
     with torch.no_grad():
         torch.testing.assert_close(left(x), model(x), rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["", "2", "4"])
+def test_a_forward_of_the_instance_is_called_or_refused(name):
+    x = images(2, 3, 9, 9)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 3))
+    model = quantized(model, x)
+    module = model.get_submodule(name)
+    module.forward = lambda x, before=module.forward: 2 * before(x)
+    if name == "4":
+        with pytest.raises(ValueError, match="layer '4': it has forward hooks, or a forward of its own"):
+            adq.to_integer(model, x)
+    else:
+        converted = integer(model, x, from_levels=int(name == "2"))
+        assert bool(converted.adq_integer.unfused) == (name == "")
 
 
 def test_parameters_are_made_where_the_model_is():

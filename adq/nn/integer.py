@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from adq.layout import arrange
+from adq.layout import arrange, restore
 from adq.nn.activation import ActivationQuantizer
 from adq.nn.dtype import keeping_dtype
 
@@ -57,12 +57,15 @@ class Epilogue:
         low, high: bounds of the activation function (ReLU: 0 and infinity).
         readers: quantizers of the layers that take their levels from here.
         keep: whether anything reads the float result.
+        as_given: whether the float result is contiguous, as of the float layer, unless the input is channels_last; else
+            it is channels_last.
     """
 
     low: float = -torch.inf
     high: float = torch.inf
     readers: list[ActivationQuantizer] = field(default_factory=list)
     keep: bool = True
+    as_given: bool = False
 
 
 class IntegerLayer(nn.Module):
@@ -70,6 +73,9 @@ class IntegerLayer(nn.Module):
 
     A float input is quantized first; levels (uint8) are taken as they are. Inference only. The operator is
     :func:`adq.reference.integer_conv2d`; its arithmetic after the integer sum is float32.
+
+    ``weight`` and ``bias`` read like a float layer's, of one that nothing is fused into: the weight is decoded anew
+    each time.
 
     Args:
         weight: on its grid.
@@ -79,12 +85,15 @@ class IntegerLayer(nn.Module):
         epilogue: what else is computed.
     """
 
-    spatial: ClassVar[int]
     blocks: Tensor
     table: Tensor
     initial: Tensor
     multiplier: Tensor
-    bias: Tensor
+    shift: Tensor
+    scale: Tensor
+
+    weight: Any = property(lambda self: self._weight(), doc="``scale * integer``, float32, in the float layer's shape.")
+    bias: Any = property(lambda self: self.shift, doc="What is added to the scaled sums, float32 ``[O]``.")
 
     def __init__(
         self,
@@ -96,7 +105,7 @@ class IntegerLayer(nn.Module):
     ) -> None:
         super().__init__()
         integer = weight.integer.reshape(*weight.integer.shape[:2], *geometry.kernel)
-        self.geometry, self.epilogue = geometry, epilogue
+        self.geometry, self.epilogue, self.shape = geometry, epilogue, weight.integer.shape
         self.input_quantizer = quantizer
         self.zero = quantizer.zero_level
         blocks, table = arrange(integer, geometry.groups)
@@ -104,12 +113,14 @@ class IntegerLayer(nn.Module):
         self.register_buffer("table", table)
         self.register_buffer("initial", -self.zero * integer.sum((1, 2, 3), dtype=torch.int32))
         self.register_buffer("multiplier", (affine.factor * weight.scale * quantizer.level_size).float())
-        self.register_buffer("bias", affine.shift.float())
+        self.register_buffer("shift", affine.shift.float())
+        self.register_buffer("scale", weight.scale.float())
         self.readers = nn.ModuleList(epilogue.readers)
         self.steps = [reader.config.steps for reader in epilogue.readers]
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, list[Tensor]]:
         """Float or levels ``[N, C, ...]``; y, and where others read levels from here ``(y, levels of each)``."""
+        is_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
         if x.dtype != torch.uint8:
             x = self.input_quantizer.levels(x)
         geometry, epilogue = self.geometry, self.epilogue
@@ -121,7 +132,7 @@ class IntegerLayer(nn.Module):
             self.table,
             self.initial,
             self.multiplier,
-            self.bias,
+            self.shift,
             None if residual is None else self._image(residual.float()),
             epilogue.low,
             epilogue.high,
@@ -136,7 +147,13 @@ class IntegerLayer(nn.Module):
             self.zero,
         )
         y = self._restore(y, lead) if epilogue.keep else y
+        y = y.contiguous() if epilogue.as_given and not is_last else y
         return (y, [self._restore(level, lead) for level in levels]) if self.readers else y
+
+    def _weight(self) -> Tensor:
+        shape, geometry = self.shape, self.geometry
+        integer = restore(self.blocks, self.table, (*shape[:2], *geometry.kernel), geometry.groups)
+        return integer.reshape(shape) * self.scale.view(-1, *[1] * (len(shape) - 1))
 
     def _image(self, x: Tensor) -> Tensor:
         """As ``[N, C, H, W]``."""
@@ -155,23 +172,23 @@ class IntegerLayer(nn.Module):
 
 
 class IntegerConv2d(IntegerLayer):
-    """A convolution of images ``[N, C, H, W]``."""
+    """A convolution of images ``[N, C, H, W]``, or of one ``[C, H, W]``."""
 
     def _image(self, x: Tensor) -> Tensor:
-        return x
+        return x if x.dim() > 3 else x.unsqueeze(0)
 
     def _restore(self, y: Tensor, lead: torch.Size) -> Tensor:
-        return y
+        return y if len(lead) > 3 else y.squeeze(0)
 
 
 class IntegerConv1d(IntegerLayer):
-    """A convolution of sequences ``[N, C, L]``."""
+    """A convolution of sequences ``[N, C, L]``, or of one ``[C, L]``."""
 
     def _image(self, x: Tensor) -> Tensor:
-        return x.unsqueeze(2)
+        return (x if x.dim() > 2 else x.unsqueeze(0)).unsqueeze(2)
 
     def _restore(self, y: Tensor, lead: torch.Size) -> Tensor:
-        return y.squeeze(2)
+        return y.squeeze(2) if len(lead) > 2 else y.squeeze(2).squeeze(0)
 
 
 class IntegerLinear(IntegerLayer):
