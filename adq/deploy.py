@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
-from adq.convert import quantized_layers
+from adq.convert import attributes_restorer, quantized_layers
 from adq.nn.activation import ActivationQuantizer
 from adq.nn.layers import QuantizedLayer
 from adq.nn.weight import WeightQuantizer
@@ -132,7 +132,7 @@ def has_hooks(module: nn.Module | None) -> bool:
 
 
 def trace_layers(model: nn.Module, given: int | None = None) -> fx.Graph:
-    """The calls of a model's layers.
+    """The calls of a model's layers; the model keeps the attributes that it has.
 
     Args:
         model: in the mode in which it runs.
@@ -148,7 +148,11 @@ def trace_layers(model: nn.Module, given: int | None = None) -> fx.Graph:
     parameters = inspect.signature(model.forward).parameters.values()
     others = [p for i, p in enumerate(parameters) if given is None or i >= given]
     defaults = {p.name: p.default for p in others if p.default is not p.empty}
-    return _LayerTracer(defaults).trace(model)
+    restore = attributes_restorer(model)
+    try:
+        return _LayerTracer(defaults).trace(model)
+    finally:
+        restore()  # its code may have put proxies there
 
 
 def activation_problem(quantizer: ActivationQuantizer) -> str | None:

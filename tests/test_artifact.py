@@ -430,3 +430,28 @@ def test_packed_files_leave_out_counters_of_norms_alone(tmp_path, monkeypatch):
     adq.save(model, path, packed=True)
     monkeypatch.undo()
     assert adq.load(path, Counting()).num_batches_tracked == 0  # as files had it before
+
+
+class Scripted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 4, 3), torch.jit.script(nn.BatchNorm2d(4))
+        self.head = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.norm(self.conv(x))))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_model_with_a_torchscript_module(tmp_path, packed):
+    path, model = tmp_path / "m.safetensors", adq.calibrate_(adq.quantize_(Scripted()), [images()]).eval()
+    adq.save(model, path, packed=packed)
+    x = images()
+    assert torch.equal(adq.load(path, Scripted())(x), model(x))
+    failing = Scripted()
+    failing.head.register_load_state_dict_pre_hook(lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        adq.load(path, failing)
+    assert type(failing.conv) is nn.Conv2d
+    assert torch.equal(failing(x), failing(x))

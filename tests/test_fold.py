@@ -293,3 +293,38 @@ def test_a_batch_norm_of_two_names_is_folded_once(tmp_path):
         for other in (folded, loaded):
             torch.testing.assert_close(other(x), model(x), rtol=1e-5, atol=1e-5)
     assert isinstance(loaded.features[1], nn.Identity) and isinstance(folded.features[1], nn.Identity)
+
+
+class Remembers(nn.Module):
+    """Keeps what it has computed, as caches and visualizations do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), settled(nn.BatchNorm2d(4))
+        self.last, self.all, self.branches = None, [], False
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.conv(x))
+        self.conv.result = y
+        self.all.append(y)
+        if self.last is not None:
+            y = y + self.last
+        if self.branches and y.sum() > 0:
+            raise AssertionError
+        self.last = y
+        return y
+
+
+@pytest.mark.parametrize("branches", [False, True])
+def test_tracing_leaves_nothing_on_the_model(branches):
+    model = adq.calibrate_(adq.quantize_(Remembers()), [X], batch_norm=False).eval()
+    model.last, model.all, model.branches = None, [], branches
+    hook = model.conv.input_quantizer.register_forward_hook(lambda *args: None)
+    if branches:
+        with pytest.raises(ValueError, match="cannot trace"):
+            adq.fold_batch_norm_(model)
+    else:
+        adq.fold_batch_norm_(model)
+    assert model.last is None and model.all == [] and not isinstance(model.conv.result, torch.fx.Proxy)
+    hook.remove()
+    assert not model.conv.input_quantizer._forward_hooks
