@@ -51,15 +51,21 @@ KINDS: dict[type[QuantizedLayer], type[IntegerLayer]] = {
     QLinear: IntegerLinear,
 }
 LARGEST_SUM = 2**31
-_NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+_NOTHING = (
+    nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
+)  # fmt: skip
 _ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _VIEWS = {
-    "chunk", "contiguous", "detach", "diagonal", "expand", "expand_as", "flatten", "getattr", "getitem", "mT",
-    "movedim", "narrow", "permute", "reshape", "reshape_as", "select", "split", "squeeze", "swapaxes", "t",
-    "tensor_split", "to", "float", "type", "type_as", "transpose", "unbind", "unflatten", "unfold", "unsqueeze",
-    "view", "view_as",
+    "adjoint", "alias", "alpha_dropout", "as_strided", "atleast_1d", "atleast_2d", "atleast_3d",
+    "broadcast_tensors", "broadcast_to", "chunk", "conj", "contiguous", "cpu", "cuda", "detach", "diagonal",
+    "dropout", "dropout1d", "dropout2d", "dropout3d", "dsplit", "expand", "expand_as", "feature_alpha_dropout",
+    "feature_dropout", "flatten", "float", "getattr", "getitem", "hsplit", "moveaxis", "movedim", "narrow",
+    "permute", "pos", "positive", "ravel", "real", "reshape", "reshape_as", "resolve_conj", "resolve_neg", "select",
+    "split", "split_with_sizes", "squeeze", "swapaxes", "swapdims", "t", "tensor_split", "to", "transpose", "type",
+    "type_as", "unbind", "unflatten", "unfold", "unsafe_chunk", "unsafe_split", "unsafe_split_with_sizes",
+    "unsqueeze", "view", "view_as", "view_as_complex", "view_as_real", "vsplit",
 }  # fmt: skip
-"""What may give a tensor that shares memory with its first argument."""
+"""What may give a tensor that shares memory with its first argument, or that one itself; attributes by ``getattr``."""
 _BOUNDS: dict[Any, tuple[float, float]] = {
     nn.ReLU: (0.0, torch.inf),
     nn.ReLU6: (0.0, 6.0),

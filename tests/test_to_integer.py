@@ -497,6 +497,35 @@ def viewed_as_another_dtype(model, x):
     return out.view(dtype=torch.int32).view(x.dtype)
 
 
+def changed_by(name, view):
+    def change(model, x):
+        out = model.first(x)
+        view(out).add_(1.0)
+        return out
+
+    change.__name__ = name
+    return change
+
+
+VIEWS = {
+    "dropout": lambda y: F.dropout(y, training=False),
+    "dropout2d": lambda y: F.dropout2d(y, training=False),
+    "alpha_dropout": lambda y: F.alpha_dropout(y, training=False),
+    "ravel": lambda y: y.ravel(),
+    "swapdims": lambda y: y.swapdims(1, 2),
+    "moveaxis": lambda y: torch.moveaxis(y, 1, 2),
+    "broadcast_to": lambda y: torch.broadcast_to(y, y.shape),
+    "hsplit": lambda y: y.hsplit(3)[1],
+    "split_with_sizes": lambda y: y.split_with_sizes([1, 2], 1)[1],
+    "unsafe_chunk": lambda y: y.unsafe_chunk(3, 1)[0],
+    "cpu": lambda y: y.cpu(),
+    "real": torch.real,
+    "mT": lambda y: y.mT,
+    "adjoint": torch.adjoint,
+    "plus": lambda y: +y,
+}
+
+
 class InPlace(nn.Module):
     def __init__(self, change):
         super().__init__()
@@ -528,6 +557,7 @@ class InPlace(nn.Module):
         (written_into_itself, 0),
         (changed_under_another_dtype, 0),
         (viewed_as_another_dtype, 0),
+        *((changed_by(name, view), 0) for name, view in VIEWS.items()),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
