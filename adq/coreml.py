@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from adq.convert import to_device
-from adq.deploy import check_layers, first_line, layer_problem, listed
+from adq.deploy import check_layers, first_line, layer_problem, listed, positional
 from adq.functional import unpack
 from adq.nn.layers import QConvTranspose3d, QuantizedLayer
 from adq.nn.packed import CODES, PackedWeight
@@ -156,7 +156,7 @@ def export_coreml(model: nn.Module, path: str | Path, example_inputs: Tensor | t
     if Path(path).suffix != SUFFIX:
         raise ValueError(f"adq: the package's name must end in {SUFFIX}, got {path}")
     check_layers(model, "not exported to Core ML", _problem)
-    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    inputs = positional(example_inputs, nested=False)
     copy = inference_copy(model, lambda packed: packed, PortableActivation)
     program = trace(copy, to_device(inputs, torch.device("cpu")), free_batch=False)
     weights = _weights(copy, program)

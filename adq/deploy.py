@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -193,9 +193,25 @@ def listed(problems: list[str], most: int = 5) -> str:
     return "; ".join(problems[:most]) + more
 
 
-def first_line(error: Exception) -> str:
-    """What an error says first; of one that says nothing, its name."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def first_line(error: BaseException) -> str:
+    """What an error says first, with what a colon at its end announces; of one that says nothing, its name."""
+    said: list[str] = []
+    for line in map(str.strip, str(error).splitlines()):
+        if line and (not said or said[-1].endswith(":")):
+            said.append(line)
+    return " ".join(said) or type(error).__name__
+
+
+def positional(example_inputs: Any, nested: bool = True) -> tuple[Any, ...]:
+    """Example inputs as positional arguments.
+
+    Raises:
+        ValueError: they are a mapping, or, without ``nested``, one of them is.
+    """
+    inputs = tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
+    if isinstance(example_inputs, Mapping) or (not nested and any(isinstance(x, Mapping) for x in inputs)):
+        raise ValueError("adq: example inputs are a tensor, or a tuple of positional arguments; got a mapping")
+    return inputs
 
 
 def check_layers(

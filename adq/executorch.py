@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from adq.convert import to_device
-from adq.deploy import check_layers, first_line, layer_problem
+from adq.deploy import check_layers, first_line, layer_problem, positional
 from adq.nn.layers import QConv3d, QConvTranspose3d, QuantizedLayer
-from adq.parity import ExportReport, write_checked
+from adq.parity import ExportReport, in_batch, part, write_checked
 from adq.portable import portable
 from adq.program import trace
 
@@ -50,12 +50,16 @@ def _method(path: Path, size: int) -> Callable[..., Tensor]:
 
     method = Runtime.get().load_program(path).load_method("forward")
 
-    def run(*inputs: Tensor) -> Tensor:
-        outputs = []
-        for piece in zip(*(x.split(size) for x in inputs), strict=True):
-            count = len(piece[0])
+    def run(*inputs: Any) -> Tensor:
+        outputs, own = [], in_batch(inputs)
+        images = len(inputs[own.index(True)])
+        for start in range(0, images, size):
+            count = min(size, images - start)
             # shapes are fixed, and so is the order of axes
-            full = [torch.cat([x, x[-1:].expand(size - count, *x.shape[1:])]).contiguous() for x in piece]
+            full = [
+                torch.cat([x, x[-1:].expand(size - count, *x.shape[1:])]).contiguous() if each else x
+                for x, each in zip(part(inputs, own, slice(start, start + size)), own, strict=True)
+            ]
             try:
                 outputs.append(method.execute(full)[0][:count].clone())  # the next call writes over it
             except RuntimeError as error:
@@ -97,8 +101,8 @@ def export_executorch(
     if Path(path).suffix != SUFFIX:
         raise ValueError(f"adq: the file's name must end in {SUFFIX}, got {path}")
     check_layers(model, "not exported to ExecuTorch", _problem)
-    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-    inputs = tuple(x.contiguous() for x in to_device(inputs, torch.device("cpu")))
+    inputs = to_device(positional(example_inputs, nested=False), torch.device("cpu"))
+    inputs = tuple(x.contiguous() if isinstance(x, Tensor) else x for x in inputs)
     lowered = _lower(trace(portable(model), inputs, free_batch=False))
-    load = partial(_method, size=len(inputs[0]))
+    load = partial(_method, size=len(inputs[in_batch(inputs).index(True)]))
     return write_checked(model, path, lowered, "ExecuTorch", load, len(inputs), batches, images)

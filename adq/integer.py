@@ -29,6 +29,7 @@ from adq.deploy import (
     integer_levels,
     layer_problem,
     listed,
+    positional,
     trace_layers,
 )
 from adq.nn.activation import ActivationQuantizer
@@ -471,7 +472,7 @@ def to_integer(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...], *,
         return _reported(
             _integer_layer(model, _bias(model), Epilogue(as_given=True)), IntegerReport(names, 0, left, None)
         )
-    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    inputs = positional(example_inputs)
     try:
         graph = trace_layers(model, len(inputs))
     except Exception as error:  # whatever the model's code raises when it meets a proxy

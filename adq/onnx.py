@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adq.deploy import check_layers, integer_levels
+from adq.deploy import check_layers, first_line, integer_levels
 from adq.nn.activation import ActivationQuantizer
 from adq.nn.packed import PackedWeight
 from adq.ops import ACTIVATION_RANGE
-from adq.parity import ExportReport, as_inputs, write_checked
+from adq.parity import ExportReport, as_inputs, in_batch, write_checked
 from adq.portable import PortableActivation, inference_copy
 
 OPSET = 21
@@ -119,8 +119,8 @@ def _packages() -> None:
 # ---- the graph ---------------------------------------------------------------------------------------
 
 
-def _graph(model: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
-    """The ONNX model (an ``onnx.ModelProto``) of a quantized model, with a dynamic first axis."""
+def _graph(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
+    """The ONNX model (an ``onnx.ModelProto``) of a quantized model, for any number of images."""
     import onnx_ir
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
     from onnxscript.optimizer import optimize_ir
@@ -138,7 +138,7 @@ def _graph(model: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
     return proto
 
 
-def _program(model: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
+def _program(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
     try:
         return torch.onnx.export(
             model,
@@ -147,14 +147,13 @@ def _program(model: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
             opset_version=OPSET,
             optimize=False,
             verbose=False,
-            dynamic_shapes=tuple({0: "batch"} for _ in inputs),
+            dynamic_shapes=tuple({0: "batch"} if own else None for own in in_batch(inputs)),
         )
     except torch.onnx.errors.OnnxExporterError as error:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        reason = str(cause).strip().split("\n")[0]
-        raise ValueError(f"adq: torch cannot export the model to ONNX: {reason}") from error
+        raise ValueError(f"adq: torch cannot export the model to ONNX: {first_line(cause)}") from error
 
 
 def _check_domains(graph: Any) -> None:
@@ -191,8 +190,9 @@ def _session(path: Path) -> Callable[..., Tensor]:
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     names = [value.name for value in session.get_inputs()]
 
-    def run(*inputs: Tensor) -> Tensor:
-        arrays = {name: x.numpy() for name, x in zip(names, inputs, strict=True)}
+    def run(*inputs: Any) -> Tensor:  # what is no tensor is part of the graph
+        tensors = [x for x in inputs if isinstance(x, Tensor)]
+        arrays = {name: x.numpy() for name, x in zip(names, tensors, strict=True)}
         return torch.from_numpy(session.run(None, arrays)[0])
 
     return run
@@ -201,18 +201,20 @@ def _session(path: Path) -> Callable[..., Tensor]:
 def export_onnx(
     model: nn.Module,
     path: str | Path,
-    example_inputs: Tensor | tuple[Tensor, ...],
+    example_inputs: Tensor | tuple[Any, ...],
     batches: Iterable[Any] | None = None,
     images: int = 1000,
 ) -> ExportReport:
     """Write a quantized model as one ONNX file of standard operators (opset 21), and compare it with the model.
 
-    The first axis of every input is dynamic. NaN in an input is not carried through, as it is by the model.
+    The first axis is dynamic in inputs as long as the first one. NaN in an input is not carried through, as it is by
+    the model.
 
     Args:
         model: quantized and calibrated, float32, on any device; stays as it is.
         path: file to write; it appears only once everything has passed.
-        example_inputs: what the model takes, its positional arguments; the values do not matter.
+        example_inputs: what the model takes, its positional arguments; the values of tensors do not matter, what is no
+            tensor is fixed.
         batches: real inputs as a loader yields them (labels are ignored) for the check in ONNX Runtime: top-1, over
             axis 1 of the first output, must be identical, except where rounding decides it in the model itself.
             None: no check.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from adq.artifact import packed_bytes
 from adq.convert import activation_quantizers, evaluating, model_device, to_device
+from adq.deploy import positional
 from adq.store import replacing
 from adq.summary import float_bytes
 
@@ -67,10 +68,22 @@ class ExportReport:
         return "\n".join([sizes, str(self.parity or "parity: not checked"), *self.notes])
 
 
-def as_inputs(example_inputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def in_batch(inputs: tuple[Any, ...]) -> list[bool]:
+    """Which of a model's inputs have one entry an image: tensors as long as the first. Others, a mask say, are shared.
+
+    So are numbers, None, and tensors without an axis.
+    """
+    lengths = [len(x) if isinstance(x, Tensor) and x.dim() else None for x in inputs]
+    images = next((length for length in lengths if length is not None), None)
+    return [length is not None and length == images for length in lengths]
+
+
+def as_inputs(example_inputs: Tensor | tuple[Any, ...]) -> tuple[Any, ...]:
     """What a model takes, on the CPU, with two images or more: exporters take an axis of length 1 for a constant."""
-    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-    return tuple(torch.cat([x, x]) if len(x) == 1 else x for x in to_device(inputs, torch.device("cpu")))
+    inputs = to_device(positional(example_inputs, nested=False), torch.device("cpu"))
+    return tuple(
+        torch.cat([x, x]) if own and len(x) == 1 else x for x, own in zip(inputs, in_batch(inputs), strict=True)
+    )
 
 
 def _first(outputs: Any) -> Tensor:
@@ -116,13 +129,12 @@ def _rounding_noise(model: nn.Module) -> Iterator[None]:
             hook.remove()
 
 
-def _undecided(model: nn.Module, inputs: tuple[Tensor, ...], index: int, largest: Tensor) -> bool:
-    """Whether rounding decides the model's own answer for one image of a batch: it changes under noise of that size.
+def _undecided(model: nn.Module, copies: tuple[Any, ...], largest: Tensor) -> bool:
+    """Whether rounding decides the model's own answer for one image, given as copies: it changes under such noise.
 
     Values next to a threshold make such images: summed in another order they pass it, and later layers follow. torch
     alone gives them another top-1 with another batch size or kernel.
     """
-    copies = tuple(x[index : index + 1].expand(NOISY_RUNS, *x.shape[1:]) for x in inputs)
     with _rounding_noise(model):
         outputs = _first(model(*copies))
     if _has_classes(outputs):
@@ -130,18 +142,33 @@ def _undecided(model: nn.Module, inputs: tuple[Tensor, ...], index: int, largest
     return bool((outputs.amax(0) - outputs.amin(0)).max() > CLOSE * largest)
 
 
+def part(inputs: tuple[Any, ...], own: list[bool], images: slice) -> tuple[Any, ...]:
+    """Some images of a batch, with what all share."""
+    return tuple(x[images] if each else x for x, each in zip(inputs, own, strict=True))
+
+
 def _compare_batch(
-    model: nn.Module, run: Callable[..., Any], inputs: tuple[Tensor, ...], runtime: str, allowance: float
+    model: nn.Module,
+    run: Callable[..., Any],
+    inputs: tuple[Any, ...],
+    own: list[bool],
+    runtime: str,
+    allowance: float,
 ) -> tuple[int, Tensor, bool]:
     """Of a batch: how many images are undecided, at most ``allowance``, the largest difference of the logits, and
     whether outputs were compared by their values.
     """
-    expected, found = _first(model(*inputs)), _first(run(*(x.cpu() for x in inputs)))
+    expected, found = _first(model(*inputs)), _first(run(*to_device(inputs, torch.device("cpu"))))
     largest = (expected - found).abs().max()
     if not bool(largest.isfinite()):
         raise RuntimeError("adq: not exported: NaN or infinity among the differences of the logits")
     others, reach = _differing(expected, found), expected.abs().amax()
-    if len(others) > allowance or not all(_undecided(model, inputs, i, reach) for i in others):
+
+    def copies(i: int) -> tuple[Any, ...]:
+        one = part(inputs, own, slice(i, i + 1))
+        return tuple(x.expand(NOISY_RUNS, *x.shape[1:]) if each else x for x, each in zip(one, own, strict=True))
+
+    if len(others) > allowance or not all(_undecided(model, copies(i), reach) for i in others):
         what = "top-1 differs" if _has_classes(expected) else f"outputs differ by more than {CLOSE:.1%}"
         raise RuntimeError(
             f"adq: not exported: in {runtime} {what} on {len(others):,} of {len(expected):,} "
@@ -158,8 +185,8 @@ def compare(
 
     Args:
         model: on any device; stays as it is.
-        run: the same in another runtime, from ``count`` tensors on the CPU.
-        count: of inputs.
+        run: the same in another runtime, from ``count`` inputs on the CPU.
+        count: of inputs, those that are no tensors among them.
         runtime: its name, for messages.
         batches: of inputs as a loader yields them, whatever follows the inputs (labels) is ignored.
         images: how many must be identical.
@@ -177,14 +204,18 @@ def compare(
                 raise ValueError(
                     "adq: the check takes batches (inputs, ...), in the order of the model's; got a mapping"
                 )
-            rest = tuple(batch)[:count] if isinstance(batch, (tuple, list)) else (batch,)
-            while len(rest[0]) and same < images:
-                size = images - same
-                inputs, rest = to_device(tuple(x[:size] for x in rest), device), tuple(x[size:] for x in rest)
-                left_out, difference, of_values = _compare_batch(model, run, inputs, runtime, images / 50 - undecided)
+            whole = tuple(batch)[:count] if isinstance(batch, (tuple, list)) else (batch,)
+            own, done = in_batch(whole), 0
+            length = next((len(x) for x, each in zip(whole, own, strict=True) if each), 0)
+            while done < length and same < images:
+                size = min(images - same, length - done)
+                inputs = to_device(part(whole, own, slice(done, done + size)), device)
+                allowance = images / 50 - undecided
+                left_out, difference, of_values = _compare_batch(model, run, inputs, own, runtime, allowance)
                 largest = torch.maximum(largest, difference)
                 undecided += left_out
-                same += len(inputs[0]) - left_out
+                same += size - left_out
+                done += size
             if same == images:
                 return Parity(runtime, same, undecided, largest.item(), of_values)
     raise ValueError(f"adq: the check wants {images:,} images with the same top-1, the data has {same:,}")

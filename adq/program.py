@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from adq.deploy import check_layers, first_line
-from adq.parity import ExportReport, as_inputs, write_checked
+from adq.parity import ExportReport, as_inputs, in_batch, write_checked
 from adq.portable import portable
 
 SUFFIX = ".pt2"
 
 
-def trace(model: nn.Module, inputs: tuple[Tensor, ...], free_batch: bool = True) -> torch.export.ExportedProgram:
-    """The program of a model in evaluation mode; with ``free_batch`` of any length of the inputs' first axis.
+def trace(model: nn.Module, inputs: tuple[Any, ...], free_batch: bool = True) -> torch.export.ExportedProgram:
+    """The program of a model in evaluation mode; with ``free_batch`` of any number of images.
 
     Raises:
         ValueError: torch cannot export the model.
@@ -31,7 +31,9 @@ def trace(model: nn.Module, inputs: tuple[Tensor, ...], free_batch: bool = True)
     batch = torch.export.Dim("batch")
     try:
         program = torch.export.export(
-            model, inputs, dynamic_shapes=tuple({0: batch} for _ in inputs) if free_batch else None
+            model,
+            inputs,
+            dynamic_shapes=tuple({0: batch} if own else None for own in in_batch(inputs)) if free_batch else None,
         )
     except Exception as error:  # of many types; whatever the model's code raises is among them
         raise ValueError(f"adq: torch cannot export the model: {first_line(error)}") from error
@@ -42,7 +44,7 @@ def trace(model: nn.Module, inputs: tuple[Tensor, ...], free_batch: bool = True)
     return program
 
 
-def _program(model: nn.Module, path: str | Path, inputs: tuple[Tensor, ...], target: str) -> Any:
+def _program(model: nn.Module, path: str | Path, inputs: tuple[Any, ...], target: str) -> Any:
     if Path(path).suffix != SUFFIX:
         raise ValueError(f"adq: the file's name must end in {SUFFIX}, got {path}")
     check_layers(model, target)
@@ -61,7 +63,7 @@ def _deflated(archive: io.BytesIO) -> bytes:
 def export_program(
     model: nn.Module,
     path: str | Path,
-    example_inputs: Tensor | tuple[Tensor, ...],
+    example_inputs: Tensor | tuple[Any, ...],
     batches: Iterable[Any] | None = None,
     images: int = 1000,
 ) -> ExportReport:
@@ -73,7 +75,9 @@ def export_program(
     Args:
         model: quantized and calibrated, float32, on any device; stays as it is.
         path: file to write, ``.pt2``; it appears only once everything has passed.
-        example_inputs: what the model takes, its positional arguments; the values do not matter.
+        example_inputs: what the model takes, its positional arguments; the values of tensors do not matter. Tensors
+            as long as the first have any length in the program, others the one that they have here; what is no tensor
+            is fixed.
         batches: real inputs as a loader yields them (labels are ignored): the program that the file gives must have
             the same top-1, over axis 1 of the first output, except where rounding decides it in the model itself.
             None: no check.
@@ -98,7 +102,7 @@ def export_program(
 def export_aoti(
     model: nn.Module,
     path: str | Path,
-    example_inputs: Tensor | tuple[Tensor, ...],
+    example_inputs: Tensor | tuple[Any, ...],
     batches: Iterable[Any] | None = None,
     images: int = 1000,
 ) -> ExportReport:

@@ -187,6 +187,25 @@ def test_what_torch_cannot_export_is_refused(tmp_path, part, message):
     assert list(tmp_path.iterdir()) == []
 
 
+class Shifts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, shift: Tensor, factor: float) -> Tensor:
+        return (self.linear(x) @ shift) * factor
+
+
+def test_inputs_that_are_no_batches_and_what_torch_says_of_them(tmp_path):
+    torch.manual_seed(0)
+    model = adq.calibrate_(adq.quantize_(Shifts()), [{"x": torch.randn(8, 6), "shift": torch.eye(6), "factor": 1.0}])
+    shift, path = torch.randn(6, 6), tmp_path / "m.onnx"
+    adq.export_onnx(model, path, (torch.randn(4, 6), shift, 2.0), [(torch.randn(9, 6), shift, 2.0)], images=9)
+    assert [x.name for x in graph_of(path).graph.input] == ["x", "shift"]
+    with pytest.raises(ValueError, match=r"ONNX: .*: - .*inputs\[1\]"):
+        adq.export_onnx(model, path, (torch.randn(6, 6), shift, 2.0))
+
+
 def test_a_float_model_and_a_missing_package(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="the model is not quantized"):
         adq.export_onnx(Odd(""), tmp_path / "m.onnx", torch.randn(2, 6))

@@ -181,6 +181,42 @@ def test_executorch_is_missing(model, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+class Attends(nn.Module):
+    """Takes a bias or a mask that all images share, and a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.head = nn.Linear(8, 24), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None, factor: float | Tensor = 1.0, flag: None = None) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return self.head(nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)).mean(1) * factor
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize(
+    "shared",
+    [(torch.randn(1, 5, 5),), (torch.randn(5, 5), 2.0), (torch.randn(5, 5), torch.tensor(2.0), None)],
+    ids=["bias", "number", "scalar"],
+)
+def test_inputs_that_images_share_stay_as_they_are(tmp_path, shared, size):
+    torch.manual_seed(0)
+    model, path = adq.calibrate_(adq.quantize_(Attends()), [torch.randn(8, 5, 8)]).eval(), tmp_path / "m.pt2"
+    batches = [(torch.randn(7, 5, 8), *shared, None)] if size > 1 else None
+    adq.export_program(model, path, (torch.randn(size, 5, 8), *shared), batches, 7)
+    program = torch.export.load(path).module()
+    for count in (2, 3):
+        own = [s.expand(count, 5, 5) for s in shared] if size == len(shared) == 1 else shared  # all of length 1
+        x = torch.randn(count, 5, 8)
+        assert torch.equal(program(x, *own), model(x, *own))
+
+
+def test_mappings_are_refused(model, tmp_path):
+    for inputs in ({"x": images()}, ({"x": images()},)):
+        with pytest.raises(ValueError, match="tuple of positional arguments; got a mapping"):
+            adq.export_program(model, tmp_path / "m.pt2", inputs)
+
+
 # ---- AOTInductor -------------------------------------------------------------------------------------
 
 needs_compiler = pytest.mark.skipif(

@@ -715,6 +715,13 @@ def test_a_residual_of_half_precision(dtype):
     torch.testing.assert_close(converted(x.to(dtype)).float(), converted(x.to(dtype).float()), rtol=1e-2, atol=1e-2)
 
 
+def test_mappings_of_examples_are_refused():
+    x = images(2, 3, 5, 5)
+    model = quantized(nn.Sequential(nn.Conv2d(3, 4, 3)), x)
+    with pytest.raises(ValueError, match="tuple of positional arguments; got a mapping"):
+        adq.to_integer(model, {"input": x})
+
+
 NAMES, TABLE, SHIFT = [], {"a": 2.0}, torch.ones(1)
 
 
