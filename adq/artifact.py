@@ -355,13 +355,18 @@ def load(path: str | Path, model: nn.Module | None = None, *, device: str | torc
     Raises:
         FileNotFoundError, ValueError: no such file; truncated, changed since it was written, not safetensors, not an
             adq model, of a newer format; values that no model has; another architecture (missing, unexpected and
-            misshapen tensors are named). A model that was passed in is unchanged then.
+            misshapen tensors are named); a model on the meta device. A model that was passed in is unchanged then.
     """
     path = model_file(path)
     contents, state = container.read(path)
     header = Header.parse(contents, path)
     if model is not None and quantized_layers(model):
         raise ValueError("adq: load takes a float model to convert, this one is quantized already")
+    if model is not None and (without := [key for key, tensor in _tensors(model) if tensor.is_meta]):
+        raise ValueError(
+            f"adq: load takes a model that has memory: on the meta device are {listed(without)}; where the file holds "
+            "every tensor of the model, call model.to_empty(device=...) first"
+        )
     _check_values(header, state, path)
     torch.empty(0, device=device)  # raises where there is none such
     given = model
@@ -377,6 +382,10 @@ def load(path: str | Path, model: nn.Module | None = None, *, device: str | torc
         load_tensors_(model, state)  # compared already, but for further names of a layer
         restore_statistics_(model, state)
     return model.eval().to(device)
+
+
+def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]
 
 
 def _build(header: Header, state: Mapping[str, Tensor], path: Path) -> nn.Module:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from saved import RECORD, Net, forge, parts_of, read, tensors_of, trained
+from saved import RECORD, Net, forge, images, parts_of, read, tensors_of, trained
 from torch import nn
 
 import adq
@@ -433,6 +433,19 @@ def test_a_model_that_fails_while_it_is_loaded(tmp_path, files, packed):
     assert all(p.requires_grad for p in model.parameters()) and model.training and model.cache == [1]
     assert not model._forward_pre_hooks
     adq.quantize_(model)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_model_without_memory(tmp_path, files, packed):
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(files[packed])
+    with torch.device("meta"):
+        model = Net()
+    with pytest.raises(ValueError, match=r"has memory: on the meta device are stem.weight; .* and \d+ more"):
+        adq.load(path, model)
+    assert type(model.stem) is nn.Conv2d
+    empty = model.to_empty(device="cpu")
+    assert torch.equal(adq.load(path, empty)(images()), adq.load(path, Net())(images()))
 
 
 def test_a_device_that_is_not_there(tmp_path, files):
