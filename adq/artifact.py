@@ -484,9 +484,10 @@ def _expected(model: nn.Module, header: Header, found: Mapping[str, Tensor]) -> 
         counters = _counters(model) | {key for key in expected.keys() - found.keys() if key.endswith(COUNTER)}
         expected = {key: tensor for key, tensor in expected.items() if key not in counters}
     for name, norm in header.folded.items():
-        modules = model.named_modules(remove_duplicate=False)
-        gone = tuple(_prefix(other) for other, module in modules if module is model.get_submodule(norm))
-        expected = {key: tensor for key, tensor in expected.items() if not key.startswith(gone)}
+        folded, modules = model.get_submodule(norm), model.named_modules(remove_duplicate=False)
+        own = [*folded._parameters, *folded._buffers]
+        gone = {f"{_prefix(other)}{key}" for other, module in modules if module is folded for key in own}
+        expected = {key: tensor for key, tensor in expected.items() if key not in gone}
         expected[f"{_prefix(name)}bias"] = layers[name].weight.new_empty(layers[name].out_channels, device="meta")
     coded = {id(_weight(layers[name])) for name in header.shapes}
     for name, config in header.layers.items():

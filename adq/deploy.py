@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import inspect
 import operator
+import sys
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -45,6 +47,17 @@ def batch_norm_affine(norm: BatchNorm) -> tuple[Tensor, Tensor]:
         factor = factor * norm.weight.detach().double()
     shift = -mean * factor
     return factor, shift + norm.bias.detach().double() if norm.affine else shift
+
+
+def after_norm(module: nn.Module | None) -> nn.Module | None:
+    """What a batch norm computes once it has normalized: nothing, timm's a dropout and an activation; else None."""
+    if not isinstance(module, BatchNorm):
+        return None
+    if type(module).forward in (BatchNorm.forward, nn.SyncBatchNorm.forward):
+        return nn.Identity()
+    if type(module) is getattr(sys.modules.get("timm.layers.norm_act"), "BatchNormAct2d", None):
+        return nn.Sequential(OrderedDict(module.named_children()))
+    return None
 
 
 IN_PLACE: dict[str, Callable[[Any, Any], Any]] = {
@@ -115,7 +128,8 @@ class _LayerTracer(fx.Tracer):
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         """Whether the graph shows a call of the module rather than what is in it, past its hooks."""
-        return isinstance(module, QuantizedLayer) or has_hooks(module) or super().is_leaf_module(module, name)
+        is_leaf = isinstance(module, QuantizedLayer) or after_norm(module) is not None or has_hooks(module)
+        return is_leaf or super().is_leaf_module(module, name)
 
 
 HOOKS = "forward hooks, or a forward of its own"

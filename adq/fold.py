@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from adq.convert import evaluating, pack_, packed_weights, quantized_layers, replace_module_
-from adq.deploy import HOOKS, batch_norm_affine, has_hooks, trace_layers
+from adq.deploy import HOOKS, after_norm, batch_norm_affine, has_hooks, trace_layers
 from adq.nn.layers import QuantizedLayer
 from adq.nn.packed import PackedWeight
 
@@ -35,8 +35,8 @@ def fold_batch_norm_(model: nn.Module) -> nn.Module:
             ``forward`` that have a default are taken to have it: with others, what is folded may be wrong.
 
     Returns:
-        The same model, in evaluation mode; batch norms that are folded are ``nn.Identity``, and its attribute
-        ``adq_folded`` names them, by the name of their layer.
+        The same model, in evaluation mode; batch norms that are folded are ``nn.Identity``, timm's with an activation
+        that and their dropout, and its attribute ``adq_folded`` names them, by the name of their layer.
 
     Raises:
         ValueError: not quantized, not traceable, or without a batch norm to fold; the model is unchanged.
@@ -45,7 +45,9 @@ def fold_batch_norm_(model: nn.Module) -> nn.Module:
         raise ValueError("adq: the model is not quantized; call adq.quantize_(model) first")
     folded = _find(model)
     if not folded:
-        raise ValueError("adq: there is no batch norm to fold: none follows a quantized convolution")
+        raise ValueError(
+            "adq: there is no batch norm to fold: no quantized convolution is read by one of torch or timm alone"
+        )
     pack_(model)
     modules = dict(model.named_modules())
     affines = {name: batch_norm_affine(cast(BatchNorm, modules[norm])) for name, norm in folded.items()}
@@ -82,7 +84,12 @@ def fold_problem(layer: nn.Module, norm: nn.Module) -> str | None:
     """Why a batch norm cannot be folded into a layer, None if it can."""
     if not isinstance(layer, _CONVOLUTIONS):
         return f"{type(layer).__name__} is no convolution"
-    if not isinstance(norm, BatchNorm) or norm.running_mean is None or norm.num_features != layer.out_channels:
+    if (
+        not isinstance(norm, BatchNorm)
+        or after_norm(norm) is None
+        or norm.running_mean is None
+        or norm.num_features != layer.out_channels
+    ):
         return f"{type(norm).__name__} is no batch norm of {layer.out_channels} channels with running statistics"
     if has_hooks(layer) or has_hooks(norm):
         return f"they have {HOOKS}"
@@ -92,7 +99,7 @@ def fold_problem(layer: nn.Module, norm: nn.Module) -> str | None:
 
 
 def attach_(model: nn.Module, folded: Mapping[str, str]) -> None:
-    """Give layers that take a batch norm a scale for each channel and a bias, and put an identity in its place."""
+    """Give layers that take a batch norm a scale for each channel and a bias; in its place comes what follows it."""
     for name, norm in folded.items():
         layer = cast(nn.Conv2d, model.get_submodule(name))
         packed = cast(PackedWeight, layer.weight_quantizer)
@@ -101,7 +108,7 @@ def attach_(model: nn.Module, folded: Mapping[str, str]) -> None:
         packed.scale = packed.scale.expand(shape).clone()
         bias = packed.scale.new_zeros(layer.out_channels) if layer.bias is None else layer.bias.detach().clone()
         layer.bias = nn.Parameter(bias.to(packed.dtype), requires_grad=False)
-        replace_module_(model, norm, nn.Identity())
+        replace_module_(model, norm, cast(nn.Module, after_norm(model.get_submodule(norm))))
     model.adq_folded = {**getattr(model, "adq_folded", {}), **folded}  # type: ignore[assignment]
 
 

@@ -24,6 +24,7 @@ from adq.convert import quantized_layers, replace_module_, to_device
 from adq.deploy import (
     HOOKS,
     IN_PLACE,
+    after_norm,
     batch_norm_affine,
     has_hooks,
     integer_levels,
@@ -258,6 +259,8 @@ class _Fuser:
         user = self._next(fusion)
         module = None if user is None else self._module(user)
         if user is None or not isinstance(module, BatchNorm) or module.running_mean is None:
+            return
+        if not isinstance(after_norm(module), nn.Identity):
             return
         if len(_shape(fusion.last) or ()) != (2 if isinstance(fusion.layer, QLinear) else fusion.layer.weight.dim()):
             return  # its channels are another axis

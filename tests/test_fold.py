@@ -57,6 +57,7 @@ class Residual(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+SIGNED = {"re:.*": {"activation": {"signed": True, "bits": 8}}}
 FOLDED = {"stem": "norm", "body": "body_norm", "short.0": "short.1"}
 X = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -160,7 +161,7 @@ class Untraceable(nn.Module):
 def test_refusals(tmp_path):
     path = tmp_path / "m.safetensors"
     plain = adq.quantize_(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()), ADQConfig(activation=None))
-    with pytest.raises(ValueError, match="no batch norm to fold: none follows a quantized convolution"):
+    with pytest.raises(ValueError, match="no batch norm to fold: no quantized convolution is read by one of"):
         adq.fold_batch_norm_(plain)
     untraceable = adq.quantize_(Untraceable(), ADQConfig(activation=None))
     with pytest.raises(ValueError, match=r"cannot fold batch norms: torch\.fx cannot trace the model"):
@@ -293,6 +294,46 @@ def test_a_batch_norm_of_two_names_is_folded_once(tmp_path):
         for other in (folded, loaded):
             torch.testing.assert_close(other(x), model(x), rtol=1e-5, atol=1e-5)
     assert isinstance(loaded.features[1], nn.Identity) and isinstance(folded.features[1], nn.Identity)
+
+
+class Own(nn.BatchNorm2d):
+    """Another function than a batch norm's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * nn.functional.batch_norm(x, self.running_mean, self.running_var)
+
+
+class Alike(nn.BatchNorm2d):
+    """The same function."""
+
+
+@pytest.mark.parametrize("kind", ["timm", "alike", "own"])
+def test_batch_norms_that_are_not_torchs_own(kind, tmp_path):
+    """Of timm's the activation, with its parameters, and the dropout stay."""
+    options = {}
+    if kind == "timm":
+        layers = pytest.importorskip("timm.layers", reason="timm is not installed")
+        options = {"act_layer": nn.PReLU, "inplace": False, "drop_layer": nn.Dropout}
+    norm = layers.BatchNormAct2d if options else {"alike": Alike, "own": Own}[kind]
+
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 8, 3), settled(norm(8, **options)), nn.Conv2d(8, 4, 1))
+
+    torch.manual_seed(0)
+    model = adq.calibrate_(adq.quantize_(make(), ADQConfig(overrides=SIGNED)), [X], batch_norm=False).eval()
+    if kind == "own":
+        with pytest.raises(
+            ValueError, match="no batch norm to fold: no quantized convolution is read by one of torch or timm alone"
+        ):
+            adq.fold_batch_norm_(model)
+        return
+    if kind == "timm":
+        nn.init.constant_(model[1].act.weight, 0.4)
+    adq.save(model, tmp_path / "m.safetensors", packed=True, fold_batch_norm=True)
+    loaded = adq.load(tmp_path / "m.safetensors", make())
+    assert loaded.adq_folded == {"0": "1"} and not any(isinstance(m, nn.BatchNorm2d) for m in loaded.modules())
+    torch.testing.assert_close(loaded(X), model(X), rtol=1e-4, atol=1e-4)
+    assert ("1.act.weight" in tensors_of(tmp_path / "m.safetensors")) == (kind == "timm")
 
 
 class Remembers(nn.Module):
