@@ -242,7 +242,8 @@ def save(
     Args:
         model: quantized model; what ``torch.compile`` or ``DistributedDataParallel`` have put around it is left out.
         path: file to write.
-        packed: store codes of b bits instead of float weights, without the state of training: what ships.
+        packed: store codes of b bits instead of float weights, without the state of training: what ships. Code of the
+            model that reads a layer's weight itself will read the quantized one.
         fold_batch_norm: with ``packed``, without the batch norms that follow convolutions
             (:func:`adq.fold_batch_norm_`); the model itself keeps them.
         architecture: ``{"name", "num_classes", "kwargs"}`` for :func:`adq.create_model`, so that the file alone
@@ -350,7 +351,8 @@ def load(path: str | Path, model: nn.Module | None = None, *, device: str | torc
 
     Returns:
         The quantized model, calibrated and in evaluation mode. From a plain file it trains on exactly as the
-        saved one would; from a packed one it is what :func:`adq.pack_` makes of the saved model, and predicts the same.
+        saved one would; from a packed one it is what :func:`adq.pack_` makes of the saved model, and predicts the same
+        (see there for code that reads weights past their layers).
 
     Raises:
         FileNotFoundError, ValueError: no such file; truncated, changed since it was written, not safetensors, not an

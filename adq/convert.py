@@ -372,9 +372,10 @@ def _has_weight_quantizer(layer: QuantizedLayer) -> bool:
 def pack_(model: nn.Module, codes: Mapping[str, Tensor] | None = None) -> nn.Module:
     """Make a quantized model an inference model, in place: weights become packed codes and are decoded when used.
 
-    Its predictions are the same, bit for bit. Nothing trains any more: no float weights, no state of training, no
-    gradients. It is what :func:`adq.load` makes of a packed file. A weight that a layer in float uses too stays as
-    it is.
+    Its predictions are the same, bit for bit, where weights are used by their layers alone: code that reads
+    ``layer.weight`` itself, as tied autoencoders and timm's BEiT do, gets the quantized weight now, and had the float
+    one before. Nothing trains any more: no float weights, no state of training, no gradients. It is what
+    :func:`adq.load` makes of a packed file. A weight that a layer in float uses too stays as it is.
 
     Args:
         model: from :func:`adq.quantize_`; one that is packed already stays as it is.

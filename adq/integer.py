@@ -448,7 +448,8 @@ def to_integer(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...], *,
 
     Sums of levels times int8 weights are exact, so the result depends on no order of summation; batch norm, residual
     sum and quantization follow in float32 in the same pass. The predictions are those of the quantized model, up to
-    the float rounding of that model.
+    the float rounding of that model. Code that reads the weight of a layer itself gets the float one, as before, where
+    torch.fx can trace it, else the quantized one.
 
     Args:
         model: quantized and calibrated, float32, levels on an int8 grid (``snap="int8"``); stays as it is.

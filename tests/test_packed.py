@@ -38,6 +38,26 @@ def test_packing_changes_no_bit_of_the_predictions(model):
     assert adq.pack_(packed) is packed
 
 
+class Tied(nn.Module):
+    """An autoencoder whose decoder is the transposed encoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(12, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.encoder(x)) @ self.encoder.weight
+
+
+def test_code_that_reads_a_weight_gets_the_quantized_one():
+    torch.manual_seed(0)
+    x = torch.randn(6, 12)
+    model = adq.calibrate_(adq.quantize_(Tied(), ADQConfig(first_last_bits=2)), [x]).eval()
+    hidden, quantized = torch.relu(model.encoder(x)), model.encoder.quantized_weight()
+    assert torch.equal(model(x), hidden @ model.encoder.weight)
+    assert torch.equal(adq.pack_(model)(x), hidden @ quantized)
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies(model, copied):
     other = copied(adq.pack_(model))
