@@ -26,9 +26,10 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTra
 def fold_batch_norm_(model: nn.Module) -> nn.Module:
     """Make a quantized model an inference model (:func:`adq.pack_`) without the batch norms that follow convolutions.
 
-    A batch norm is folded if it is all that reads the convolution's result, both run once in a forward pass, and the
-    convolution shares no weight; others, those of linear layers too, stay. Predictions are the same up to float
-    rounding, after which an activation close to a threshold may take the next level: this is why nobody folds unasked.
+    A batch norm is folded if it is all that reads the convolution's result, both run once in a forward pass, no other
+    code reads its parameters or the convolution's bias, and the convolution shares no weight; others, those of linear
+    layers too, stay. Predictions are the same up to float rounding, after which an activation close to a threshold may
+    take the next level: this is why nobody folds unasked.
 
     Args:
         model: quantized, or packed already; its code must be one that :mod:`torch.fx` can trace. Arguments of its
@@ -67,6 +68,7 @@ def _find(model: nn.Module) -> dict[str, str]:
     modules = dict(model.named_modules())
     calls = [node for node in graph.nodes if node.op == "call_module"]
     called = Counter(id(modules[str(node.target)]) for node in calls)
+    read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
     weights = packed_weights(model)
     sharing = Counter(map(id, weights.values()))
     found = {}
@@ -75,6 +77,8 @@ def _find(model: nn.Module) -> dict[str, str]:
         if name not in weights or sharing[id(weights[name])] > 1 or len(users) != 1 or users[0].op != "call_module":
             continue
         layer, norm = modules[name], modules[str(users[0].target)]
+        if not read.isdisjoint({f"{name}.bias", *(f"{users[0].target}.{key}" for key in norm._parameters)}):
+            continue
         if called[id(layer)] == called[id(norm)] == 1 and fold_problem(layer, norm) is None:
             found[name] = str(users[0].target)
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from pathlib import Path
 
 import pytest
@@ -334,6 +335,24 @@ def test_batch_norms_that_are_not_torchs_own(kind, tmp_path):
     assert loaded.adq_folded == {"0": "1"} and not any(isinstance(m, nn.BatchNorm2d) for m in loaded.modules())
     torch.testing.assert_close(loaded(X), model(X), rtol=1e-4, atol=1e-4)
     assert ("1.act.weight" in tensors_of(tmp_path / "m.safetensors")) == (kind == "timm")
+
+
+class Reads(nn.Module):
+    """Reads a parameter that folding changes or takes away."""
+
+    def __init__(self, read: str) -> None:
+        super().__init__()
+        self.read, self.conv, self.norm = read, nn.Conv2d(3, 4, 3), settled(nn.BatchNorm2d(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x)) + operator.attrgetter(self.read)(self).abs().sum()
+
+
+@pytest.mark.parametrize("read", ["conv.bias", "norm.bias", "norm.weight"])
+def test_batch_norms_stay_where_what_they_change_is_read(read):
+    model = adq.calibrate_(adq.quantize_(Reads(read)), [X], batch_norm=False).eval()
+    with pytest.raises(ValueError, match="no batch norm to fold"):
+        adq.fold_batch_norm_(model)
 
 
 class Remembers(nn.Module):
