@@ -145,8 +145,10 @@ def has_hooks(module: nn.Module | None) -> bool:
     return "forward" in vars(module) or any(hook not in OWN_HOOKS for hook in hooks)
 
 
-def trace_layers(model: nn.Module, given: int | None = None) -> fx.Graph:
-    """The calls of a model's layers; the model keeps the attributes that it has.
+def trace_layers(model: nn.Module, given: int | None = None) -> tuple[fx.Graph, dict[str, Any]]:
+    """The calls of a model's layers, and constants that the graph reads as attributes which the model does not have.
+
+    The model keeps the attributes that it has.
 
     Args:
         model: in the mode in which it runs.
@@ -162,11 +164,13 @@ def trace_layers(model: nn.Module, given: int | None = None) -> fx.Graph:
     parameters = inspect.signature(model.forward).parameters.values()
     others = [p for i, p in enumerate(parameters) if given is None or i >= given]
     defaults = {p.name: p.default for p in others if p.default is not p.empty}
-    restore = attributes_restorer(model)
+    tracer, restore = _LayerTracer(defaults), attributes_restorer(model)
     try:
-        return _LayerTracer(defaults).trace(model)
+        graph = tracer.trace(model)
     finally:
         restore()  # its code may have put proxies there
+    constants = {name: value for value, name in tracer.tensor_attrs.items() if "." not in name}
+    return graph, {name: value for name, value in constants.items() if name not in vars(model)}
 
 
 def activation_problem(quantizer: ActivationQuantizer) -> str | None:

@@ -62,7 +62,7 @@ def _find(model: nn.Module) -> dict[str, str]:
     """Batch norms that can be folded, by the name of their layer."""
     try:
         with evaluating(model):
-            graph = trace_layers(model)
+            graph, _ = trace_layers(model)
     except Exception as error:  # whatever the model's code raises when it meets a proxy
         raise ValueError(f"adq: cannot fold batch norms: torch.fx cannot trace the model: {error}") from error
     modules = dict(model.named_modules())

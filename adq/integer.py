@@ -478,10 +478,11 @@ def to_integer(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...], *,
         )
     inputs = positional(example_inputs)
     try:
-        graph = trace_layers(model, len(inputs))
+        graph, constants = trace_layers(model, len(inputs))
     except Exception as error:  # whatever the model's code raises when it meets a proxy
         _replace_each(model, names)
         return _reported(model, IntegerReport(names, 0, left, f"torch.fx cannot trace the model: {error}"))
+    vars(model).update(constants)
     called = {node.target for node in graph.nodes if node.op == "call_module"}
     _keep_read(model, graph, set(names))
     _replace_each(model, [name for name in names if name not in called])  # within another layer: an attention's

@@ -129,12 +129,14 @@ def _rounding_noise(model: nn.Module) -> Iterator[None]:
             hook.remove()
 
 
-def _undecided(model: nn.Module, copies: tuple[Any, ...], largest: Tensor) -> bool:
-    """Whether rounding decides the model's own answer for one image, given as copies: it changes under such noise.
+def _undecided(model: nn.Module, inputs: tuple[Any, ...], own: list[bool], index: int, largest: Tensor) -> bool:
+    """Whether rounding decides the model's own answer for one image of a batch: it changes under noise of that size.
 
     Values next to a threshold make such images: summed in another order they pass it, and later layers follow. torch
     alone gives them another top-1 with another batch size or kernel.
     """
+    one = zip(part(inputs, own, slice(index, index + 1)), own, strict=True)
+    copies = tuple(x.expand(NOISY_RUNS, *x.shape[1:]) if each else x for x, each in one)
     with _rounding_noise(model):
         outputs = _first(model(*copies))
     if _has_classes(outputs):
@@ -163,12 +165,7 @@ def _compare_batch(
     if not bool(largest.isfinite()):
         raise RuntimeError("adq: not exported: NaN or infinity among the differences of the logits")
     others, reach = _differing(expected, found), expected.abs().amax()
-
-    def copies(i: int) -> tuple[Any, ...]:
-        one = part(inputs, own, slice(i, i + 1))
-        return tuple(x.expand(NOISY_RUNS, *x.shape[1:]) if each else x for x, each in zip(one, own, strict=True))
-
-    if len(others) > allowance or not all(_undecided(model, copies(i), reach) for i in others):
+    if len(others) > allowance or not all(_undecided(model, inputs, own, i, reach) for i in others):
         what = "top-1 differs" if _has_classes(expected) else f"outputs differ by more than {CLOSE:.1%}"
         raise RuntimeError(
             f"adq: not exported: in {runtime} {what} on {len(others):,} of {len(expected):,} "

@@ -81,8 +81,8 @@ def test_an_image_on_a_threshold_is_left_out():
     with torch.no_grad():
         edge = (quantizer.start + 1.5 * quantizer.interval[0]) / quantizer.in_scale
         on, off = torch.stack((edge, 1.2 * edge), 1), torch.stack((0.1 * edge, 3 * edge), 1)
-        assert parity._undecided(model, (torch.cat((off, on)),), 1, edge)
-        assert not parity._undecided(model, (torch.cat((off, on)),), 0, edge)
+        assert parity._undecided(model, (torch.cat((off, on)),), [True], 1, edge)
+        assert not parity._undecided(model, (torch.cat((off, on)),), [True], 0, edge)
 
 
 class One(nn.Module):
@@ -131,6 +131,26 @@ def test_a_top1_for_each_place_and_outputs_that_are_mappings():
 def test_numbers_alone_are_compared_too():
     found = parity.compare(nn.Flatten(0), nn.Flatten(0), 1, "a runtime", [torch.randn(8)], 8)
     assert (found.images, found.max_difference) == (8, 0.0)
+
+
+class Shared(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor, table: torch.Tensor, factor: float) -> torch.Tensor:
+        return self.linear(x) @ table * factor
+
+
+def test_what_the_images_of_a_batch_share_is_given_whole():
+    """To the model's own copies too, of an image that another runtime decides otherwise."""
+    torch.manual_seed(0)
+    shared = Shared()
+    batches = [(torch.randn(4, 4), torch.randn(3, 3), 2.0, "labels") for _ in range(2)]
+    found = parity.compare(shared, shared, 3, "a runtime", batches, 7)
+    assert (found.images, found.max_difference) == (7, 0.0)
+    with pytest.raises(RuntimeError, match="top-1 differs"):
+        parity.compare(shared, lambda *inputs: -shared(*inputs), 3, "a runtime", batches, 300)
 
 
 def test_mappings_of_inputs_are_refused(model):
