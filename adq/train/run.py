@@ -33,7 +33,7 @@ from adq.artifact import MODEL, PACKED_MODEL, load, model_file, save
 from adq.batch_norm import correct_batch_norm_, reestimate_batch_norm_
 from adq.calibrate import calibrate_
 from adq.config import dump_yaml, from_dict, load_yaml, to_dict
-from adq.convert import activation_quantizers, choose_layers, quantize_, weight_quantizers
+from adq.convert import activation_quantizers, choose_layers, load_tensors_, quantize_, weight_quantizers
 from adq.distill import DistillationLoss
 from adq.distributed import from_main, share, share_of
 from adq.nn.layers import QUANTIZED
@@ -403,7 +403,7 @@ class Run:
             return model
         saved = self._saved("float")
         if self.resume and self.folder.float_weights.exists() and saved is None:
-            model.load_state_dict(load_file(self.folder.float_weights))
+            load_tensors_(model, load_file(self.folder.float_weights))
             return model
         self.display.say(f"training the float network: {self.config.model.name}, {self.config.float.epochs} epochs")
         set_seed(self.config.seed + 1, device_specific=True)  # dropout differs from process to process
