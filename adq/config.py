@@ -170,7 +170,7 @@ def _override_key(key: object) -> str:
     if isinstance(key, type) and issubclass(key, nn.Module):
         return f"type:{key.__name__}"
     if not isinstance(key, str):
-        raise ValueError(f"adq: an override is keyed by a name, 're:PATTERN' or a module type, got {key!r}")
+        raise TypeError(f"adq: an override is keyed by a name, 're:PATTERN' or a module type, got {key!r}")
     if key.startswith("re:"):
         try:
             re.compile(key[3:])

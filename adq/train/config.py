@@ -306,7 +306,10 @@ def resolve(recipe: str | None, changes: Sequence[Mapping[str, Any]]) -> RunConf
         values = {**values, "data": {key: value for key, value in data.items() if key != "seed"}}
     for change in changes:
         values = merge(values, change)
-    config = from_dict(RunConfig, values)
+    try:
+        config = from_dict(RunConfig, values)
+    except TypeError as error:  # keys of YAML that are no text
+        raise ValueError(str(error)) from error
     if "seed" in (values.get("data") or {}):
         return config
     return dataclasses.replace(config, data=dataclasses.replace(config.data, seed=config.seed))
