@@ -97,7 +97,7 @@ BUDGET = [
     ("decode_kernel", "decode", 2, (49, 6.5), (25, 7)),
     ("decode_kernel", "decode", 3, (67, 9.5), (36, 9)),
     ("decode_kernel", "decode", 4, (55, 6.5), (25, 7)),
-    ("decode_kernel", "decode", 5, (67, 8.5), (37, 10)),
+    ("decode_kernel", "decode", 5, (67, 8.8), (37, 10)),
     ("decode_kernel", "decode", 6, (49, 10.5), (28, 8.5)),
     ("decode_kernel", "decode", 7, (59, 12.5), (40, 11)),
     ("decode_kernel", "decode", 8, (53, 8), (29, 6.5)),
