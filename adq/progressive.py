@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from adq.convert import activation_quantizers, load_tensors_, quantized_layers, refuse_packed, weight_quantizers
+from adq.convert import (
+    activation_quantizers,
+    load_tensors_,
+    quantized_layers,
+    refuse_packed,
+    unchanged_on_error,
+    weight_quantizers,
+)
 from adq.deploy import listed
 from adq.nn.packed import CODES
 from adq.sharded import refuse_sharded
@@ -54,12 +61,8 @@ def start_from_(model: nn.Module, start: nn.Module) -> nn.Module:
         raise ValueError(f"adq: of start and model only one quantizes the input of {listed(other)}")
     if learned and not any(quantizer.is_calibrated for quantizer in learned.values()):
         raise ValueError("adq: the start is not calibrated")
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
-    try:
-        load_tensors_(model, state)  # compared already; float weights let layers fit their codebooks
-    except ValueError:  # a weight that none can be fitted to
-        load_tensors_(model, before)
-        raise
+    with unchanged_on_error(model):  # a weight that no codebook can be fitted to
+        load_tensors_(model, state)  # compared already; float weights let layers fit theirs
     for name, quantizer in learned.items():
         if quantizer.is_calibrated:  # of layers that are never reached it is not
             quantizers[name].take_over_(quantizer)

@@ -338,9 +338,7 @@ class Run:
             )
         try:  # on a copy, so that what cannot be is said before the float network is trained
             trial = copy.deepcopy(model)
-            trial.load_state_dict(
-                float_state(start), strict=False
-            )  # its own weights may be zeros until they are trained
+            load_tensors_(trial, float_state(start))  # its own weights may be zeros until they are trained
             start_from_(quantize_(trial, self.config.quantization), start)
         except ValueError as error:
             raise ValueError(f"{error} ({self.config.start})") from error
