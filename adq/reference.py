@@ -24,6 +24,8 @@ REVIVE_BELOW = 1e-3
 """A level is dead when its EMA count falls below this share of the mean count of a level,"""
 UNUSED = 0.5
 """and below this many weights: in a large layer a level that a few outliers use is in use."""
+LEAST_SCALE = 1e-30
+"""Scales are not made smaller than this."""
 
 
 def decision_thresholds(codebook: Tensor) -> Tensor:
@@ -101,6 +103,7 @@ def foreach_codebook_step_(
 
         scale <- scale + r (sum w q / sum q^2 - scale)      of each channel, where there are channels
         c, N, M <- ema_update(c, N, M, n, s, r)             n, s: statistics of within_reach(v) in the old cells
+        c, M, scale <- f c, f M, scale / f                  with hold_peak's f, where there are channels
         c <- snap_codebook(c)                               where ``snap[l]``; N and M stay as they are
 
     Args:
@@ -117,10 +120,11 @@ def foreach_codebook_step_(
         v, per_channel = w.float() / scale, ops.scale_axis(w.shape, scale) is not None
         counted = within_reach(v, codebook) if per_channel else v
         q, _, n, s = codebook_lookup_statistics(counted, codebook, decision_thresholds(codebook), False)
+        new_codebook, count, total = ema_update(codebook, counts[i], totals[i], n, s, rate)
         if per_channel:
             fitted = least_squares_scale(w.float(), q, scale)
-            scale.copy_(scale + rate * (fitted - scale))
-        new_codebook, count, total = ema_update(codebook, counts[i], totals[i], n, s, rate)
+            new_codebook, total, factor = hold_peak(codebook, new_codebook, total)
+            scale.copy_(rescale(scale + rate * (fitted - scale), factor))
         codebook.copy_(snap_codebook(new_codebook) if snap[i] else new_codebook)
         counts[i].copy_(count)
         totals[i].copy_(total)
@@ -129,18 +133,36 @@ def foreach_codebook_step_(
 
 
 def within_reach(v: Tensor, codebook: Tensor) -> Tensor:
-    """``v``, but no further beyond an outer level than the gap to its neighbour, or the mean one; cells do not change.
+    """``v``, but no further beyond an outer level than the gap to its neighbour, or the largest level over K - 1.
 
     A channel outgrows its scale where a filter was nearly dead: behind a batch norm its gradient is as large as its
-    weights are small. Until the scale has followed, it shall not take the levels away from all other channels.
+    weights are small. Until the scale has followed, it shall not take the levels away from all other channels. Cells do
+    not change.
     """
-    levels, peak = codebook.numel(), codebook[[0, -1]].abs().amax()
+    levels, peak = codebook.numel(), torch.maximum(codebook[0].abs(), codebook[-1].abs())
     if levels < 2:
         return v
     gap = torch.where(peak > 0, peak / (levels - 1), torch.inf)
     low = codebook[0] - torch.maximum(codebook[1] - codebook[0], gap)
     high = codebook[-1] + torch.maximum(codebook[-1] - codebook[-2], gap)
     return v.clamp(low, high)
+
+
+def hold_peak(before: Tensor, codebook: Tensor, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Levels and M in the unit in which the largest level is as large as before, and the factor f that leads there.
+
+    Only products of levels and scales are determined. Scales fit whole weights, levels those within reach: without
+    this, each step would leave the scales a little larger and the levels smaller, without end.
+    """
+    factor = before.abs().amax() / codebook.abs().amax()
+    factor = torch.where((factor > 0.0) & (factor < torch.inf), factor, 1.0)
+    return codebook * factor, total * factor, factor
+
+
+def rescale(scale: Tensor, factor: Tensor) -> Tensor:
+    """``scale / f``; the scale itself where that vanishes, since weights are divided by it."""
+    rescaled = scale / factor
+    return torch.where(rescaled.abs() >= LEAST_SCALE, rescaled, scale)
 
 
 def least_squares_scale(w: Tensor, q: Tensor, scale: Tensor) -> Tensor:
@@ -178,8 +200,8 @@ def ema_update(
 
     ``N <- (1 - r) N + r n``, ``M <- (1 - r) M + r s``, ``c = (M + e c) / (N + e)``. The smoothing e pulls a
     level that few weights use towards where it stands, not towards zero, so the order is kept. A level
-    that no weight has used for long is moved into the most used cell, with half of that cell's weight, unless the rate
-    is zero.
+    that no weight has used for long is moved into the most used cell, with half of that cell's weight. A rate of zero
+    changes nothing.
 
     Args:
         codebook: ascending float32 ``[K]``; ema_count, ema_total: N and M, float32 ``[K]``.
@@ -192,11 +214,13 @@ def ema_update(
     new_count = (1.0 - rate) * ema_count + rate * count.float()
     new_total = (1.0 - rate) * ema_total + rate * total
     smoothing = SMOOTHING * new_count.sum() / new_count.numel() + 1e-30
-    codebook = (new_total + smoothing * codebook) / (new_count + smoothing)
-    return _revive(torch.cummax(codebook, 0).values, new_count, new_total, rate)
+    new_codebook = torch.cummax((new_total + smoothing * codebook) / (new_count + smoothing), 0).values
+    moves = torch.as_tensor(rate, device=codebook.device) > 0.0
+    states = zip(_revive(new_codebook, new_count, new_total), (codebook, ema_count, ema_total), strict=True)
+    return tuple(torch.where(moves, new, old) for new, old in states)  # type: ignore[return-value]
 
 
-def _revive(codebook: Tensor, count: Tensor, total: Tensor, rate: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _revive(codebook: Tensor, count: Tensor, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Move the least used level, if it is dead, beside the most used one, whose N and M it shares."""
     levels = codebook.numel()
     if levels < 2:
@@ -204,7 +228,6 @@ def _revive(codebook: Tensor, count: Tensor, total: Tensor, rate: float | Tensor
     dead, donor = count.argmin(), count.argmax()
     # a donor of fewer than two weights has nothing to share
     revive = (count[dead] < (REVIVE_BELOW * count.sum() / levels).clamp_max(UNUSED)) & (count[donor] >= 2.0)
-    revive = revive & (torch.as_tensor(rate, device=count.device) > 0.0)
     centre = codebook[donor]
     left = centre - codebook[(donor - 1).clamp_min(0)]
     right = codebook[(donor + 1).clamp_max(levels - 1)] - centre

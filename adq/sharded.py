@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from adq.ops import scale_axis
-from adq.reference import decision_thresholds, ema_update, snap_codebook, within_reach
+from adq.reference import decision_thresholds, ema_update, hold_peak, rescale, snap_codebook, within_reach
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -101,12 +101,15 @@ def _step(members: list[Member], rates: Tensor, mesh: Any, placements: Sequence[
     for dim, placement in enumerate(placements):
         if not placement.is_replicate():
             dist.all_reduce(sums, group=mesh.get_group(dim))
-    _move_scales(quantizers, channels, products, norms, rates)
     statistics, alike = cells.float().split(sizes), dict[Any, list[int]]()
     for i, quantizer in enumerate(quantizers):
-        alike.setdefault((sizes[i], quantizer.config.snap), []).append(i)
-    for which in alike.values():
-        _move_codebooks([quantizers[i] for i in which], [statistics[i] for i in which], rates[which])
+        alike.setdefault((sizes[i], quantizer.config.snap, channels[i] > 0), []).append(i)
+    factors = torch.ones_like(rates)
+    for (_, snap, per_channel), which in alike.items():
+        factors[which] = _move_codebooks(
+            [quantizers[i] for i in which], [statistics[i] for i in which], rates[which], bool(snap), per_channel
+        )
+    _move_scales(quantizers, channels, products, norms, rates, factors)
 
 
 def _add_up(
@@ -154,27 +157,40 @@ def _first(weight: DTensor) -> list[int]:
 
 
 def _move_scales(
-    quantizers: list[WeightQuantizer], channels: list[int], products: Tensor, norms: Tensor, rates: Tensor
+    quantizers: list[WeightQuantizer],
+    channels: list[int],
+    products: Tensor,
+    norms: Tensor,
+    rates: Tensor,
+    factors: Tensor,
 ) -> None:
-    """Towards the factors of least squared error, as :func:`adq.reference.least_squares_scale` has them."""
+    """Towards the factors of least squared error, as :func:`adq.reference.least_squares_scale` has them, and into the
+    units of the new codebooks."""
     scales = [quantizer.scale for quantizer, count in zip(quantizers, channels, strict=True) if count]
     if not scales:
         return
-    rate = torch.cat([rates[i].expand(count) for i, count in enumerate(channels)])
+    rate, factor = (
+        torch.cat([values[i].expand(count) for i, count in enumerate(channels)]) for values in (rates, factors)
+    )
     old, fitted = torch.cat([scale.flatten() for scale in scales]), products.float() / norms.float()
-    new = old + rate * (torch.where(fitted > 0, fitted, old) - old)
+    new = rescale(old + rate * (torch.where(fitted > 0, fitted, old) - old), factor)
     parts = new.split([scale.numel() for scale in scales])
     torch._foreach_copy_(scales, [part.view_as(scale) for part, scale in zip(parts, scales, strict=True)])
 
 
-def _move_codebooks(quantizers: list[WeightQuantizer], cells: list[Tensor], rates: Tensor) -> None:
-    """By :func:`adq.reference.ema_update`, codebooks of one length at once."""
+def _move_codebooks(
+    quantizers: list[WeightQuantizer], cells: list[Tensor], rates: Tensor, snap: bool, per_channel: bool
+) -> Tensor:
+    """By :func:`adq.reference.ema_update`, codebooks of one length at once; returns the factors on their units."""
     count, total = torch.stack(cells).chunk(2, 1)
     states = [[getattr(q, name) for q in quantizers] for name in ("codebook", "ema_count", "ema_total")]
-    update: Any = torch.func.vmap(ema_update)
-    moved = list(update(*map(torch.stack, states), count, total, rates))
-    if quantizers[0].config.snap:
-        snap: Any = torch.func.vmap(snap_codebook)
-        moved[0] = snap(moved[0])
+    of_each: Any = torch.func.vmap  # its signature is not typed
+    before = [torch.stack(state) for state in states]
+    moved, factors = list(of_each(ema_update)(*before, count, total, rates)), torch.ones_like(rates)
+    if per_channel:
+        moved[0], moved[2], factors = of_each(hold_peak)(before[0], moved[0], moved[2])
+    if snap:
+        moved[0] = of_each(snap_codebook)(moved[0])
     for state, new in zip(states, moved, strict=True):
         torch._foreach_copy_(state, list(new))
+    return factors

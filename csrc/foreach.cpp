@@ -11,6 +11,7 @@ namespace {
 constexpr float kSmoothing = 1e-5f;    // of the mean count of a level
 constexpr float kReviveBelow = 1e-3f;  // of the mean count of a level
 constexpr float kUnused = 0.5f;        // weights
+constexpr float kLeastScale = 1e-30f;
 constexpr float kInt8Max = 127.0f;
 
 // Elements of a layer that one thread takes: whole rows where rows have scales of their own. It depends on
@@ -59,6 +60,10 @@ StepTable table_of(const Layer& layer) {
     return table;
 }
 
+float largest_level(const Layer& layer) {
+    return std::max(std::fabs(layer.codebook[0]), std::fabs(layer.codebook[layer.levels - 1]));
+}
+
 // Values that are counted as they are; see within_reach in reference.py.
 struct Reach {
     float low = -std::numeric_limits<float>::infinity();
@@ -68,7 +73,7 @@ struct Reach {
 Reach reach_of(const Layer& layer) {
     const int last = layer.levels - 1;
     const float* c = layer.codebook;
-    const float peak = std::max(std::fabs(c[0]), std::fabs(c[last]));
+    const float peak = largest_level(layer);
     if (last == 0 || !(peak > 0.0f)) return {};
     const float gap = peak / static_cast<float>(last);
     return {c[0] - std::max(c[1] - c[0], gap), c[last] + std::max(c[last] - c[last - 1], gap)};
@@ -146,6 +151,21 @@ void step_scales(const Layer& layer, const std::vector<RowSums>& rows) {
     }
 }
 
+// Levels and M in the unit in which the largest level is as large as it was, and scales in theirs: see
+// hold_peak in reference.py.
+void hold_peak(const Layer& layer, float before) {
+    const float factor = before / largest_level(layer);
+    if (!(factor > 0.0f && factor < std::numeric_limits<float>::infinity())) return;
+    for (int k = 0; k < layer.levels; ++k) {
+        layer.codebook[k] *= factor;
+        layer.ema_total[k] *= factor;
+    }
+    for (std::int64_t channel = 0; channel < layer.channels; ++channel) {
+        const float scale = layer.scale[channel] / factor;
+        if (std::fabs(scale) >= kLeastScale) layer.scale[channel] = scale;
+    }
+}
+
 // The dead level, if there is one, moves beside the most used one: see reference.py.
 void revive(const Layer& layer) {
     const int levels = layer.levels;
@@ -155,7 +175,7 @@ void revive(const Layer& layer) {
     double sum = 0.0;
     for (int k = 0; k < levels; ++k) sum += count[k];
     const float rare = kReviveBelow * static_cast<float>(sum) / static_cast<float>(levels);
-    const bool is_dead = layer.rate > 0.0f && count[dead] < std::min(rare, kUnused);
+    const bool is_dead = count[dead] < std::min(rare, kUnused);
     if (levels < 2 || !is_dead || !(count[donor] >= 2.0f)) return;
     const float centre = c[donor];
     const float left = centre - c[std::max(donor - 1, 0)];
@@ -176,8 +196,7 @@ void revive(const Layer& layer) {
 }
 
 void snap(const Layer& layer) {
-    float peak = 0.0f;
-    for (int k = 0; k < layer.levels; ++k) peak = std::max(peak, std::fabs(layer.codebook[k]));
+    const float peak = largest_level(layer);
     int exponent = 0;
     const float ratio = std::max(peak / kInt8Max, std::numeric_limits<float>::min());
     if (std::frexp(ratio, &exponent) == 0.5f) --exponent;
@@ -190,7 +209,7 @@ void snap(const Layer& layer) {
 
 // The items of the layer follow one another in `sums`.
 void step_codebook(const Layer& layer, const ItemSums* sums, std::size_t items) {
-    const float rate = layer.rate, keep = 1.0f - rate;
+    const float rate = layer.rate, keep = 1.0f - rate, peak = largest_level(layer);
     double all = 0.0;
     for (int k = 0; k < layer.levels; ++k) {
         double total = 0.0;
@@ -210,7 +229,7 @@ void step_codebook(const Layer& layer, const ItemSums* sums, std::size_t items) 
         if (k > 0) level = std::max(level, layer.codebook[k - 1]);
     }
     revive(layer);
-    if (layer.snap) snap(layer);
+    if (layer.channels > 1) hold_peak(layer, peak);
 }
 
 }  // namespace
@@ -241,8 +260,11 @@ void step_layers(const std::vector<Layer>& layers, int threads) {
         gather_item(layers[l], tables[l], items[i], sums[i], rows[l]);
     };
     const auto step = [&](std::size_t l) {
-        step_scales(layers[l], rows[l]);
-        step_codebook(layers[l], sums.data() + first[l], first[l + 1] - first[l]);
+        if (layers[l].rate > 0.0f) {
+            step_scales(layers[l], rows[l]);
+            step_codebook(layers[l], sums.data() + first[l], first[l + 1] - first[l]);
+        }
+        if (layers[l].snap) snap(layers[l]);
         tables[l] = table_of(layers[l]);
     };
     const auto quantize = [&](std::size_t i) {

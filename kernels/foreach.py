@@ -58,6 +58,7 @@ ITEMS, HEIGHT, WORK, INDEX, SNAP = (_COLUMNS[name] for name in FIELDS[18:])
 SMOOTHING = tl.constexpr(1e-5)
 REVIVE_BELOW = tl.constexpr(1e-3)
 UNUSED = tl.constexpr(0.5)
+LEAST_SCALE = tl.constexpr(1e-30)
 
 
 @triton.jit
@@ -570,8 +571,8 @@ def _ema(old, level, levels, n, s, rate):
 
 
 @triton.jit
-def _revive(codebook, count, total, level, levels, rate):
-    """Move the least used level, if it is dead, beside the most used one, whose N and M it shares; at no rate of zero.
+def _revive(codebook, count, total, level, levels):
+    """Move the least used level, if it is dead, beside the most used one, whose N and M it shares.
 
     Returns the state in the old order, and the new place of each level.
     """
@@ -580,7 +581,7 @@ def _revive(codebook, count, total, level, levels, rate):
     donor = tl.argmax(tl.where(there, count, -float("inf")), 0)
     fewest, most = _pick(count, level, dead), _pick(count, level, donor)
     rare = tl.div_rn(tl.reduce(count, 0, ADD) * REVIVE_BELOW, levels.to(tl.float32))
-    revive = (fewest < rare) & (fewest < UNUSED) & (most >= 2.0) & (rate > 0)
+    revive = (fewest < rare) & (fewest < UNUSED) & (most >= 2.0)
     centre = _pick(codebook, level, donor)
     left = centre - _pick(codebook, level, tl.maximum(donor - 1, 0))
     right = _pick(codebook, level, tl.minimum(donor + 1, levels - 1)) - centre
@@ -613,14 +614,45 @@ def _snapped(codebook, there):
 
 
 @triton.jit
+def _held(layer, old, codebook, level, levels):
+    """The factor that leads back to the unit in which the largest level is as large as before, where there are
+    channels: see :func:`adq.reference.hold_peak`."""
+    there = level < levels
+    before = tl.max(tl.where(there, tl.abs(tl.load(old + level, mask=there, other=0.0)), 0.0), 0)
+    factor = tl.div_rn(before, tl.max(tl.where(there, tl.abs(codebook), 0.0), 0))
+    return tl.where((factor > 0) & (factor < float("inf")) & (_number(layer, CHANNELS) != 0), factor, 1.0)
+
+
+@triton.jit
+def _rescale(layer, first, end, factor, LANES: tl.constexpr):
+    """Scales of some rows in the new unit of the levels; see :func:`adq.reference.rescale`."""
+    for at in range(first, end, LANES):
+        row = at + tl.arange(0, LANES)
+        scale = tl.load(_floats(layer, SCALE) + row, mask=row < end, other=1.0)
+        rescaled = tl.div_rn(scale, factor)
+        rescaled = tl.where(tl.abs(rescaled) >= LEAST_SCALE, rescaled, scale)
+        tl.store(_floats(layer, SCALE) + row, rescaled, mask=row < end)
+
+
+@triton.jit
 def _update(layer, item, counts, totals, old, new, rate, K: tl.constexpr, CHUNK: tl.constexpr):
-    """The layer's new state, for up to K levels: to its own tensors by item 0, the codebook to ``new`` by each."""
+    """The layer's new state, for up to K levels: to its own tensors by item 0, the codebook to ``new`` by each.
+
+    Returns the factor by which scales are to be divided.
+    """
     level, levels, items = tl.arange(0, K), _number(layer, LEVELS), _number(layer, ITEMS)
     n = _add_partials(counts, level, levels, items, tl.int64, CHUNK).to(tl.float32)
     s = _add_partials(totals, level, levels, items, tl.float64, CHUNK).to(tl.float32)
     codebook, count, total = _ema(old, level, levels, n, s, rate)
-    codebook, count, total, place = _revive(codebook, count, total, level, levels, rate)
+    codebook, count, total, place = _revive(codebook, count, total, level, levels)
+    factor = _held(layer, old, codebook, level, levels)
+    codebook, total = codebook * factor, total * factor
     there = level < levels
+    if not rate > 0:
+        codebook = tl.load(old + level, mask=there, other=0.0)
+        count = tl.load(old + levels + level, mask=there, other=0.0)
+        total = tl.load(old + 2 * levels + level, mask=there, other=0.0)
+        place, factor = level, 1.0
     if tl.load(layer + SNAP) != 0:
         codebook = _snapped(codebook, there)
     if item == 0:
@@ -629,6 +661,7 @@ def _update(layer, item, counts, totals, old, new, rate, K: tl.constexpr, CHUNK:
         tl.store(_floats(layer, TOTAL) + place, total, mask=there)
     if new is not None:
         tl.store(new + place, codebook, mask=there)
+    return factor
 
 
 @triton.jit(do_not_specialize=["layers"])
@@ -646,7 +679,7 @@ def foreach_update_kernel(
     VECTOR: tl.constexpr,
 ):
     """Second half of a step: adds up the items' statistics and updates codebook, N and M by
-    :func:`adq.reference.ema_update`, levels on an int8 grid where ``snap`` is set.
+    :func:`adq.reference.ema_update`, scales with the unit of the levels, levels on an int8 grid where ``snap`` is set.
 
     With QUANTIZE there is a program an item: each works out the new codebook for itself, then quantizes its rows with
     the new state. Without, a program a layer.
@@ -666,15 +699,20 @@ def foreach_update_kernel(
     codebook = None
     if QUANTIZE:
         codebook = new + item * _number(layer, LEVELS)
-    kind = _number(layer, KIND)
+    kind, factor = _number(layer, KIND), 1.0
     if KINDS & (4 + 8 + 16):
         if kind <= 16:
-            _update(layer, item, counts, totals, old, codebook, rate, 16, 128)
+            factor = _update(layer, item, counts, totals, old, codebook, rate, 16, 128)
     if KINDS & 256:
         if kind == 256:
-            _update(layer, item, counts, totals, old, codebook, rate, 256, 16)
+            factor = _update(layer, item, counts, totals, old, codebook, rate, 256, 16)
+    if _number(layer, CHANNELS) != 0:
+        first, end = 0, _number(layer, ROWS)
+        if QUANTIZE:
+            first, end = _span(layer, item)
+        _rescale(layer, first, end, factor, LANES)
     if QUANTIZE:
-        tl.debug_barrier()  # the codebook is read by other threads than wrote it
+        tl.debug_barrier()  # codebook and scales are read by other threads than wrote them
         source, target = _weight(layer, staged), _output(layer, None)
         for i in tl.static_range(2, 9):
             if KINDS & (1 << i):

@@ -48,6 +48,9 @@ POINTERS = {
     torch.float64: "*fp64",
 }
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+WHOLE = "sm_90"
+"""The target for which every case is compiled."""
+
 BATCH = 12
 """Kernels that a process compiles at a time."""
 
@@ -225,14 +228,15 @@ def cases(target: str):
     """(operation, dtype, size, call) of every launcher of the product; size is K, n or the bits of a code.
 
     Symmetric codebooks have a level less. Where no search in memory and no statistics are needed, that is another
-    constant in the same code. So is the number of steps of a uniform quantizer.
+    constant in the same code. So is the number of steps of a uniform quantizer. Float16 has the code of bfloat16
+    with other conversions: it, and symmetric codebooks, are compiled for :data:`WHOLE` alone.
     """
-    one = torch.ones(1)
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    one, whole = torch.ones(1), target == WHOLE
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)[: 3 if whole else 2]:
         name = str(dtype).removeprefix("torch.")
         x = torch.zeros(4096, dtype=dtype)
         for bits in range(1, 9):
-            for levels in (2**bits, 2**bits - 1)[: min(bits, 2)]:
+            for levels in (2**bits, 2**bits - 1)[: 2 if whole and bits > 1 else 1]:
                 table = torch.zeros(levels), torch.zeros(levels - 1)
                 if levels == 2**bits or bits > cuda.LANE_PROBES:
                     yield "lookup", name, levels, partial(cuda.codebook_lookup, x, *table, False)
@@ -247,7 +251,8 @@ def cases(target: str):
                 yield kind + "forward", name, steps, partial(cuda.threshold_quantize, *arguments)
                 yield kind + "backward", name, steps, partial(cuda.threshold_quantize_backward, x, *arguments)
                 yield kind + "levels", name, steps, partial(cuda.threshold_levels, x, one, interval, one, steps)
-        yield from foreach_cases(dtype, target)
+        if whole or dtype == torch.bfloat16:
+            yield from foreach_cases(dtype, target)
     yield from integer_cases()
     for bits in range(1, 9):
         codes, packed = torch.zeros(8192, dtype=torch.uint8), torch.zeros(1024 * bits, dtype=torch.uint8)
@@ -263,7 +268,7 @@ def cases(target: str):
     for dtype, rows, widths in (
         (torch.float32, 1, range(1, 9)),
         (torch.bfloat16, 1, (4,)),
-        (torch.float16, 1, (4,)),
+        (torch.float16, 1, (4,) if whole else ()),
         (torch.bfloat16, 4, (3, 4, 8)),
     ):
         for bits in widths:
@@ -292,7 +297,7 @@ def integer_cases():
 def foreach_cases(dtype: torch.dtype, target: str):
     """The operators of many layers: of all widths in one network, which is all the code there is; and of single
     widths, in float32 on one target, for their figures. Size is the largest number of levels."""
-    single = dtype == torch.float32 and target == "sm_90"
+    single = dtype == torch.float32 and target == WHOLE
     for levels in ((4, 8, 16, 256), *[(4,), (8,), (16,)] * single):
         labels = str(dtype).removeprefix("torch."), max(levels)
         weights, scales = (

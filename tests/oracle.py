@@ -145,13 +145,18 @@ def codebook_step(
     smoothing = 1e-5 * count.mean() + 1e-30
     mean = np.maximum.accumulate((total + smoothing * codebook) / (count + smoothing))
     reach = np.maximum.accumulate((magnitude + smoothing * np.abs(codebook)) / (count + smoothing))
-    state = revived(mean, count, total) if rate > 0 else [mean, count, total]
+    state = revived(mean, count, total) if rate > 0 else [codebook.astype(np.float64), count, total]
     # the spacing of two levels carries the errors of both
     sizes = [np.maximum(np.abs(state[0]), reach), state[1], np.maximum(np.abs(state[2]), magnitude)]
+    new_scale = Sum(scale.astype(np.float64), np.zeros(scale.shape))
     if scale.size > 1:
         new_scale = fitted_scale(w, scale, codebook, rate)
-    else:
-        new_scale = Sum(scale.astype(np.float64), np.zeros(scale.shape))
+        before, after = np.abs(codebook.astype(np.float64)).max(), np.abs(state[0]).max()
+        if rate > 0 and before > 0 and after > 0:  # the largest level stays, products with scales too
+            factor, blur = before / after, (sizes[0] / after).max()
+            new_scale = Sum(new_scale.value / factor, (new_scale.magnitude + np.abs(new_scale.value) * blur) / factor)
+            for i in (0, 2):
+                state[i], sizes[i] = state[i] * factor, (sizes[i] + np.abs(state[i]) * blur) * factor
     return State(new_scale, *(Sum(value, 2 * size) for value, size in zip(state, sizes, strict=True)))
 
 
