@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ FORMAT_VERSION = 1
 FLOAT_BITS = 32
 FIRST_EXCESS = 1e-3
 """Where the search begins: this part of the first gap between the bounds on the least score."""
+MOST_SUMS = 2**17
+"""Sums of the layers so far that the search goes on with; more occur where layers of unrelated sizes gain alike."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,9 @@ def allocate(
     tied: Iterable[Sequence[str]] = (),
 ) -> Allocation:
     """Choose one width per layer: least sum of scores within the budget, exactly (dynamic program).
+
+    Where very many assignments are as good as the best, as when every layer gains the same for a bit of a weight, the
+    search is cut off: then a RuntimeWarning says how far from the least sum the one found is at most.
 
     Args:
         table: from :func:`adq.sensitivity`; pinned layers keep their width and count towards the budget.
@@ -245,12 +251,12 @@ def _solve(
 
     With a price on cost, every group has a best option, and an assignment exceeds the sum of those by some excess. No
     assignment within the limit scores less than ``lower`` plus its excess. So those of small excess are searched, and
-    of ever larger, until the best one found scores no more than any left out could. Costs are whole numbers; scores are
-    compared as float64 sums.
+    of ever larger, until the best one found scores no more than any left out could, or until there are too many. Costs
+    are whole numbers; scores are compared as float64 sums.
     """
     named = {layer.name: layer for layer in layers}
     in_group = {name for group in tied for name in group}
-    found = []
+    found, floor = [], 0.0
     for group in (*tied, *([name] for name in named if name not in in_group)):
         widths = choices[group[0]]
         costs = np.array([sum(budget.cost(named[name], b) for name in group) for b in widths], dtype=np.int64)
@@ -258,6 +264,7 @@ def _solve(
         if not np.isfinite(scores).all():
             raise ValueError("adq: the sensitivity table holds NaN or infinity")
         limit -= int(costs.min())
+        floor += float(scores.min())
         found.append((group, _Options(costs - costs.min(), scores - scores.min())))
     found.sort(key=lambda item: float(item[1].scores.max()))  # sums begin with the small ones, which so are not lost
     options = [option for _, option in found]
@@ -265,13 +272,22 @@ def _solve(
     lower = math.fsum(float(o.priced(price).min()) for o in options) - price * limit
     gap = price * (limit - sum(o.spent(price) for o in options))  # the best options at the price are an assignment
     rounding = 4 * len(options) * np.finfo(float).eps * (sum(float(o.scores.max()) for o in options) + price * limit)
-    excess = FIRST_EXCESS * gap
-    while True:
-        score, chosen = _search(options, limit, price, excess + rounding)
+    excess, complete, best = FIRST_EXCESS * gap, True, (math.inf, [0])
+    while complete:
+        score, chosen, complete = _search(options, limit, price, excess + rounding)
+        best = min(best, (score, chosen))
         gap = min(gap, score - lower)
         if gap <= excess + rounding:
             break
         excess = min(10 * excess, gap)
+    score, chosen = best
+    if not complete and score - lower > rounding:
+        warnings.warn(
+            f"adq: too many assignments are nearly as good as the best; the scores of the one found add up to at most "
+            f"{score - lower:.2g} more than the least, which is at least {lower + floor:.6g}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
     return {name: choices[name][i] for (group, _), i in zip(found, chosen, strict=True) for name in group}
 
 
@@ -285,12 +301,14 @@ def _price(options: Sequence[_Options], limit: int) -> float:
     return ordered[bisect_left(ordered, True, key=lambda price: sum(o.spent(price) for o in options) <= limit)]
 
 
-def _search(options: Sequence[_Options], limit: int, price: float, excess: float) -> tuple[float, list[int]]:
-    """The least score within the limit of the assignments up to an excess, and the option that each group has there.
+def _search(options: Sequence[_Options], limit: int, price: float, excess: float) -> tuple[float, list[int], bool]:
+    """The least score within the limit of the assignments up to an excess, the option that each group has there, and
+    whether all such assignments were searched.
 
-    Group by group, of assignments so far those stay than which no cheaper one scores as little.
+    Group by group, of assignments so far those stay than which no cheaper one scores as little, of too many some of
+    every cost.
     """
-    costs, scores, least = np.zeros(1, dtype=np.int64), np.zeros(1), 0.0
+    costs, scores, least, complete = np.zeros(1, dtype=np.int64), np.zeros(1), 0.0, True
     steps = []
     for o in options:
         least += float(o.priced(price).min())
@@ -300,13 +318,15 @@ def _search(options: Sequence[_Options], limit: int, price: float, excess: float
         kept = kept[np.lexsort((scores[kept], costs[kept]))]
         best = np.minimum.accumulate(scores[kept])
         kept = kept[np.append(True, best[1:] < best[:-1])]
+        if len(kept) > MOST_SUMS:
+            kept, complete = kept[np.linspace(0, len(kept) - 1, MOST_SUMS).astype(np.int64)], False
         costs, scores = costs[kept], scores[kept]
         steps.append((count, kept))
     score, at, chosen = float(scores[-1]), len(scores) - 1, []
     for count, kept in reversed(steps):
         option, at = divmod(int(kept[at]), count)
         chosen.append(option)
-    return score, chosen[::-1]
+    return score, chosen[::-1], complete
 
 
 def apply_allocation_(model: nn.Module, allocation: Allocation | Mapping[str, int]) -> nn.Module:

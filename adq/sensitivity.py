@@ -355,7 +355,7 @@ def _kl_scores(model: nn.Module, batches: list[Any], loss_fn: LossFn, widths: li
         ]
 
     sums = KL_TEMPERATURE**2 * _each_change(model, layers, widths, divergences)
-    return [(len(p), values) for p, values in zip(expected, sums, strict=True)]
+    return [(len(p), values.clone()) for p, values in zip(expected, sums, strict=True)]  # not with those of all
 
 
 def _log_softmax(outputs: Any, temperature: float = 1.0) -> Tensor:

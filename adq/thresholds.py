@@ -38,7 +38,7 @@ def uniform_bits(interval: Tensor) -> int | None:
     """The width that the constant interval of a uniform quantizer is of; None if of none."""
     if interval.is_meta or interval.numel() != 1:
         return None
-    steps = ACTIVATION_RANGE / interval.item()
+    steps = ACTIVATION_RANGE / max(interval.item(), MIN_INTERVAL)
     return next((bits for bits in range(1, 9) if math.isclose(steps, 2**bits - 1, rel_tol=1e-4)), None)
 
 
@@ -147,7 +147,7 @@ def resampled(thresholds: Thresholds, present: ActivationConfig, config: Activat
         unit = new_width / interval
     else:
         interval = edges.diff()
-        unit = (MIN_INTERVAL / interval.min()).clamp_min(1.0)
+        unit = (2.0 * MIN_INTERVAL / interval.min()).clamp_min(1.0)  # at the least itself there is no gradient
     return Thresholds(
         start=(unit * edges[:1]).float(),
         interval=(unit * interval).float(),

@@ -69,7 +69,11 @@ def _pace(group: dict[str, Any]) -> Pace:
         rate = rate.detach()
         if peak is None:
             peak = group.get(PEAK, 0.0)
-            if not isinstance(peak, Tensor) or peak.device != rate.device:
+            if not isinstance(peak, Tensor) or (peak.device, peak.dtype, peak.shape) != (
+                rate.device,
+                rate.dtype,
+                rate.shape,
+            ):
                 peak = group[PEAK] = torch.full_like(rate, float(peak))
             torch.maximum(peak, rate, out=peak)  # in place: a captured graph goes on with it
         peak = torch.as_tensor(peak, device=rate.device)

@@ -208,3 +208,5 @@ def test_thresholds_of_another_width_are_refused(thresholds):
         net(6).load_state_dict(model.state_dict())
     older = {key: 1.1 * value if key.endswith("interval") else value for key, value in saved.items()}
     net(6).load_state_dict(older)  # of a curve that was followed before the constant told the width
+    for value in (0.0, -1.0, torch.nan):  # of no width
+        net(6).load_state_dict({k: torch.full_like(v, value) if "interval" in k else v for k, v in saved.items()})

@@ -448,6 +448,14 @@ def test_the_highest_rate_stays_where_a_captured_step_reads_it():
         assert group[update.PEAK].data_ptr() == place
 
 
+def test_a_rate_may_change_its_shape_and_dtype():
+    group = {"lr": torch.tensor(0.4)}
+    update._pace(group)
+    for rate in (torch.tensor([0.2]), torch.tensor(0.2, dtype=torch.float64), torch.tensor(0.2)):
+        group["lr"] = rate
+        assert float(update._pace(group)) == pytest.approx(0.5)
+
+
 @pytest.mark.parametrize("make", [float, torch.tensor])
 def test_the_highest_rate_goes_with_the_optimizers_state(make):
     net = model()
