@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 from statistics import fmean, median
 
 import numpy as np
@@ -12,8 +13,9 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 import adq
-from adq.config import load_yaml
+from adq.config import dump_yaml, load_yaml, to_dict
 from adq.sensitivity import SensitivityTable
+from adq.store import write_text
 
 pytest.importorskip("accelerate", reason="adq train needs the extra 'train'")
 pytest.importorskip("sklearn", reason="the digits need scikit-learn")
@@ -191,6 +193,114 @@ def test_bad_options_are_refused(weights, tmp_path, arguments, message):
     assert outcome.exit_code == 1
     assert message in " ".join(outcome.output.split())
     assert not (tmp_path / "out").exists()
+
+
+# ---- runs that were trained --------------------------------------------------------------------------
+
+
+def finished(folder, bits, top1, **changes):
+    """A run folder as a finished run leaves it."""
+    folder.mkdir(parents=True)
+    config = resolve("digits", [{"output": str(folder), **changes}])
+    write_text(folder / "config.yaml", dump_yaml(to_dict(config)))
+    write_text(folder / "allocation.yaml", dump_yaml(adq.Allocation(bits, 3.0, 3.1).to_dict()))
+    result = {"model": "digits_cnn", "average_bits_quantized": fmean(bits.values())}
+    result |= {"float_top1": 95.0, "calibrated_top1": top1 - 2.0, "quantized_top1": top1}
+    write_text(folder / "result.json", json.dumps(result))
+    return folder
+
+
+def add(study, *runs):
+    return run("--study", study, *(word for path in runs for word in ("--trained", path)))
+
+
+@pytest.fixture
+def known(tmp_path):
+    """A study of two free layers, whose scores are known, and four finished runs of three allocations."""
+    scores = {"a": {2: 4.0, 3: 1.0, 4: 0.5}, "b": {2: 2.0, 3: 1.5, 4: 0.25}}
+    other = {"a": {2: 1.0, 3: 3.0, 4: 2.0}, "b": {2: 1.0, 3: 1.0, 4: 1.0}}
+    truth = {n: {b: dict.fromkeys(TARGETS_AND_HALVES, v) for b, v in by.items()} for n, by in scores.items()}
+    study = {
+        **{"model": "digits_cnn", "data": "digits", "images": 10, "budget": 3.0, "widths": [2, 3, 4]},
+        **{"layers": {"a": 1, "b": 1}, "truth": truth, "draws": {"repeats": 1, "images": 5}},
+        "float": {"loss": 0.1, "top1": 95.0},
+        "epoch": {"steps": 1, "step_seconds": 1.0, "seconds": 1.0},
+        "estimators": {
+            "fisher": {
+                "seconds": [1.0],
+                "percent_of_epoch": 1.0,
+                "scores": [other],
+                "correlations": [{t: correlations(other, scores) for t in ("loss", "accuracy", "kl")}],
+                "stability": {"spearman": None, "changed_layers": None},
+            }
+        },
+        "additivity": {"points": [], "spearman": {"rise": {"truth": 1.0}, "corrected": {"truth": 1.0}}},
+    }
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / "study.json").write_text(json.dumps(study))
+    runs = [
+        finished(tmp_path / "one", {"a": 4, "b": 2}, 94.0),
+        finished(tmp_path / "two", {"a": 2, "b": 4}, 90.0, seed=1),
+        finished(tmp_path / "three", {"a": 3, "b": 3}, 92.0, allocation={"order": "random"}),
+        finished(tmp_path / "four", {"a": 3, "b": 3}, 93.0, seed=2),
+    ]
+    return tmp_path / "study", runs
+
+
+TARGETS_AND_HALVES = ("loss", "accuracy", "kl", "even", "odd", "error")
+
+
+def test_runs_that_were_trained_are_ranked(known):
+    study, runs = known
+    outcome = add(study, *runs)
+    assert outcome.exit_code == 0, outcome.output
+    found = json.loads((study / "study.json").read_text())["trained"]
+    points = {tuple(point["runs"]): point for point in found["points"]}
+    assert list(points) == [("one",), ("three", "four"), ("two",)]
+    assert points["three", "four"]["falls"] == {"calibrated": 4.5, "trained": 2.5}
+    assert {names: point["sums"] for names, point in points.items()} == {
+        ("one",): {"truth": 2.5, "fisher": 3.0},
+        ("three", "four"): {"truth": 2.5, "fisher": 4.0},
+        ("two",): {"truth": 4.25, "fisher": 2.0},
+    }
+    falls = [1.0, 2.5, 5.0]
+    assert found["spearman"]["trained"]["truth"] == pytest.approx(spearmanr([2.5, 2.5, 4.25], falls)[0])
+    assert found["spearman"]["trained"]["fisher"] == pytest.approx(spearmanr([3.0, 4.0, 2.0], falls)[0])
+    assert found["stages"] == 1.0
+    assert "three, four" in (study / "study.md").read_text()
+    assert (study / "trained.png").stat().st_size > 1000
+    assert add(study, *runs).exit_code == 0  # again: in place of what was there
+    assert json.loads((study / "study.json").read_text())["trained"] == found
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f, runs: runs[:2], "three of one budget, got 2 with 3.00, 3.00 bits"),
+        (lambda f, runs: [*runs, finished(f / "r", {"a": 4, "b": 4}, 94.0)], "got 4 with 3.00, 3.00, 3.00, 4.00"),
+        (lambda f, runs: [*runs, finished(f / "r", {"a": 8, "b": 2}, 94.0)], "no scores for .*r: layer 'a' of 8 bits"),
+        (lambda f, runs: [*runs, finished(f / "r", {"a": 4}, 94.0)], "no scores for .*r: layer 'b' of None bits"),
+        (
+            lambda f, runs: [*runs, finished(f / "r", {"a": 4, "b": 2}, 94.0, qat={"lr": 0.5})],
+            "r was trained with another qat.lr than .*one",
+        ),
+        (lambda f, runs: [*runs, f], "holds no finished run: there is no result.json"),
+    ],
+)
+def test_runs_that_cannot_be_compared_are_refused(known, change, message):
+    study, runs = known
+    before = (study / "study.json").read_text()
+    outcome = add(study, *change(study.parent, runs))
+    assert outcome.exit_code == 1
+    assert re.search(message, " ".join(outcome.output.split())), outcome.output
+    assert (study / "study.json").read_text() == before
+
+
+def test_trained_runs_need_a_study_and_nothing_else(known, tmp_path):
+    study, runs = known
+    assert "takes --study DIR and nothing else" in run("--trained", runs[0]).output
+    assert "takes --study DIR and nothing else" in run("--study", study, "--trained", runs[0], "--root", "x").output
+    assert "No such file" in add(tmp_path / "none", *runs).output
 
 
 def test_an_allocation_needs_a_budget(weights, tmp_path):

@@ -250,10 +250,23 @@ def sensitivity_(
     study: Annotated[
         Path | None, typer.Option(help="Instead measure how far each estimator can be trusted; folder to write to.")
     ] = None,
+    trained: Annotated[
+        list[Path] | None,
+        typer.Option(help="Add this run folder to a finished --study: one of three or more, of other bits."),
+    ] = None,
     set_: Set = None,
 ) -> None:
     """Score a float network's layers at each bit-width, and allocate bits."""
     with _plain_errors():
+        if trained:
+            given = (config, data, root, model, weights, weight_bits, estimator, output, allocation, set_)
+            if study is None or any(value is not None for value in given):
+                raise ValueError("--trained adds runs to a study that is there: it takes --study DIR and nothing else")
+            from adq.train.study import markdown
+            from adq.train.study_trained import add_trained
+
+            typer.echo(f"{markdown(add_trained(study, trained))}\nwrote {study}")
+            return
         from adq.train.score import score
 
         options = _nested(

@@ -34,6 +34,7 @@ from adq.train.engine import build_accelerator, build_optimizer
 from adq.train.run import check_layers, float_network
 from adq.train.study_figures import draw_allocations, draw_heatmaps, draw_scatter
 
+STUDY = "study.json"
 TRUTH = "truth"
 TARGETS = ("loss", "accuracy", "kl")
 HELD_OUT_BATCH = 64
@@ -76,7 +77,7 @@ def study(config: RunConfig, folder: Path) -> dict[str, Any]:
         "epoch": epoch,
         "additivity": subject.additivity(base, truth, estimators),
     }
-    write_text(folder / "study.json", json.dumps(result, indent=1) + "\n")
+    write_text(folder / STUDY, json.dumps(result, indent=1) + "\n")
     write_text(folder / "study.md", markdown(result))
     draw_heatmaps(folder / "heatmaps.png", result)
     draw_scatter(folder / "scatter.png", result)
@@ -240,7 +241,7 @@ class Subject:
             "distinct": len(distinct),
             "spearman": {
                 kind: {
-                    name: _rank(spearmanr, [p["sums"][name] for p in distinct], [p[kind]["loss"] for p in distinct])
+                    name: rank(spearmanr, [p["sums"][name] for p in distinct], [p[kind]["loss"] for p in distinct])
                     for name in scores
                 }
                 for kind in ("rise", "corrected")
@@ -304,7 +305,7 @@ def time_epoch(subject: Subject) -> dict[str, float]:
 # ---- agreement ---------------------------------------------------------------------------------------
 
 
-def _rank(measure: Any, a: Sequence[float], b: Sequence[float]) -> float | None:
+def rank(measure: Any, a: Sequence[float], b: Sequence[float]) -> float | None:
     """A correlation of scipy.stats; None where there is none: fewer than three pairs, or all alike."""
     if len(a) < 3 or len(set(a)) < 2 or len(set(b)) < 2:
         return None
@@ -324,9 +325,9 @@ def correlations(scores: Scores, truth: Scores) -> dict[str, dict[str, float | N
         b = [truth[name][bits] for name in scores for bits in members]
         logs = [(math.log(x), math.log(y)) for x, y in zip(a, b, strict=True) if x > 0 and y > 0]
         found[group] = {
-            "spearman": _rank(spearmanr, a, b),
-            "kendall": _rank(kendalltau, a, b),
-            "log_pearson": _rank(pearsonr, [x for x, _ in logs], [y for _, y in logs]),
+            "spearman": rank(spearmanr, a, b),
+            "kendall": rank(kendalltau, a, b),
+            "log_pearson": rank(pearsonr, [x for x, _ in logs], [y for _, y in logs]),
         }
     return found
 
@@ -369,6 +370,17 @@ def markdown(result: Mapping[str, Any]) -> str:
         "training, too, follows at once what quantization does to them.",
         _additivity_table(result),
     ]
+    if "trained" in result:
+        parts += [
+            "## Runs of one recipe and one budget that were trained with different bits",
+            _trained_table(result["trained"]),
+            "Falls of top-1 below the float network, means over the runs with the same bits. The rank correlation of "
+            f"the falls before and after training is {_text(result['trained']['stages'])}.",
+            _ranks_table(
+                result["trained"]["spearman"],
+                {"calibrated": "with the fall before training", "trained": "with the fall after it"},
+            ),
+        ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -437,7 +449,25 @@ def _allocation_table(result: Mapping[str, Any]) -> str:
 
 
 def _additivity_table(result: Mapping[str, Any]) -> str:
-    ranks = result["additivity"]["spearman"]
-    header = ["rank correlation of the sum of", *(f"`{name}`" for name in ranks["rise"])]
     titles = {"rise": "with the rise of the loss", "corrected": "the same, corrected"}
-    return _table(header, [[title, *(_text(rank) for rank in ranks[kind].values())] for kind, title in titles.items()])
+    return _ranks_table(result["additivity"]["spearman"], titles)
+
+
+def _ranks_table(ranks: Mapping[str, Mapping[str, float | None]], titles: Mapping[str, str]) -> str:
+    header = ["rank correlation of the sum of", *(f"`{name}`" for name in next(iter(ranks.values())))]
+    return _table(header, [[title, *map(_text, ranks[kind].values())] for kind, title in titles.items()])
+
+
+def _trained_table(trained: Mapping[str, Any]) -> str:
+    names = list(trained["points"][0]["sums"])
+    header = ["runs", "bits on average", "fall before training", "fall after it", *(f"sum of `{n}`" for n in names)]
+    rows = [
+        [
+            ", ".join(point["runs"]),
+            _text(point["average_bits"], 3),
+            *map(_text, point["falls"].values()),
+            *(f"{point['sums'][name]:.3g}" for name in names),
+        ]
+        for point in trained["points"]
+    ]
+    return _table(header, rows)

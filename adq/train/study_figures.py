@@ -110,3 +110,23 @@ def draw_allocations(path: Path, result: Mapping[str, Any]) -> None:
     figure.supylabel("weight bits", fontsize=10)
     axes[-1].tick_params(axis="x", rotation=90)
     _write(figure, path)
+
+
+def draw_trained(path: Path, trained: Mapping[str, Any]) -> None:
+    """Falls of top-1 of runs with different bits, before and after training, against each sum of scores."""
+    pyplot = _pyplot()
+    names, points = list(trained["points"][0]["sums"]), trained["points"]
+    figure, axes = pyplot.subplots(
+        2, len(names), figsize=(2.3 * len(names) + 0.6, 4.6), layout="constrained", sharex="col", sharey="row"
+    )
+    for row, (stage, ranks) in zip(axes, trained["spearman"].items(), strict=True):
+        for axis, name in zip(row, names, strict=True):
+            axis.scatter([p["sums"][name] for p in points], [p["falls"][stage] for p in points], s=18, color=BLUE)
+            correlation = "" if ranks[name] is None else f"rank correlation {ranks[name]:.2f}"
+            axis.text(0.03, 0.96, correlation, transform=axis.transAxes, va="top", fontsize=8, color=GREY)
+            axis.margins(0.12, 0.25)
+        row[0].set_ylabel(f"fall of top-1, {stage}")
+    for axis, name in zip(axes[0], names, strict=True):
+        axis.set_title(name, fontsize=10)
+    figure.supxlabel("sum of scores", fontsize=10)
+    _write(figure, path)
