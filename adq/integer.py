@@ -382,9 +382,7 @@ class _Fuser:
 
     def _name(self, target: str) -> str:
         """A module of its own for each call of a layer."""
-        name = target
-        while name in self.used:
-            name += "_again"
+        name = _unused(self.traced, target) if target in self.used else target
         self.used.add(name)
         return name
 
@@ -431,15 +429,26 @@ _KINDS = ("dtype", "device", "shape", "ndim", "is_cuda")
 """What a graph may ask of a weight that is the same of the decoded one."""
 
 
+def _unused(model: nn.Module, name: str) -> str:
+    """A name like this one, of no attribute of the model and without dots."""
+    name = name.replace(".", "_")
+    while hasattr(model, name):
+        name += "_again"
+    return name
+
+
 def _keep_read(model: nn.Module, graph: fx.Graph, names: set[str]) -> None:
     """Have the model hold the weights and biases that the graph itself reads of layers which are to be replaced."""
+    kept: dict[str, str] = {}
     for node in graph.nodes:
         name, _, own = str(node.target).rpartition(".")
         if node.op != "get_attr" or name not in names:
             continue
         if not all(user.target is getattr and user.args[1] in _KINDS for user in node.users):
-            node.target = f"adq_{own}_of_{name.replace('.', '_')}"
-            model.register_parameter(node.target, getattr(model.get_submodule(name), own))
+            if node.target not in kept:
+                kept[node.target] = _unused(model, f"adq_{own}_of_{name}")
+                model.register_parameter(kept[node.target], getattr(model.get_submodule(name), own))
+            node.target = kept[node.target]
 
 
 @torch.no_grad()

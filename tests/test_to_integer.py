@@ -273,6 +273,29 @@ def test_weights_and_biases_can_be_read(traceable):
         assert name == "a" or torch.equal(ours.bias, theirs.bias)
 
 
+class Alike(nn.Module):
+    """Layers whose names differ by a dot, one that runs twice, and a name that the second run might take."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.ModuleDict({"b": nn.Conv2d(3, 4, 3)})
+        self.a_b, self.a_b_again = nn.Conv2d(4, 4, 3, padding=1), nn.Sigmoid()
+        self.adq_weight_of_a_b = nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        x = self.a_b(F.relu(self.a_b(F.relu(self.a["b"](x)))))
+        read = self.a["b"].weight.abs().sum() + 3 * self.a_b.weight.abs().sum() + self.adq_weight_of_a_b
+        return self.a_b_again(x) * read
+
+
+def test_names_that_are_alike():
+    torch.manual_seed(0)
+    x = images(2, 3, 6, 6)
+    converted = integer(quantized(Alike(), x), x, from_levels=2)
+    assert isinstance(converted.a_b_again, nn.Sigmoid)
+    assert sum("weight_of" in name for name, _ in converted.named_parameters()) == 3
+
+
 def test_float_outputs_are_kept_where_they_are_read():
     torch.manual_seed(0)
 
