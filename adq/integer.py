@@ -210,12 +210,18 @@ class _Fuser:
 
     def __init__(self, traced: fx.GraphModule, names: set[str]) -> None:
         self.graph, self.traced, self.names = traced.graph, traced, names
-        self.modules = dict(traced.named_modules())
-        self.used: set[str] = set()
+        self.modules = dict(traced.named_modules(remove_duplicate=False))
+        self.within = self._within()
+        self.used = {name for name, layer in self.modules.items() if layer in self.within}
         self.changed: set[fx.Node] = set()
 
     def _module(self, node: fx.Node) -> nn.Module | None:
         return self.modules[cast(str, node.target)] if node.op == "call_module" else None
+
+    def _within(self) -> set[nn.Module]:
+        """What modules hold that the graph calls and does not look into, an attention its projections."""
+        called = [cast(nn.Module, self._module(node)) for node in self.graph.nodes if node.op == "call_module"]
+        return {inner for module in called for inner in module.modules() if inner is not module}
 
     def _is_integer(self, node: fx.Node) -> bool:
         return node.op == "call_module" and node.target in self.names
@@ -381,7 +387,7 @@ class _Fuser:
         return len(readers)
 
     def _name(self, target: str) -> str:
-        """A module of its own for each call of a layer."""
+        """A module of its own for each call of a layer; the layer's own place, unless another module calls it there."""
         name = _unused(self.traced, target) if target in self.used else target
         self.used.add(name)
         return name
@@ -492,12 +498,12 @@ def to_integer(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...], *,
         _replace_each(model, names)
         return _reported(model, IntegerReport(names, 0, left, f"torch.fx cannot trace the model: {error}"))
     vars(model).update(constants)
-    called = {node.target for node in graph.nodes if node.op == "call_module"}
     _keep_read(model, graph, set(names))
-    _replace_each(model, [name for name in names if name not in called])  # within another layer: an attention's
     traced = fx.GraphModule(model, graph, type(model).__name__)
     _note_shapes(traced, to_device(inputs, next(iter(model.parameters())).device))
-    from_levels = _Fuser(traced, set(names)).rewrite()
+    fuser = _Fuser(traced, set(names))
+    from_levels = fuser.rewrite()
+    _replace_each(model, [name for name in names if model.get_submodule(name) in fuser.within])
     traced.delete_all_unused_submodules()
     traced.recompile()
     return _reported(traced.eval(), IntegerReport(names, from_levels, left, None))

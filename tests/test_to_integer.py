@@ -710,6 +710,30 @@ def test_hooks_are_called_or_refused(name, before):
         torch.testing.assert_close(left(x), model(x), rtol=1e-5, atol=2e-5)
 
 
+class CalledTwice(nn.Module):
+    """A layer that the graph shows, and that runs in a module with a hook, which the graph calls as a whole, too."""
+
+    def __init__(self, before: bool) -> None:
+        super().__init__()
+        self.first, self.before = nn.Conv2d(3, 8, 3, padding=1), before
+        self.hooked = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8))
+        self.inner, self.last = self.hooked[0], nn.Conv2d(8, 4, 3)
+        self.hooked.register_forward_hook(lambda *args: None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.first(x))
+        x = self.hooked(F.relu(self.inner(x))) if self.before else F.relu(self.inner(F.relu(self.hooked(x))))
+        return self.last(x)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_layer_that_also_runs_within_a_module_with_a_hook(before):
+    torch.manual_seed(0)
+    x = images(2, 3, 6, 6)
+    converted = integer(quantized(CalledTwice(before), x), x, from_levels=1)
+    assert len(kinds(converted, IntegerConv2d)) == 4 and len(kinds(converted.hooked, IntegerConv2d)) == 1
+
+
 @pytest.mark.parametrize("name", ["", "2", "4"])
 def test_a_forward_of_the_instance_is_called_or_refused(name):
     x = images(2, 3, 9, 9)
