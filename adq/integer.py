@@ -302,9 +302,16 @@ class _Fuser:
         node = fusion.first
         while node is not fusion.last:
             node = node.next
-            if node not in fusion.nodes and self._is_in_place(node):
+            if node not in fusion.nodes and (self._is_in_place(node) or self._may_change(node)):
                 return True
         return False
+
+    def _may_change(self, node: fx.Node) -> bool:
+        """Whether a module is called that may change what it is given, and the graph does not look into: its hooks may,
+        and whatever they are put on.
+        """
+        module = self._module(node)
+        return module is not None and any(map(has_hooks, module.modules()))
 
     def _is_in_place(self, node: fx.Node) -> bool:
         name = _name(node)
@@ -330,7 +337,7 @@ class _Fuser:
         """Let all that reads a tensor after it has been changed in place read the node that changed it.
 
         To the graph these are two values, and levels would be those of the first one. What is changed through a view,
-        or in part, is noted: no levels are taken of it.
+        or in part, or may be by a module with hooks, is noted: no levels are taken of it.
         """
         place = {node: i for i, node in enumerate(self.graph.nodes)}
         for node in [node for node in self.graph.nodes if self._is_in_place(node)]:
@@ -347,9 +354,17 @@ class _Fuser:
                 target.replace_all_uses_with(node, delete_user_cb=later.__contains__)
             if earlier := [view for view in self._views(target) if place.get(view, -1) < place[node]]:
                 self.changed |= {node, target, *earlier}
-            while (base := self._shares(target)) is not None:
-                self.changed |= {target, base}
-                target = base
+            if self._shares(target) is not None:
+                self._note(target)
+        for node in filter(self._may_change, self.graph.nodes):
+            for given in node.all_input_nodes:
+                self._note(given)
+
+    def _note(self, node: fx.Node | None) -> None:
+        """That a value is changed, and all whose memory it shares."""
+        while node is not None:
+            self.changed.add(node)
+            node = self._shares(node)
 
     # the new graph
 

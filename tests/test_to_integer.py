@@ -734,6 +734,34 @@ def test_a_layer_that_also_runs_within_a_module_with_a_hook(before):
     assert len(kinds(converted, IntegerConv2d)) == 4 and len(kinds(converted.hooked, IntegerConv2d)) == 1
 
 
+class Changed(nn.Module):
+    """What a module with a hook is given is read by others, too."""
+
+    def __init__(self, change: str) -> None:
+        super().__init__()
+        act = nn.LeakyReLU(0.6, inplace=change != "hook")
+        self.first, self.norm, self.change = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), change
+        self.branch = nn.Sequential(act, nn.Conv2d(8, 8, 3, padding=1))
+        self.short, self.last = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 3)
+        self.branch.register_forward_hook(lambda _, args, out: args[0].mul_(0.5) if change == "hook" else None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.first(x))
+        if self.change == "between":
+            y = self.short(x)
+            return self.branch(x), self.last(y + x)
+        y = self.branch(x.view(x.shape) if self.change == "hook" else x)
+        return self.last(F.relu(y + self.short(x)))
+
+
+@pytest.mark.parametrize("change", ["inside", "hook", "between"])
+def test_what_a_module_with_a_hook_changes_is_read_changed(change):
+    torch.manual_seed(0)
+    x = images(2, 3, 6, 6)
+    converted = integer(quantized(Changed(change), x), x, from_levels=int(change != "between"))
+    assert converted.adq_integer.unfused is None
+
+
 @pytest.mark.parametrize("name", ["", "2", "4"])
 def test_a_forward_of_the_instance_is_called_or_refused(name):
     x = images(2, 3, 9, 9)
