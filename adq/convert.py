@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import copy
+import operator
 import re
 import sys
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -172,16 +173,37 @@ def replace_module_(model: nn.Module, name: str, module: nn.Module) -> None:
             model.set_submodule(other, module)
 
 
+_CONTAINERS: tuple[type[Any], ...] = (OrderedDict, dict, list, set, deque)
+
+
+def _contents(container: Any, kind: type[Any]) -> list[Any]:
+    """What a container holds, keys and values in turn, whatever a subclass makes of reading it."""
+    return list(chain.from_iterable(kind.items(container)) if issubclass(kind, dict) else kind.__iter__(container))
+
+
+def _refill(container: Any, kind: type[Any], then: list[Any]) -> None:
+    """Have a container hold what it held then, if it does not, whatever a subclass makes of changing it."""
+    now = _contents(container, kind)
+    if len(now) == len(then) and all(map(operator.is_, now, then)):
+        return
+    kind.clear(container)
+    if issubclass(kind, dict):
+        for key, value in zip(then[::2], then[1::2], strict=True):
+            kind.__setitem__(container, key, value)
+    else:
+        (kind.update if kind is set else kind.extend)(container, then)
+
+
 def attributes_restorer(model: nn.Module) -> Callable[[], None]:
     """What gives every module its class and attributes of now back, and containers among these what they hold now."""
     before = [(module, type(module), dict(vars(module))) for module in model.modules()]
     values = (value for _, _, attributes in before for value in attributes.values())
-    held = [(value, copy.copy(value)) for value in values if isinstance(value, (dict, list, set, deque))]
+    kinds = [(value, next((kind for kind in _CONTAINERS if isinstance(value, kind)), None)) for value in values]
+    held = [(value, kind, _contents(value, kind)) for value, kind in kinds if kind is not None]
 
     def restore() -> None:
-        for value, then in held:
-            value.clear()
-            (value.extend if isinstance(value, (list, deque)) else value.update)(then)
+        for value, container, then in held:
+            _refill(value, container, then)
         for module, kind, attributes in before:
             if type(module) is not kind:
                 module.__class__ = kind

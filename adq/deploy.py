@@ -148,7 +148,7 @@ def has_hooks(module: nn.Module | None) -> bool:
 def trace_layers(model: nn.Module, given: int | None = None) -> tuple[fx.Graph, dict[str, Any]]:
     """The calls of a model's layers, and constants that the graph reads as attributes which the model does not have.
 
-    The model keeps the attributes that it has.
+    The model keeps the attributes that it has, and its buffers their values, which its code may change.
 
     Args:
         model: in the mode in which it runs.
@@ -165,10 +165,14 @@ def trace_layers(model: nn.Module, given: int | None = None) -> tuple[fx.Graph, 
     others = [p for i, p in enumerate(parameters) if given is None or i >= given]
     defaults = {p.name: p.default for p in others if p.default is not p.empty}
     tracer, restore = _LayerTracer(defaults), attributes_restorer(model)
+    buffers = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers() if not buffer.is_inference()]
     try:
         graph = tracer.trace(model)
     finally:
         restore()  # its code may have put proxies there
+        for buffer, version, value in buffers:
+            if buffer._version != version:
+                buffer.detach().copy_(value)
     constants = {name: value for value, name in tracer.tensor_attrs.items() if "." not in name}
     return graph, {name: value for name, value in constants.items() if name not in vars(model)}
 

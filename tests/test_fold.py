@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
+from collections import OrderedDict, deque
 from pathlib import Path
 
 import pytest
@@ -355,6 +356,15 @@ def test_batch_norms_stay_where_what_they_change_is_read(read):
         adq.fold_batch_norm_(model)
 
 
+class Frozen(OrderedDict):
+    """What refuses to be changed, as the configurations of diffusers."""
+
+    def refuse(self, *args, **kwargs) -> None:
+        raise TypeError("frozen")
+
+    __setitem__ = __delitem__ = update = clear = pop = refuse
+
+
 class Remembers(nn.Module):
     """Keeps what it has computed, as caches and visualizations do."""
 
@@ -362,11 +372,18 @@ class Remembers(nn.Module):
         super().__init__()
         self.conv, self.norm = nn.Conv2d(3, 4, 3), settled(nn.BatchNorm2d(4))
         self.last, self.all, self.branches = None, [], False
+        self.seen, self.table, self.config = deque([1], maxlen=2), OrderedDict(a=1, b=2), Frozen()
+        OrderedDict.__setitem__(self.config, "gain", 2.0)
+        self.register_buffer("runs", torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.norm(self.conv(x))
+        y = self.norm(self.conv(x)) * self.config["gain"]
         self.conv.result = y
         self.all.append(y)
+        self.seen.extend([y, y])
+        self.table["y"] = y
+        self.table.move_to_end("a")
+        self.runs += 1
         if self.last is not None:
             y = y + self.last
         if self.branches and y.sum() > 0:
@@ -379,12 +396,16 @@ class Remembers(nn.Module):
 def test_tracing_leaves_nothing_on_the_model(branches):
     model = adq.calibrate_(adq.quantize_(Remembers()), [X], batch_norm=False).eval()
     model.last, model.all, model.branches = None, [], branches
+    model.seen, model.table = deque([1], maxlen=2), OrderedDict(a=1, b=2)
+    runs = int(model.runs)
     hook = model.conv.input_quantizer.register_forward_hook(lambda *args: None)
     if branches:
         with pytest.raises(ValueError, match="cannot trace"):
             adq.fold_batch_norm_(model)
     else:
         adq.fold_batch_norm_(model)
+    assert model.seen == deque([1]) and list(model.table.items()) == [("a", 1), ("b", 2)]
+    assert model.config == {"gain": 2.0} and int(model.runs) == runs > 0
     assert model.last is None and model.all == [] and not isinstance(model.conv.result, torch.fx.Proxy)
     hook.remove()
     assert not model.conv.input_quantizer._forward_hooks
