@@ -43,10 +43,10 @@ def batch_norm_affine(norm: BatchNorm) -> tuple[Tensor, Tensor]:
     """Factor and shift of a batch norm in evaluation, float64 ``[C]``."""
     mean, var = cast(Tensor, norm.running_mean).double(), cast(Tensor, norm.running_var).double()
     factor = (var + norm.eps).rsqrt()
-    if norm.affine:
+    if norm.weight is not None:
         factor = factor * norm.weight.detach().double()
     shift = -mean * factor
-    return factor, shift + norm.bias.detach().double() if norm.affine else shift
+    return factor, shift if norm.bias is None else shift + norm.bias.detach().double()
 
 
 def after_norm(module: nn.Module | None) -> nn.Module | None:

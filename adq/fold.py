@@ -49,12 +49,11 @@ def fold_batch_norm_(model: nn.Module) -> nn.Module:
         raise ValueError(
             "adq: there is no batch norm to fold: no quantized convolution is read by one of torch or timm alone"
         )
-    pack_(model)
-    modules = dict(model.named_modules())
-    affines = {name: batch_norm_affine(cast(BatchNorm, modules[norm])) for name, norm in folded.items()}
-    attach_(model, folded)
+    norms = {name: cast(BatchNorm, model.get_submodule(norm)) for name, norm in folded.items()}
+    affines = {name: batch_norm_affine(norm) for name, norm in norms.items()}
+    attach_(pack_(model), folded)
     for name, affine in affines.items():
-        _fold_(cast(QuantizedLayer, modules[name]), *affine)
+        _fold_(cast(QuantizedLayer, model.get_submodule(name)), *affine)
     return model
 
 

@@ -71,6 +71,26 @@ def residual(activation: int | None = 4, **weight) -> nn.Module:
     return adq.calibrate_(model, [X], batch_norm=False).eval()
 
 
+def without(norm: nn.Module, name: str) -> nn.Module:
+    """A batch norm without its weight or its bias; torch 2.14 makes such ones."""
+    norm.register_parameter(name, None)
+    return norm
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_batch_norms_without_weight_or_bias(name, tmp_path):
+    def make() -> nn.Module:
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Conv2d(3, 6, 3), without(settled(nn.BatchNorm2d(6)), name), nn.ReLU())
+
+    model = adq.quantize_(make(), ADQConfig(WeightConfig(snap="int8")))
+    adq.calibrate_(model, [X], batch_norm=False).eval()
+    adq.save(model, tmp_path / "m.safetensors", packed=True, fold_batch_norm=True)
+    loaded = adq.load(tmp_path / "m.safetensors", make())
+    for other in (adq.to_integer(model, X), loaded, adq.fold_batch_norm_(copy.deepcopy(model))):
+        torch.testing.assert_close(other(X), model(X), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("scale", ["tensor", "channel"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_weight_and_bias_take_factor_and_shift(kind, scale):
