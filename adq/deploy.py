@@ -117,7 +117,8 @@ class _LayerTracer(fx.Tracer):
                 name = value.node.target
                 values[i] = self.defaults[name]
                 if isinstance(values[i], (bool, int, float, str, type(None))):
-                    self.create_node("call_function", _check_given, (name, value.node, values[i]), {})
+                    check = self.create_node("call_function", _check_given, (name, value.node, values[i]), {})
+                    check.meta["is_wrapped"] = True  # unpickling traces the graph's code, with proxies
                 else:
                     self.graph.erase_node(value.node)
         return function, values

@@ -821,7 +821,9 @@ def test_defaults_of_every_kind():
     expected = model(x)
     for given in ({}, {"flag": True}, {"mask": None, "mode": "sum"}):
         torch.testing.assert_close(converted(x, **given), expected, rtol=1e-5, atol=1e-4)
-    with pytest.raises(ValueError, match="made for flag=True, and got False"):
-        converted(x, flag=False)
+    for twin in (converted, copy.deepcopy(converted), pickle.loads(pickle.dumps(converted))):
+        assert torch.equal(twin(x, mode="sum"), converted(x))
+        with pytest.raises(ValueError, match="made for flag=True, and got False"):
+            twin(x, flag=False)
     with pytest.raises(TypeError, match="sizes"):
         converted(x, sizes=(1, 3))
