@@ -108,6 +108,7 @@ class _LayerTracer(fx.Tracer):
     def __init__(self, defaults: dict[str, Any] | None = None) -> None:  # without, for copies of what it traced
         super().__init__()
         self.defaults = defaults or {}
+        self.read: set[int] = set()
 
     def create_args_for_root(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Any]]:
         """The model's function and what it is called with, a proxy for each argument that has no fixed value."""
@@ -122,6 +123,13 @@ class _LayerTracer(fx.Tracer):
                 else:
                     self.graph.erase_node(value.node)
         return function, values
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        """What code gets that reads a module's parameter, buffer or child; of buffers, no values of the graph, it is
+        noted that they were read.
+        """
+        self.read.add(id(attr_val))
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """What stands for a node's value while the model is run."""
@@ -146,8 +154,9 @@ def has_hooks(module: nn.Module | None) -> bool:
     return "forward" in vars(module) or any(hook not in OWN_HOOKS for hook in hooks)
 
 
-def trace_layers(model: nn.Module, given: int | None = None) -> tuple[fx.Graph, dict[str, Any]]:
-    """The calls of a model's layers, and constants that the graph reads as attributes which the model does not have.
+def trace_layers(model: nn.Module, given: int | None = None) -> tuple[fx.Graph, dict[str, Any], set[str]]:
+    """The calls of a model's layers, constants that the graph reads as attributes which the model does not have, and
+    the names of buffers that code reads which is no layer's own.
 
     The model keeps the attributes that it has, and its buffers their values, which its code may change.
 
@@ -175,7 +184,17 @@ def trace_layers(model: nn.Module, given: int | None = None) -> tuple[fx.Graph, 
             if buffer._version != version:
                 buffer.detach().copy_(value)
     constants = {name: value for value, name in tracer.tensor_attrs.items() if "." not in name}
-    return graph, {name: value for name, value in constants.items() if name not in vars(model)}
+    read = {name for name, buffer in model.named_buffers() if id(buffer) in tracer.read}
+    return graph, {name: value for name, value in constants.items() if name not in vars(model)}, read
+
+
+_KINDS = ("dtype", "device", "shape", "ndim", "is_cuda")
+"""What a graph may ask of a weight that is the same of the quantized one."""
+
+
+def is_read(node: fx.Node) -> bool:
+    """Whether a graph asks for the values of a weight that it gets, and not for its dtype alone or the like."""
+    return not all(user.target is getattr and user.args[1] in _KINDS for user in node.users)
 
 
 def activation_problem(quantizer: ActivationQuantizer) -> str | None:

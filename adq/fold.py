@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from adq.convert import evaluating, pack_, packed_weights, quantized_layers, replace_module_
-from adq.deploy import HOOKS, after_norm, batch_norm_affine, has_hooks, trace_layers
+from adq.deploy import HOOKS, after_norm, batch_norm_affine, has_hooks, is_read, trace_layers
 from adq.nn.layers import QuantizedLayer
-from adq.nn.packed import PackedWeight
+from adq.nn.packed import CODES, PackedWeight
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -27,7 +27,7 @@ def fold_batch_norm_(model: nn.Module) -> nn.Module:
     """Make a quantized model an inference model (:func:`adq.pack_`) without the batch norms that follow convolutions.
 
     A batch norm is folded if it is all that reads the convolution's result, both run once in a forward pass, no other
-    code reads its parameters or the convolution's bias, and the convolution shares no weight; others, those of linear
+    code reads their parameters or the norm's statistics, and the convolution shares no weight; others, those of linear
     layers too, stay. Predictions are the same up to float rounding, after which an activation close to a threshold may
     take the next level: this is why nobody folds unasked.
 
@@ -61,13 +61,15 @@ def _find(model: nn.Module) -> dict[str, str]:
     """Batch norms that can be folded, by the name of their layer."""
     try:
         with evaluating(model):
-            graph, _ = trace_layers(model)
+            graph, _, buffers = trace_layers(model)
     except Exception as error:  # whatever the model's code raises when it meets a proxy
         raise ValueError(f"adq: cannot fold batch norms: torch.fx cannot trace the model: {error}") from error
     modules = dict(model.named_modules())
     calls = [node for node in graph.nodes if node.op == "call_module"]
     called = Counter(id(modules[str(node.target)]) for node in calls)
-    read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    attributes = [node for node in graph.nodes if node.op == "get_attr"]
+    read = buffers | {str(node.target) for node in attributes}
+    values = buffers | {str(node.target) for node in attributes if is_read(node)}
     weights = packed_weights(model)
     sharing = Counter(map(id, weights.values()))
     found = {}
@@ -76,7 +78,9 @@ def _find(model: nn.Module) -> dict[str, str]:
         if name not in weights or sharing[id(weights[name])] > 1 or len(users) != 1 or users[0].op != "call_module":
             continue
         layer, norm = modules[name], modules[str(users[0].target)]
-        if not read.isdisjoint({f"{name}.bias", *(f"{users[0].target}.{key}" for key in norm._parameters)}):
+        own = {f"{users[0].target}.{key}" for key in (*norm._parameters, *norm._buffers)}  # it will have none of them
+        changed = {f"{name}.bias", f"{name}.{layer.weight_name}", f"{name}.weight_quantizer.{CODES}"}
+        if own & read or changed & values:
             continue
         if called[id(layer)] == called[id(norm)] == 1 and fold_problem(layer, norm) is None:
             found[name] = str(users[0].target)

@@ -28,6 +28,7 @@ from adq.deploy import (
     batch_norm_affine,
     has_hooks,
     integer_levels,
+    is_read,
     layer_problem,
     listed,
     positional,
@@ -446,10 +447,6 @@ def _replace_each(model: nn.Module, names: list[str]) -> None:
         replace_module_(model, name, _integer_layer(layer, _bias(layer), Epilogue(as_given=True)))
 
 
-_KINDS = ("dtype", "device", "shape", "ndim", "is_cuda")
-"""What a graph may ask of a weight that is the same of the decoded one."""
-
-
 def _unused(model: nn.Module, name: str) -> str:
     """A name like this one, of no attribute of the model and without dots."""
     name = name.replace(".", "_")
@@ -463,13 +460,12 @@ def _keep_read(model: nn.Module, graph: fx.Graph, names: set[str]) -> None:
     kept: dict[str, str] = {}
     for node in graph.nodes:
         name, _, own = str(node.target).rpartition(".")
-        if node.op != "get_attr" or name not in names:
+        if node.op != "get_attr" or name not in names or not is_read(node):
             continue
-        if not all(user.target is getattr and user.args[1] in _KINDS for user in node.users):
-            if node.target not in kept:
-                kept[node.target] = _unused(model, f"adq_{own}_of_{name}")
-                model.register_parameter(kept[node.target], getattr(model.get_submodule(name), own))
-            node.target = kept[node.target]
+        if node.target not in kept:
+            kept[node.target] = _unused(model, f"adq_{own}_of_{name}")
+            model.register_parameter(kept[node.target], getattr(model.get_submodule(name), own))
+        node.target = kept[node.target]
 
 
 @torch.no_grad()
@@ -508,7 +504,7 @@ def to_integer(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...], *,
         )
     inputs = positional(example_inputs)
     try:
-        graph, constants = trace_layers(model, len(inputs))
+        graph, constants, _ = trace_layers(model, len(inputs))
     except Exception as error:  # whatever the model's code raises when it meets a proxy
         _replace_each(model, names)
         return _reported(model, IntegerReport(names, 0, left, f"torch.fx cannot trace the model: {error}"))

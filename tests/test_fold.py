@@ -366,14 +366,23 @@ class Reads(nn.Module):
         self.read, self.conv, self.norm = read, nn.Conv2d(3, 4, 3), settled(nn.BatchNorm2d(4))
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.read == "conv.weight.dtype":
+            return self.norm(self.conv(x.to(self.conv.weight.dtype)))
         return self.norm(self.conv(x)) + operator.attrgetter(self.read)(self).abs().sum()
 
 
-@pytest.mark.parametrize("read", ["conv.bias", "norm.bias", "norm.weight"])
-def test_batch_norms_stay_where_what_they_change_is_read(read):
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("read", ["conv.bias", "conv.weight", "norm.bias", "norm.weight", "norm.running_mean"])
+def test_batch_norms_stay_where_what_they_change_is_read(read, packed):
     model = adq.calibrate_(adq.quantize_(Reads(read)), [X], batch_norm=False).eval()
+    model = adq.pack_(model) if packed else model
     with pytest.raises(ValueError, match="no batch norm to fold"):
         adq.fold_batch_norm_(model)
+
+
+def test_a_dtype_says_nothing_of_values():
+    model = adq.calibrate_(adq.quantize_(Reads("conv.weight.dtype")), [X], batch_norm=False).eval()
+    assert adq.fold_batch_norm_(model).adq_folded == {"conv": "norm"}
 
 
 class Frozen(OrderedDict):
