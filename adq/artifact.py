@@ -35,7 +35,7 @@ from adq.convert import (
     unwrapped,
 )
 from adq.deploy import listed
-from adq.fold import attach_, fold_batch_norm_, fold_problem
+from adq.fold import attach_, fold_batch_norm_, fold_problem, folded_norms
 from adq.functional import code_bits, unpack
 from adq.models import rebuild
 from adq.nn.activation import ActivationQuantizer
@@ -278,7 +278,7 @@ def save(
         raise ValueError(f"adq: not saved: {bad} holds NaN or infinity")
     tensors, aliases = _without_aliases(state)
     architecture = _architecture(model, architecture)
-    layers, folded = _present_config(model), getattr(model, "adq_folded", {})
+    layers, folded = _present_config(model), folded_norms(model)
     in_float = float_reasons(model)
     header = Header(container.FORMAT_VERSION, packed, architecture, layers, shapes, aliases, folded, in_float)
     with replacing(path) as temporary:
@@ -328,7 +328,7 @@ def _is_of(model: nn.Module, record: dict[str, Any]) -> bool:
             fresh = rebuild(record)
     except Exception:  # whatever an architecture raises that cannot be made like that
         return True
-    if getattr(model, "adq_folded", None):  # and so without those batch norms
+    if folded_norms(model):  # and so without those batch norms
         return True
     named = model.named_parameters(remove_duplicate=False)
     own = {name: p.shape for name, p in named if "_quantizer." not in name}

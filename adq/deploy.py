@@ -197,6 +197,13 @@ def is_read(node: fx.Node) -> bool:
     return not all(user.target is getattr and user.args[1] in _KINDS for user in node.users)
 
 
+def note_(model: nn.Module, name: str, value: Any) -> None:
+    """Set an attribute that copies of the model have too; of a GraphModule torch.fx copies only what is named so."""
+    setattr(model, name, value)
+    if isinstance(model, fx.GraphModule):
+        model.meta.setdefault("_user_preserved_attributes", {})[name] = value
+
+
 def activation_problem(quantizer: ActivationQuantizer) -> str | None:
     """Why a deployed model cannot quantize as this quantizer does, None if it can."""
     if not quantizer.is_calibrated:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from adq.convert import evaluating, pack_, packed_weights, quantized_layers, replace_module_
-from adq.deploy import HOOKS, after_norm, batch_norm_affine, has_hooks, is_read, trace_layers
+from adq.deploy import HOOKS, after_norm, batch_norm_affine, has_hooks, is_read, note_, trace_layers
 from adq.nn.layers import QuantizedLayer
-from adq.nn.packed import CODES, PackedWeight
+from adq.nn.packed import CODES, PackedLayer, PackedWeight
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -116,7 +116,14 @@ def attach_(model: nn.Module, folded: Mapping[str, str]) -> None:
         bias = packed.scale.new_zeros(layer.out_channels) if layer.bias is None else layer.bias.detach().clone()
         layer.bias = nn.Parameter(bias.to(packed.dtype), requires_grad=False)
         replace_module_(model, norm, cast(nn.Module, after_norm(model.get_submodule(norm))))
-    model.adq_folded = {**getattr(model, "adq_folded", {}), **folded}  # type: ignore[assignment]
+        cast(PackedLayer, layer).folded = norm
+    note_(model, "adq_folded", folded_norms(model))
+
+
+def folded_norms(model: nn.Module) -> dict[str, str]:
+    """Batch norms that are folded into a layer, by its name; layers know it, and so does any copy of a model."""
+    layers = {name: layer for name, layer in quantized_layers(model).items() if isinstance(layer, PackedLayer)}
+    return {name: layer.folded for name, layer in layers.items() if layer.folded is not None}
 
 
 @torch.no_grad()

@@ -31,6 +31,7 @@ from adq.deploy import (
     is_read,
     layer_problem,
     listed,
+    note_,
     positional,
     trace_layers,
 )
@@ -530,5 +531,5 @@ def _note_shapes(traced: fx.GraphModule, inputs: tuple[Any, ...]) -> None:
 
 
 def _reported(model: nn.Module, report: IntegerReport) -> nn.Module:
-    model.adq_integer = report  # type: ignore[assignment]
+    note_(model, "adq_integer", report)
     return model

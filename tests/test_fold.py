@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import pickle
 from collections import OrderedDict, deque
 from pathlib import Path
 
@@ -217,6 +218,17 @@ def test_a_file_goes_round(file):
     assert torch.equal(loaded(X), folded(X)) and loaded.adq_folded == FOLDED
     again = adq.save(loaded, file.with_name("again.safetensors"), packed=True)
     assert again.read_bytes() == file.read_bytes()
+
+
+def test_copies_of_a_graph_of_torch_fx_know_what_is_folded(file):
+    def make() -> nn.Module:
+        return torch.fx.symbolic_trace(Residual())
+
+    model = adq.load(file, make())
+    for twin in (copy.deepcopy(model), copy.deepcopy(pickle.loads(pickle.dumps(model)))):
+        again = adq.save(twin, file.with_name("again.safetensors"), packed=True)
+        assert torch.equal(adq.load(again, make())(X), model(X))
+    assert copy.deepcopy(model).adq_folded == FOLDED
 
 
 def test_a_registered_architecture(tmp_path):

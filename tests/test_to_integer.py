@@ -325,7 +325,7 @@ def test_the_model_stays_and_the_copy_can_be_copied():
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert not any(parameter.requires_grad for parameter in converted.parameters())
     for twin in (copy.deepcopy(converted), pickle.loads(pickle.dumps(converted))):
-        assert torch.equal(twin(x), converted(x))
+        assert torch.equal(twin(x), converted(x)) and twin.adq_integer == converted.adq_integer
     torch.testing.assert_close(converted.to(torch.bfloat16)(x), converted(x))  # constants keep their dtype
 
 

@@ -141,9 +141,13 @@ class PackedLayer(QuantizedLayer):
     """Mixin of every inference layer: ``y = layer(input_quantizer(x), scale * codebook[codes])``.
 
     ``weight`` reads like a float layer's, and is decoded anew each time.
+
+    Attributes:
+        folded: name of the batch norm that is folded into it (:func:`adq.fold_batch_norm_`), None if there is none.
     """
 
     packed: ClassVar[bool] = True
+    folded: str | None = None
     weight_quantizer: PackedWeight
 
     weight: Any = property(lambda self: self.quantized_weight(), doc="The decoded weight.")
