@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from adq.convert import pack_, quantized_layers
 from adq.functional import pack, unpack
 from adq.nn.activation import ActivationQuantizer
-from adq.nn.packed import PackedWeight
+from adq.nn.packed import PackedLinear, PackedWeight
 from adq.nn.weight import WeightQuantizer
 from adq.ops import ACTIVATION_RANGE, MIN_INTERVAL
 from adq.reference import level_edges
@@ -103,6 +103,8 @@ def inference_copy(
             layer.weight_quantizer = made[quantizer]  # type: ignore[assignment]
         if isinstance(thresholds, ActivationQuantizer):
             layer.input_quantizer = activation(thresholds)  # type: ignore[assignment]
+        if isinstance(layer, PackedLinear):
+            layer.fast = False  # no other runtime has its operator
     return model
 
 

@@ -192,6 +192,14 @@ def quantized_layer(layer: nn.Module, x: Tensor) -> nn.Module:
     return adq.calibrate_(adq.quantize_(nn.Sequential(layer)), [x])
 
 
+def test_layers_that_multiply_with_their_codes(tmp_path):
+    torch.manual_seed(0)
+    model = adq.quantize_(nn.Sequential(nn.Linear(6, 4), nn.ReLU()), ADQConfig(activation=None))
+    model = adq.fast_linear_(adq.pack_(model))
+    adq.export_coreml(model, tmp_path / "m.mlpackage", torch.zeros(1, 6))
+    assert model[0].fast and "constexpr_lut_to_dense" in [op.type for op in operations(tmp_path / "m.mlpackage")]
+
+
 def test_an_operator_is_refused_by_name(tmp_path):
     odd = adq.calibrate_(adq.quantize_(Odd()), [torch.rand(8, 6)])
     with pytest.raises(ValueError, match="coremltools cannot convert the model: .*i0"):
