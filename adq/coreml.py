@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from adq.convert import to_device
+from adq.convert import to_device, unwrapped
 from adq.deploy import check_layers, first_line, layer_problem, listed, positional
 from adq.functional import unpack
 from adq.nn.layers import QConvTranspose3d, QuantizedLayer
@@ -155,6 +155,7 @@ def export_coreml(model: nn.Module, path: str | Path, example_inputs: Tensor | t
     _coremltools()
     if Path(path).suffix != SUFFIX:
         raise ValueError(f"adq: the package's name must end in {SUFFIX}, got {path}")
+    model = unwrapped(model)
     check_layers(model, "not exported to Core ML", _problem)
     inputs = positional(example_inputs, nested=False)
     copy = inference_copy(model, lambda packed: packed, PortableActivation)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adq.convert import to_device
+from adq.convert import to_device, unwrapped
 from adq.deploy import check_layers, first_line, layer_problem, positional
 from adq.nn.layers import QConv3d, QConvTranspose3d, QuantizedLayer
 from adq.parity import ExportReport, in_batch, part, write_checked
@@ -100,6 +100,7 @@ def export_executorch(
     _packages()
     if Path(path).suffix != SUFFIX:
         raise ValueError(f"adq: the file's name must end in {SUFFIX}, got {path}")
+    model = unwrapped(model)
     check_layers(model, "not exported to ExecuTorch", _problem)
     inputs = to_device(positional(example_inputs, nested=False), torch.device("cpu"))
     inputs = tuple(x.contiguous() if isinstance(x, Tensor) else x for x in inputs)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
-from adq.convert import evaluating, pack_, packed_weights, quantized_layers, replace_module_
+from adq.convert import evaluating, pack_, packed_weights, quantized_layers, replace_module_, unwrapped
 from adq.deploy import HOOKS, after_norm, batch_norm_affine, has_hooks, is_read, note_, trace_layers
 from adq.nn.layers import QuantizedLayer
 from adq.nn.packed import CODES, PackedLayer, PackedWeight
@@ -32,8 +32,9 @@ def fold_batch_norm_(model: nn.Module) -> nn.Module:
     take the next level: this is why nobody folds unasked.
 
     Args:
-        model: quantized, or packed already; its code must be one that :mod:`torch.fx` can trace. Arguments of its
-            ``forward`` that have a default are taken to have it: with others, what is folded may be wrong.
+        model: quantized, or packed already; its code must be one that :mod:`torch.fx` can trace, inside of what
+            ``torch.compile`` or ``DistributedDataParallel`` have put around it. Arguments of its ``forward`` that have
+            a default are taken to have it: with others, what is folded may be wrong.
 
     Returns:
         The same model, in evaluation mode; batch norms that are folded are ``nn.Identity``, timm's with an activation
@@ -42,18 +43,19 @@ def fold_batch_norm_(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: not quantized, not traceable, or without a batch norm to fold; the model is unchanged.
     """
-    if not quantized_layers(model):
+    inner = unwrapped(model)
+    if not quantized_layers(inner):
         raise ValueError("adq: the model is not quantized; call adq.quantize_(model) first")
-    folded = _find(model)
+    folded = _find(inner)
     if not folded:
         raise ValueError(
             "adq: there is no batch norm to fold: no quantized convolution is read by one of torch or timm alone"
         )
-    norms = {name: cast(BatchNorm, model.get_submodule(norm)) for name, norm in folded.items()}
+    norms = {name: cast(BatchNorm, inner.get_submodule(norm)) for name, norm in folded.items()}
     affines = {name: batch_norm_affine(norm) for name, norm in norms.items()}
-    attach_(pack_(model), folded)
+    attach_(pack_(inner), folded)
     for name, affine in affines.items():
-        _fold_(cast(QuantizedLayer, model.get_submodule(name)), *affine)
+        _fold_(cast(QuantizedLayer, inner.get_submodule(name)), *affine)
     return model
 
 

@@ -20,7 +20,7 @@ from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
-from adq.convert import quantized_layers, replace_module_, to_device
+from adq.convert import quantized_layers, replace_module_, to_device, unwrapped
 from adq.deploy import (
     HOOKS,
     IN_PLACE,
@@ -490,7 +490,7 @@ def to_integer(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...], *,
     Raises:
         ValueError: not quantized, no layer can compute with integers, or with ``strict`` some cannot (named).
     """
-    model = copy.deepcopy(model).eval().requires_grad_(False)
+    model = copy.deepcopy(unwrapped(model)).eval().requires_grad_(False)
     problems = {name: _bias_problem(model, name) or integer_problem(q) for name, q in quantized_layers(model).items()}
     left = {name: problem for name, problem in problems.items() if problem}
     names = [name for name in problems if name not in left]

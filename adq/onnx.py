@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adq.convert import unwrapped
 from adq.deploy import check_layers, first_line, integer_levels
 from adq.nn.activation import ActivationQuantizer
 from adq.nn.packed import PackedWeight
@@ -228,6 +229,7 @@ def export_onnx(
     _packages()
     import onnx
 
+    model = unwrapped(model)
     check_layers(model, "not exported to ONNX")
     inputs = as_inputs(example_inputs)
     graph = _graph(model, inputs)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adq.convert import unwrapped
 from adq.deploy import check_layers, first_line
 from adq.parity import ExportReport, as_inputs, in_batch, write_checked
 from adq.portable import portable
@@ -87,7 +88,7 @@ def export_program(
         ValueError: a layer or the whole model cannot be exported (named); too few images.
         RuntimeError: the check failed.
     """
-    inputs = as_inputs(example_inputs)
+    model, inputs = unwrapped(model), as_inputs(example_inputs)
     program = _program(model, path, inputs, "not exported by torch.export")
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
@@ -115,7 +116,7 @@ def export_aoti(
         ValueError: a layer or the whole model cannot be exported (named); too few images.
         RuntimeError: it cannot be compiled (is there a C++ compiler?), or the check failed.
     """
-    inputs = as_inputs(example_inputs)
+    model, inputs = unwrapped(model), as_inputs(example_inputs)
     program = _program(model, path, inputs, "not compiled by AOTInductor")
     buffer = io.BytesIO()
     try:

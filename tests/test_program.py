@@ -105,6 +105,22 @@ def test_every_layer_computes_the_same(tmp_path, weight, activation):
     assert len(codes) == 7  # of eight layers, two of which share a weight
 
 
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
+def test_what_is_put_around_a_model_is_left_out(tmp_path, wrap):
+    torch.manual_seed(0)
+    config = ADQConfig(WeightConfig(snap="int8"))
+    model = centred(adq.calibrate_(adq.quantize_(Block(), config), [images()]))
+    x, wrapped = images(3, 5), wrap(model)
+    adq.export_program(wrapped, tmp_path / "m.pt2", images(), [(images(1, 8), None)], images=8)
+    assert torch.equal(torch.export.load(tmp_path / "m.pt2").module()(x), model(x))
+    converted = adq.to_integer(wrapped, x, strict=False)
+    assert converted.adq_integer.unfused is None
+    torch.testing.assert_close(converted(x), model(x), rtol=1e-5, atol=1e-5)
+    expected = model(x)
+    assert adq.fold_batch_norm_(wrapped) is wrapped and model.adq_folded
+    torch.testing.assert_close(wrapped(x), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_it_decomposes_to_the_core_operators(model, tmp_path):
     adq.export_program(model, tmp_path / "m.pt2", images())
     found = operators(torch.export.load(tmp_path / "m.pt2").run_decompositions())
