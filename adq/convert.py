@@ -236,7 +236,8 @@ def load_tensors_(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     Without one some modules refuse to load, and others take the tensors for those of their first version.
     """
     versioned = OrderedDict(state)
-    versioned._metadata = getattr(model.state_dict(), "_metadata", None)  # type: ignore[attr-defined]
+    modules = model.named_modules(remove_duplicate=False)
+    versioned._metadata = {name: {"version": m._version} for name, m in modules}  # type: ignore[attr-defined]
     model.load_state_dict(versioned, strict=False)
 
 
