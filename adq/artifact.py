@@ -295,7 +295,7 @@ def _not_finite(model: nn.Module, state: Mapping[str, Tensor]) -> str | None:
         f"{name}.{key}".lstrip(".")
         for name, module in model.named_modules(remove_duplicate=False)
         if not isinstance(module, (BatchNorm, WeightQuantizer, ActivationQuantizer))
-        for key, _ in module.named_buffers(recurse=False)  # of TorchScript modules, too
+        for key, _ in module.named_buffers(recurse=False, remove_duplicate=False)  # of TorchScript modules, too
     }
     for key, tensor in state.items():
         if not bool(tensor.isfinite().all()) and (key not in free or bool(tensor.isnan().any())):

@@ -288,6 +288,7 @@ class Masked(nn.Module):
         super().__init__()
         self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
         self.register_buffer("mask", torch.full((4, 4), -torch.inf).triu(1))
+        self.register_buffer("same", self.mask)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.b((self.a(x) + self.mask).softmax(-1))
