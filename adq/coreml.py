@@ -159,7 +159,7 @@ def export_coreml(model: nn.Module, path: str | Path, example_inputs: Tensor | t
     check_layers(model, "not exported to Core ML", _problem)
     inputs = positional(example_inputs, nested=False)
     copy = inference_copy(model, lambda packed: packed, PortableActivation)
-    program = trace(copy, to_device(inputs, torch.device("cpu")), free_batch=False)
+    program = trace(copy, to_device(inputs, torch.device("cpu")))
     weights = _weights(copy, program)
     converted = _convert(program)
     with replacing_directory(path) as temporary:

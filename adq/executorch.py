@@ -44,15 +44,14 @@ def _lower(program: torch.export.ExportedProgram) -> bytes:
         raise ValueError(f"adq: ExecuTorch cannot lower the model: {first_line(error)}") from error
 
 
-def _method(path: Path, size: int) -> Callable[..., Tensor]:
+def _method(path: Path, size: int, own: list[bool]) -> Callable[..., Tensor]:
     """The program in ExecuTorch's runtime, as a function of any number of images that gives the first output."""
     from executorch.runtime import Runtime
 
     method = Runtime.get().load_program(path).load_method("forward")
 
     def run(*inputs: Any) -> Tensor:
-        outputs, own = [], in_batch(inputs)
-        images = len(inputs[own.index(True)])
+        outputs, images = [], len(inputs[own.index(True)])
         for start in range(0, images, size):
             count = min(size, images - start)
             # shapes are fixed, and so is the order of axes
@@ -104,6 +103,9 @@ def export_executorch(
     check_layers(model, "not exported to ExecuTorch", _problem)
     inputs = to_device(positional(example_inputs, nested=False), torch.device("cpu"))
     inputs = tuple(x.contiguous() if isinstance(x, Tensor) else x for x in inputs)
-    lowered = _lower(trace(portable(model), inputs, free_batch=False))
-    load = partial(_method, size=len(inputs[in_batch(inputs).index(True)]))
-    return write_checked(model, path, lowered, "ExecuTorch", load, len(inputs), batches, images)
+    own = in_batch(inputs)
+    if not any(own):
+        raise ValueError("adq: no example input is a tensor with a first axis, that of the images of a batch")
+    lowered = _lower(trace(portable(model), inputs))
+    load = partial(_method, size=len(inputs[own.index(True)]), own=own)
+    return write_checked(model, path, lowered, "ExecuTorch", load, own, batches, images)

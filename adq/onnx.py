@@ -20,7 +20,7 @@ from adq.deploy import check_layers, first_line, integer_levels
 from adq.nn.activation import ActivationQuantizer
 from adq.nn.packed import PackedWeight
 from adq.ops import ACTIVATION_RANGE
-from adq.parity import ExportReport, as_inputs, in_batch, write_checked
+from adq.parity import ExportReport, as_inputs, write_checked
 from adq.portable import PortableActivation, inference_copy
 
 OPSET = 21
@@ -120,13 +120,13 @@ def _packages() -> None:
 # ---- the graph ---------------------------------------------------------------------------------------
 
 
-def _graph(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
+def _graph(model: nn.Module, inputs: tuple[Any, ...], own: list[bool]) -> Any:
     """The ONNX model (an ``onnx.ModelProto``) of a quantized model, for any number of images."""
     import onnx_ir
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
     from onnxscript.optimizer import optimize_ir
 
-    program = _program(inference_copy(model, _weight, _Activation), inputs)
+    program = _program(inference_copy(model, _weight, _Activation), inputs, own)
     graph = program.model
     optimize_ir(graph, should_fold=lambda node: False if _reads_integers(node) else None)
     _check_domains(graph.graph)
@@ -139,7 +139,7 @@ def _graph(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
     return proto
 
 
-def _program(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
+def _program(model: nn.Module, inputs: tuple[Any, ...], own: list[bool]) -> Any:
     try:
         return torch.onnx.export(
             model,
@@ -148,7 +148,7 @@ def _program(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
             opset_version=OPSET,
             optimize=False,
             verbose=False,
-            dynamic_shapes=tuple({0: "batch"} if own else None for own in in_batch(inputs)),
+            dynamic_shapes=tuple({0: "batch"} if each else None for each in own),
         )
     except torch.onnx.errors.OnnxExporterError as error:
         cause: BaseException = error
@@ -231,8 +231,8 @@ def export_onnx(
 
     model = unwrapped(model)
     check_layers(model, "not exported to ONNX")
-    inputs = as_inputs(example_inputs)
-    graph = _graph(model, inputs)
+    inputs, own = as_inputs(example_inputs)
+    graph = _graph(model, inputs, own)
     onnx.checker.check_model(graph, full_check=True)
     content = graph.SerializeToString()
-    return write_checked(model, path, content, "ONNX Runtime", _session, len(inputs), batches, images)
+    return write_checked(model, path, content, "ONNX Runtime", _session, own, batches, images)

@@ -78,12 +78,13 @@ def in_batch(inputs: tuple[Any, ...]) -> list[bool]:
     return [length is not None and length == images for length in lengths]
 
 
-def as_inputs(example_inputs: Tensor | tuple[Any, ...]) -> tuple[Any, ...]:
-    """What a model takes, on the CPU, with two images or more: exporters take an axis of length 1 for a constant."""
+def as_inputs(example_inputs: Tensor | tuple[Any, ...]) -> tuple[tuple[Any, ...], list[bool]]:
+    """What a model takes, on the CPU, with two images or more: exporters take an axis of length 1 for a constant. And
+    which of it has one entry an image.
+    """
     inputs = to_device(positional(example_inputs, nested=False), torch.device("cpu"))
-    return tuple(
-        torch.cat([x, x]) if own and len(x) == 1 else x for x, own in zip(inputs, in_batch(inputs), strict=True)
-    )
+    own = in_batch(inputs)
+    return tuple(torch.cat([x, x]) if each and len(x) == 1 else x for x, each in zip(inputs, own, strict=True)), own
 
 
 def _first(outputs: Any) -> Tensor:
@@ -174,22 +175,33 @@ def _compare_batch(
     return len(others), largest, not _has_classes(expected)
 
 
+def _length(inputs: tuple[Any, ...], own: list[bool]) -> int:
+    """How many images a batch has; none where no input has one entry an image."""
+    lengths = {len(x) for x, each in zip(inputs, own, strict=True) if each}
+    if len(lengths) > 1:
+        raise ValueError(
+            "adq: the check: inputs that are as long as each other in the example have lengths "
+            f"{sorted(lengths)} in a batch; where one is shared by all images, give an example of another batch size"
+        )
+    return max(lengths, default=0)
+
+
 @torch.no_grad()
 def compare(
-    model: nn.Module, run: Callable[..., Any], count: int, runtime: str, batches: Iterable[Any], images: int
+    model: nn.Module, run: Callable[..., Any], own: list[bool], runtime: str, batches: Iterable[Any], images: int
 ) -> Parity:
     """Compare a model with what was exported, until ``images`` have the same top-1, or one output that is close.
 
     Args:
         model: on any device; stays as it is.
-        run: the same in another runtime, from ``count`` inputs on the CPU.
-        count: of inputs, those that are no tensors among them.
+        run: the same in another runtime, from inputs on the CPU.
+        own: of each input, whether it has one entry an image; others, what is no tensor among them, are given whole.
         runtime: its name, for messages.
         batches: of inputs as a loader yields them, whatever follows the inputs (labels) is ignored.
         images: how many must be identical.
 
     Raises:
-        ValueError: fewer images than that, or a batch that is a mapping.
+        ValueError: fewer images than that, a batch that is a mapping, or of inputs of several lengths.
         RuntimeError: the answer differs on an image where rounding does not decide, or on more than 2 %; or a
             difference is not finite.
     """
@@ -201,14 +213,14 @@ def compare(
                 raise ValueError(
                     "adq: the check takes batches (inputs, ...), in the order of the model's; got a mapping"
                 )
-            whole = tuple(batch)[:count] if isinstance(batch, (tuple, list)) else (batch,)
-            own, done = in_batch(whole), 0
-            length = next((len(x) for x, each in zip(whole, own, strict=True) if each), 0)
+            whole = tuple(batch)[: len(own)] if isinstance(batch, (tuple, list)) else (batch,)
+            given, done = own[: len(whole)], 0
+            length = _length(whole, given)
             while done < length and same < images:
                 size = min(images - same, length - done)
-                inputs = to_device(part(whole, own, slice(done, done + size)), device)
+                inputs = to_device(part(whole, given, slice(done, done + size)), device)
                 allowance = images / 50 - undecided
-                left_out, difference, of_values = _compare_batch(model, run, inputs, own, runtime, allowance)
+                left_out, difference, of_values = _compare_batch(model, run, inputs, given, runtime, allowance)
                 largest = torch.maximum(largest, difference)
                 undecided += left_out
                 same += size - left_out
@@ -224,7 +236,7 @@ def write_checked(
     content: bytes,
     runtime: str,
     load: Callable[[Path], Callable[..., Any]],
-    count: int,
+    own: list[bool],
     batches: Iterable[Any] | None,
     images: int,
 ) -> ExportReport:
@@ -232,9 +244,9 @@ def write_checked(
 
     Args:
         load: the file in its runtime, as what :func:`compare` runs.
-        runtime, count, batches, images: of :func:`compare`; batches None: no check.
+        runtime, own, batches, images: of :func:`compare`; batches None: no check.
     """
     with replacing(path) as temporary:
         temporary.write_bytes(content)
-        parity = None if batches is None else compare(model, load(temporary), count, runtime, batches, images)
+        parity = None if batches is None else compare(model, load(temporary), own, runtime, batches, images)
     return ExportReport.of(model, path, len(content), parity)

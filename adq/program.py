@@ -17,14 +17,18 @@ from torch import Tensor, nn
 
 from adq.convert import unwrapped
 from adq.deploy import check_layers, first_line
-from adq.parity import ExportReport, as_inputs, in_batch, write_checked
+from adq.parity import ExportReport, as_inputs, write_checked
 from adq.portable import portable
 
 SUFFIX = ".pt2"
 
 
-def trace(model: nn.Module, inputs: tuple[Any, ...], free_batch: bool = True) -> torch.export.ExportedProgram:
-    """The program of a model in evaluation mode; with ``free_batch`` of any number of images.
+def trace(model: nn.Module, inputs: tuple[Any, ...], own: list[bool] | None = None) -> torch.export.ExportedProgram:
+    """The program of a model in evaluation mode.
+
+    Args:
+        own: of each input, whether it has one entry an image, of which the program takes any number. None: it takes as
+            many as these.
 
     Raises:
         ValueError: torch cannot export the model.
@@ -34,7 +38,7 @@ def trace(model: nn.Module, inputs: tuple[Any, ...], free_batch: bool = True) ->
         program = torch.export.export(
             model,
             inputs,
-            dynamic_shapes=tuple({0: batch} if own else None for own in in_batch(inputs)) if free_batch else None,
+            dynamic_shapes=None if own is None else tuple({0: batch} if each else None for each in own),
         )
     except Exception as error:  # of many types; whatever the model's code raises is among them
         raise ValueError(f"adq: torch cannot export the model: {first_line(error)}") from error
@@ -45,11 +49,11 @@ def trace(model: nn.Module, inputs: tuple[Any, ...], free_batch: bool = True) ->
     return program
 
 
-def _program(model: nn.Module, path: str | Path, inputs: tuple[Any, ...], target: str) -> Any:
+def _program(model: nn.Module, path: str | Path, inputs: tuple[Any, ...], own: list[bool], target: str) -> Any:
     if Path(path).suffix != SUFFIX:
         raise ValueError(f"adq: the file's name must end in {SUFFIX}, got {path}")
     check_layers(model, target)
-    return trace(portable(model), inputs)
+    return trace(portable(model), inputs, own)
 
 
 def _deflated(archive: io.BytesIO) -> bytes:
@@ -88,8 +92,8 @@ def export_program(
         ValueError: a layer or the whole model cannot be exported (named); too few images.
         RuntimeError: the check failed.
     """
-    model, inputs = unwrapped(model), as_inputs(example_inputs)
-    program = _program(model, path, inputs, "not exported by torch.export")
+    model, (inputs, own) = unwrapped(model), as_inputs(example_inputs)
+    program = _program(model, path, inputs, own, "not exported by torch.export")
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
 
@@ -97,7 +101,7 @@ def export_program(
         with open(written, "rb") as file:
             return torch.export.load(file).module()
 
-    return write_checked(model, path, _deflated(buffer), "torch.export", load, len(inputs), batches, images)
+    return write_checked(model, path, _deflated(buffer), "torch.export", load, own, batches, images)
 
 
 def export_aoti(
@@ -116,8 +120,8 @@ def export_aoti(
         ValueError: a layer or the whole model cannot be exported (named); too few images.
         RuntimeError: it cannot be compiled (is there a C++ compiler?), or the check failed.
     """
-    model, inputs = unwrapped(model), as_inputs(example_inputs)
-    program = _program(model, path, inputs, "not compiled by AOTInductor")
+    model, (inputs, own) = unwrapped(model), as_inputs(example_inputs)
+    program = _program(model, path, inputs, own, "not compiled by AOTInductor")
     buffer = io.BytesIO()
     try:
         torch._inductor.aoti_compile_and_package(program, package_path=buffer)
@@ -128,4 +132,4 @@ def export_aoti(
         with open(written, "rb") as file:
             return torch._inductor.aoti_load_package(file)
 
-    return write_checked(model, path, _deflated(buffer), "AOTInductor", load, len(inputs), batches, images)
+    return write_checked(model, path, _deflated(buffer), "AOTInductor", load, own, batches, images)

@@ -62,6 +62,27 @@ class Odd(nn.Module):
         return torch.special.i0(self.linear(x))
 
 
+class Masked(nn.Module):
+    """A mask that all images share, and as many images in a batch as it is long."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return (self.linear(x) @ mask).mean(1) if x.dim() else self.linear(mask) * x
+
+
+def test_inputs_that_images_share(tmp_path):
+    torch.manual_seed(0)
+    x, mask = torch.randn(2, 6, 6), torch.randn(6, 6)
+    model = adq.calibrate_(adq.quantize_(Masked()), [{"x": x, "mask": mask}]).eval()
+    report = adq.export_executorch(model, tmp_path / "m.pte", (x, mask), [(torch.randn(6, 6, 6), mask)], images=6)
+    assert report.parity.images == 6
+    with pytest.raises(ValueError, match="no example input is a tensor with a first axis"):
+        adq.export_executorch(model, tmp_path / "m.pte", (torch.tensor(2.0), 3.0))
+
+
 def test_refusals_come_before_any_file(model, tmp_path):
     odd = adq.calibrate_(adq.quantize_(Odd()), [torch.rand(8, 6)])
     with pytest.raises(ValueError, match="ExecuTorch cannot lower the model: .*i0"):

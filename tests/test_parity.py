@@ -28,7 +28,7 @@ def test_the_same_model_passes_on_as_many_images_as_asked_for(model):
         asked.append(len(x))
         return (model(x) + 0.25, None)
 
-    found = parity.compare(model.train(), run, 1, "a runtime", BATCHES, 80)
+    found = parity.compare(model.train(), run, [True], "a runtime", BATCHES, 80)
     assert model.training and model.eval()
     assert asked == [32, 32, 16]
     assert (found.runtime, found.images, found.undecided) == ("a runtime", 80, 0)
@@ -38,7 +38,7 @@ def test_the_same_model_passes_on_as_many_images_as_asked_for(model):
 
 def test_too_few_images(model):
     with pytest.raises(ValueError, match="wants 97 images with the same top-1, the data has 96"):
-        parity.compare(model, model, 1, "a runtime", BATCHES, 97)
+        parity.compare(model, model, [True], "a runtime", BATCHES, 97)
 
 
 def test_images_of_the_same_batch_take_the_place_of_those_left_out(model, monkeypatch):
@@ -50,11 +50,11 @@ def test_images_of_the_same_batch_take_the_place_of_those_left_out(model, monkey
         y = model(x)
         return torch.cat((-y[:1], y[1:])) if len(asked) == 1 else y
 
-    found = parity.compare(model, run, 1, "a runtime", [BATCHES[0], BATCHES[1][0][:20]], 51)
+    found = parity.compare(model, run, [True], "a runtime", [BATCHES[0], BATCHES[1][0][:20]], 51)
     assert asked == [32, 20] and (found.images, found.undecided) == (51, 1)
     asked.clear()
     whole = torch.cat([batch[0] for batch in BATCHES])
-    found = parity.compare(model, run, 1, "a runtime", [whole], 80)
+    found = parity.compare(model, run, [True], "a runtime", [whole], 80)
     assert asked == [80, 1] and (found.images, found.undecided) == (80, 1)
 
 
@@ -67,7 +67,7 @@ def test_another_function_fails(model, scale, message):
     with torch.no_grad():
         other.head.bias.mul_(scale).add_(torch.tensor([0.0, 0.0, 5.0]))
     with pytest.raises(RuntimeError, match=f"not exported: {message}"):
-        parity.compare(model, other, 1, "a runtime", BATCHES, 80)
+        parity.compare(model, other, [True], "a runtime", BATCHES, 80)
 
 
 def test_an_image_on_a_threshold_is_left_out():
@@ -101,11 +101,11 @@ class One(nn.Module):
 def test_one_output_is_compared_by_its_value(model, axis):
     one = One(model, axis).eval()
     largest = max(float(one(batch[0]).detach().abs().max()) for batch in BATCHES)
-    found = parity.compare(one, lambda x: one(x) + 1e-5 * largest, 1, "a runtime", BATCHES, 80)
+    found = parity.compare(one, lambda x: one(x) + 1e-5 * largest, [True], "a runtime", BATCHES, 80)
     assert "parity: outputs within 0.1% on 80 images in a runtime" in str(found)
     for broken in (lambda x: one(x) + 0.01 * largest, lambda x: -one(x), lambda x: torch.zeros_like(one(x))):
         with pytest.raises(RuntimeError, match="in a runtime outputs differ by more than 0.1% on"):
-            parity.compare(one, broken, 1, "a runtime", BATCHES, 80)
+            parity.compare(one, broken, [True], "a runtime", BATCHES, 80)
 
 
 class Dense(nn.Module):
@@ -116,7 +116,7 @@ class Dense(nn.Module):
 
 
 def test_a_top1_for_each_place_and_outputs_that_are_mappings():
-    found = parity.compare(Dense(), Dense(), 1, "a runtime", BATCHES, 80)
+    found = parity.compare(Dense(), Dense(), [True], "a runtime", BATCHES, 80)
     assert found.images == 80
 
     def spoilt(x):
@@ -125,11 +125,11 @@ def test_a_top1_for_each_place_and_outputs_that_are_mappings():
         return y
 
     with pytest.raises(RuntimeError, match="top-1 differs on 1 of 32 images, and not by rounding"):
-        parity.compare(Dense(), spoilt, 1, "a runtime", BATCHES, 80)
+        parity.compare(Dense(), spoilt, [True], "a runtime", BATCHES, 80)
 
 
 def test_numbers_alone_are_compared_too():
-    found = parity.compare(nn.Flatten(0), nn.Flatten(0), 1, "a runtime", [torch.randn(8)], 8)
+    found = parity.compare(nn.Flatten(0), nn.Flatten(0), [True], "a runtime", [torch.randn(8)], 8)
     assert (found.images, found.max_difference) == (8, 0.0)
 
 
@@ -147,12 +147,24 @@ def test_what_the_images_of_a_batch_share_is_given_whole():
     torch.manual_seed(0)
     shared = Shared()
     batches = [(torch.randn(4, 4), torch.randn(3, 3), 2.0, "labels") for _ in range(2)]
-    found = parity.compare(shared, shared, 3, "a runtime", batches, 7)
+    found = parity.compare(shared, shared, [True, False, False], "a runtime", batches, 7)
     assert (found.images, found.max_difference) == (7, 0.0)
     with pytest.raises(RuntimeError, match="top-1 differs"):
-        parity.compare(shared, lambda *inputs: -shared(*inputs), 3, "a runtime", batches, 300)
+        parity.compare(shared, lambda *inputs: -shared(*inputs), [True, False, False], "a runtime", batches, 300)
+
+
+def test_the_example_tells_what_images_share():
+    """And not the batch, which may happen to be as long."""
+    torch.manual_seed(0)
+    shared, own = Shared(), [True, False, False]
+    batches = [(torch.randn(3, 4), torch.randn(3, 3), 2.0)]
+    assert parity.compare(shared, shared, own, "a runtime", batches, 2).images == 2
+    inputs, found = parity.as_inputs((torch.randn(1, 4), torch.randn(2, 2), 2.0))
+    assert found == own and [len(x) for x in inputs[:2]] == [2, 2]
+    with pytest.raises(ValueError, match=r"as long as each other in the example have lengths \[3, 5\] in a batch"):
+        parity.compare(shared, shared, [True, True, False], "a runtime", [(torch.randn(5, 4), *batches[0][1:])], 2)
 
 
 def test_mappings_of_inputs_are_refused(model):
     with pytest.raises(ValueError, match=r"takes batches \(inputs, \.\.\.\).*; got a mapping"):
-        parity.compare(model, model, 1, "a runtime", [{"x": BATCHES[0][0]}], 8)
+        parity.compare(model, model, [True], "a runtime", [{"x": BATCHES[0][0]}], 8)

@@ -218,7 +218,7 @@ class Attends(nn.Module):
 def test_inputs_that_images_share_stay_as_they_are(tmp_path, shared, size):
     torch.manual_seed(0)
     model, path = adq.calibrate_(adq.quantize_(Attends()), [torch.randn(8, 5, 8)]).eval(), tmp_path / "m.pt2"
-    batches = [(torch.randn(7, 5, 8), *shared, None)] if size > 1 else None
+    batches = [(torch.randn(5, 5, 8), *shared, None) for _ in range(2)] if size > 1 else None  # 5: as long as a mask
     adq.export_program(model, path, (torch.randn(size, 5, 8), *shared), batches, 7)
     program = torch.export.load(path).module()
     for count in (2, 3):
