@@ -269,7 +269,9 @@ def unpack(packed: Tensor, bits: int, shape: tuple[int, ...] | torch.Size) -> Te
     return _ops.unpack_bits(packed, bits, torch.Size(shape).numel()).view(shape)
 
 
-def decode(packed: Tensor, codebook: Tensor, scale: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
+def decode(
+    packed: Tensor, codebook: Tensor, scale: Tensor, shape: tuple[int, ...] | torch.Size, bits: int | None = None
+) -> Tensor:
     """A weight from its packed codes: ``scale * codebook[code]``, float32 and contiguous; no gradients.
 
     Args:
@@ -277,14 +279,18 @@ def decode(packed: Tensor, codebook: Tensor, scale: Tensor, shape: tuple[int, ..
         codebook: float32 ``[K]``, 1 <= K <= 256. A code of K or more takes the last level.
         scale: contiguous float32, as many dimensions as ``shape``, all of size 1 but at most one (the channels).
         shape: of the weight.
+        bits: width of a code, where it is known: to ``torch.jit.trace`` the size of the codebook is no number.
 
     Raises:
         TypeError, ValueError: wrong dtype, device or number of elements.
     """
-    return _ops.codebook_decode(packed, codebook, scale, code_bits(codebook.numel()), list(shape))
+    bits = code_bits(codebook.numel()) if bits is None else bits
+    return _ops.codebook_decode(packed, codebook, scale, bits, list(shape))
 
 
-def codebook_linear(x: Tensor, packed: Tensor, codebook: Tensor, scale: Tensor, outputs: int) -> Tensor:
+def codebook_linear(
+    x: Tensor, packed: Tensor, codebook: Tensor, scale: Tensor, outputs: int, bits: int | None = None
+) -> Tensor:
     """``y = x W^T`` for few rows of x, on the packed codes of W itself: they are all that is read of it. No gradients.
 
     ``W = scale * codebook[code]``; sums are float32, in an order of their own, the same on every run.
@@ -295,6 +301,7 @@ def codebook_linear(x: Tensor, packed: Tensor, codebook: Tensor, scale: Tensor, 
         codebook: float32 ``[K]``, 1 <= K <= 256. A code of K or more takes the last level.
         scale: contiguous float32 ``[outputs, 1]`` or ``[1, 1]``.
         outputs: rows of W.
+        bits: as of :func:`decode`.
 
     Returns:
         y in x's dtype, ``[..., outputs]``, contiguous.
@@ -302,7 +309,8 @@ def codebook_linear(x: Tensor, packed: Tensor, codebook: Tensor, scale: Tensor, 
     Raises:
         TypeError, ValueError: wrong dtype, device or number of elements.
     """
-    return _ops.codebook_linear(x.detach(), packed, codebook, scale, code_bits(codebook.numel()), outputs)
+    bits = code_bits(codebook.numel()) if bits is None else bits
+    return _ops.codebook_linear(x.detach(), packed, codebook, scale, bits, outputs)
 
 
 def code_bits(levels: int) -> int:

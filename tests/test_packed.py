@@ -151,6 +151,16 @@ def test_summary_and_report(model, tmp_path):
     assert "PackedConv2d" in adq.report(model, tmp_path / "r.html").read_text()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("fast", [False, True])
+def test_torchscript_traces_packed_models(fast):
+    torch.manual_seed(0)
+    model = adq.quantize_(nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3)), ADQConfig(activation=None))
+    packed, x = adq.pack_(model), torch.randn(2, 6)
+    packed = adq.fast_linear_(packed) if fast else packed.to(memory_format=torch.channels_last)
+    assert torch.equal(torch.jit.trace(packed, x)(x), packed(x))
+
+
 def test_what_a_packed_model_refuses(model, tmp_path):
     packed = adq.pack_(model)
     refused = [

@@ -57,6 +57,7 @@ class PackedWeight(WeightQuantizer):
     Attributes:
         shape: of the weight.
         dtype: of the weight when it is read.
+        width: of a code, in bits.
         order: its dimensions from the outermost to the innermost in memory; the codes lie in this order.
     """
 
@@ -67,19 +68,25 @@ class PackedWeight(WeightQuantizer):
         nn.Module.__init__(self)
         self.config, self.axis, self.name = quantizer.config, quantizer.axis, quantizer.name
         self.pinned, self.enabled = quantizer.pinned, True
-        self.shape, self.dtype = weight.shape, weight.dtype
+        self.shape, self.dtype, self.width = weight.shape, weight.dtype, quantizer.bits
         self.order = tuple(range(weight.dim()))
         if codes is None:
-            codes = pack(quantizer.encode(weight), quantizer.bits)
+            codes = pack(quantizer.encode(weight), self.bits)
         self.register_buffer(CODES, codes)
         self.register_buffer("codebook", quantizer.levels.clone())
         self.register_buffer("scale", quantizer.scale.detach().clone())
 
+    @property
+    def bits(self) -> int:
+        """Width of a code; a number where ``torch.jit.trace`` has none for the length of the codebook."""
+        return self.width
+
     def forward(self, weight: Tensor | None = None) -> Tensor:
         """The weight; there is no other, so the argument is not looked at."""
         if self._is_row_major:
-            return decode(self.codes, self.codebook, self.scale, self.shape).to(self.dtype)
-        decoded = decode(self.codes, self.codebook, self.scale.permute(self.order), self._shape_in_memory)
+            return decode(self.codes, self.codebook, self.scale, self.shape, self.bits).to(self.dtype)
+        scale = self.scale.permute(self.order)
+        decoded = decode(self.codes, self.codebook, scale, self._shape_in_memory, self.bits)
         return self._in_shape(decoded).to(self.dtype)
 
     def encode(self, weight: Tensor | None = None) -> Tensor:
@@ -218,7 +225,7 @@ class PackedLinear(PackedLayer, QLinear):
             return super().forward(input, *bias)
         weight = self.weight_quantizer
         x = self.input_quantizer(input)
-        y = codebook_linear(x, weight.codes, weight.codebook, weight.scale, self.out_features)
+        y = codebook_linear(x, weight.codes, weight.codebook, weight.scale, self.out_features, weight.bits)
         (added,) = bias or (self.bias,)
         if torch.is_autocast_enabled(x.device.type):  # as the larger inputs
             y = y.to(torch.get_autocast_dtype(x.device.type))
