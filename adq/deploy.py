@@ -243,11 +243,14 @@ def listed(problems: list[str], most: int = 5) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says first, with what a colon at its end announces; of one that says nothing, its name."""
+    """What an error says first, with what a colon at its end announces or the first item of a list that follows; of one
+    that says nothing, its name.
+    """
     said: list[str] = []
-    for line in map(str.strip, str(error).splitlines()):
-        if line and (not said or said[-1].endswith(":")):
-            said.append(line)
+    for line in filter(None, map(str.strip, str(error).splitlines())):
+        if said and not said[-1].endswith(":") and not (len(said) == 1 and line.startswith("- ")):
+            break
+        said.append(line)
     return " ".join(said) or type(error).__name__
 
 

@@ -163,6 +163,11 @@ class Branch(nn.Module):
         return self.linear(x) if x.sum() > 0 else x
 
 
+class Counted(Branch):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x).view(len(x), 6)
+
+
 EXPORTS = [adq.export_program, adq.export_aoti]
 
 
@@ -178,6 +183,9 @@ def test_refusals_come_before_any_file(model, tmp_path, export):
     branch = adq.calibrate_(adq.quantize_(Branch()), [torch.rand(8, 6)])
     with pytest.raises(ValueError, match="torch cannot export the model: .*"):
         export(branch, tmp_path / "m.pt2", torch.rand(2, 6))
+    counted = adq.calibrate_(adq.quantize_(Counted()), [torch.rand(8, 6)])
+    with pytest.raises(ValueError, match=r"Constraints violated \(batch\)!.* specialized it to be a constant \(2\)"):
+        export(counted, tmp_path / "m.pt2", torch.rand(2, 6))
     assert list(tmp_path.iterdir()) == []
 
 
