@@ -126,13 +126,14 @@ def _graph(model: nn.Module, inputs: tuple[Any, ...], own: list[bool]) -> Any:
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
     from onnxscript.optimizer import optimize_ir
 
-    program = _program(inference_copy(model, _weight, _Activation), inputs, own)
-    graph = program.model
-    optimize_ir(graph, should_fold=lambda node: False if _reads_integers(node) else None)
+    copy = inference_copy(model, _weight, _Activation)
+    modules = copy.named_modules(remove_duplicate=False)
+    integers = {f"{name}.{INTEGER}" for name, module in modules if isinstance(module, (_GridWeight, _CodebookWeight))}
+    graph = _program(copy, inputs, own).model
+    optimize_ir(graph, should_fold=lambda node: False if _reads(node, integers) else None)
     _check_domains(graph.graph)
-    for value in graph.graph.initializers.values():
-        if value.name.endswith(f".{INTEGER}"):
-            _narrow(value)
+    for name in integers & graph.graph.initializers.keys():
+        _narrow(graph.graph.initializers[name])
     ClearMetadataAndDocStringPass()(graph)  # stack traces, with paths of this machine
     proto = onnx_ir.to_proto(graph)
     del proto.graph.value_info[:]  # shapes in between, a quarter of a small file; readers infer them
@@ -164,8 +165,8 @@ def _check_domains(graph: Any) -> None:
         raise ValueError(f"adq: not exported: not among the standard operators of ONNX: {', '.join(sorted(others))}")
 
 
-def _reads_integers(node: Any) -> bool:
-    return any(value is not None and (value.name or "").endswith(f".{INTEGER}") for value in node.inputs)
+def _reads(node: Any, names: set[str]) -> bool:
+    return any(value is not None and value.name in names for value in node.inputs)
 
 
 def _narrow(value: Any) -> None:

@@ -124,6 +124,26 @@ def test_a_grid_of_few_integers_takes_four_bits_and_shared_weights_are_stored_on
     assert len(integers) == 7
 
 
+class Gain(nn.Module):
+    """A buffer that has the name of those that hold weights as integers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("integer", torch.tensor([0.5, 1.5, 7.25]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.integer
+
+
+def test_buffers_of_the_models_own_stay_as_they_are(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(8, 6)
+    model = adq.calibrate_(adq.quantize_(nn.Sequential(nn.Linear(6, 3), Gain())), [x]).eval()
+    adq.export_onnx(model, tmp_path / "m.onnx", x, [(x, None)], images=8)
+    stored = {tensor.name: tensor.data_type for tensor in graph_of(tmp_path / "m.onnx").graph.initializer}
+    assert stored["1.integer"] == onnx.TensorProto.FLOAT
+
+
 # ---- refusals ----------------------------------------------------------------------------------------
 
 
