@@ -150,6 +150,14 @@ class IntegerLayer(nn.Module):
         y = y.contiguous() if epilogue.as_given and not is_last else y
         return (y, [self._restore(level, lead) for level in levels]) if self.readers else y
 
+    def get_extra_state(self) -> Tensor:
+        """The level that means 0: of what a state dict restores the one number that is no buffer."""
+        return torch.tensor(self.zero)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take the level that means 0 from a state dict."""
+        self.zero = int(state)
+
     def _weight(self) -> Tensor:
         shape, geometry = self.shape, self.geometry
         integer = restore(self.blocks, self.table, (*shape[:2], *geometry.kernel), geometry.groups)
