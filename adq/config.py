@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import types
 import typing
@@ -247,8 +248,8 @@ def to_dict(config: Any) -> dict[str, Any]:
 def from_dict(kind: type[T], values: Any, base: T | None = None, where: str = "") -> T:
     """Build the dataclass ``kind`` from a mapping; fields not named keep ``base``'s value or the default.
 
-    Raises ValueError for an unknown key, naming its place and the closest known one, and for a value of the
-    wrong type.
+    Raises ValueError for an unknown key, naming its place and the closest known one, for a value of the wrong type,
+    and for a number that is not finite.
     """
     if isinstance(values, kind):
         return values
@@ -279,6 +280,8 @@ def _convert(hint: Any, value: Any, base: Any, where: str) -> Any:
     for member in members:
         if is_dataclass(member):
             return from_dict(typing.cast(type, member), value, base=base, where=where)
+        if typing.get_origin(member) is Mapping and not isinstance(value, Mapping):
+            raise ValueError(f"adq: {where} must be a mapping, got {value!r}")
     if members and typing.get_origin(members[0]) is tuple:
         return _convert_items(typing.get_args(members[0])[0], value, where)
     plain = tuple(member for member in members if member in (int, float, str, bool))
@@ -287,6 +290,8 @@ def _convert(hint: Any, value: Any, base: Any, where: str) -> Any:
     if plain and not _is_plain(value, plain):
         names = " or ".join(member.__name__ for member in plain)
         raise ValueError(f"adq: {where} must be {names}, got {value!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"adq: {where} must be a finite number, got {value!r}")
     return float(value) if float in plain and isinstance(value, int) and int not in plain else value
 
 
@@ -313,7 +318,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"adq: no such file: {path}")
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"adq: {path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):

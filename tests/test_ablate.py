@@ -273,7 +273,7 @@ def test_rows_may_come_from_another_machine():
         ),
         ({"set": {"model": {"name": "resnet21"}}}, "row 'bad': "),
         ({"set": {"seed": 3}}, "row 'bad' sets seed"),
-        ({"set": [1]}, "set of row 'bad' must be a mapping"),
+        ({"set": [1]}, "rows[2] (bad).set must be a mapping, got [1]"),
         ({"sett": {}}, "unknown key 'sett' in rows[2] (bad); did you mean 'set'"),
         ({"name": "Frozen-codebook"}, "rows 'Frozen codebook' and 'Frozen-codebook' would share the folder"),
         ({"name": "?"}, "a row needs a name with a letter or a digit"),

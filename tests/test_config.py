@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 import pytest
@@ -98,6 +102,7 @@ class Lists:
 
     bits: tuple[int, ...] = (2,)
     mean: tuple[float, ...] | None = None
+    options: Mapping[str, int] = field(default_factory=dict)
 
 
 def test_lists_become_tuples_of_the_right_kind():
@@ -120,6 +125,10 @@ def test_numbers_that_yaml_takes_for_text(text):
         (Lists, {"bits": [2, 3.5]}, r"bits\[1\] must be int, got 3.5"),
         (Lists, {"bits": [2, "1e1"]}, r"bits\[1\] must be int, got '1e1'"),
         (Lists, {"mean": 0.5}, r"mean must be a list like \[1, 2\], got 0.5"),
+        (Lists, {"mean": [0.5, "1e999"]}, r"mean\[1\] must be a finite number, got inf"),
+        (Lists, {"options": None}, "options must be a mapping, got None"),
+        (Lists, {"options": [1]}, r"options must be a mapping, got \[1\]"),
+        (WeightConfig, {"ema_decay": float("nan")}, "ema_decay must be a finite number, got nan"),
         (WeightConfig, {"bist": 3}, r"unknown key 'bist' in WeightConfig; did you mean 'bits'\?"),
         (ADQConfig, {"weight": {"ema_dcay": 0.9}}, r"unknown key 'ema_dcay' in weight; did you mean 'ema_decay'\?"),
         (ADQConfig, {"activations": {}}, r"did you mean 'activation'\?"),
@@ -162,6 +171,15 @@ def test_missing_and_binary_yaml_file(tmp_path):
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x81")
     with pytest.raises(ValueError, match=r"binary\.yaml is not valid YAML"):
         load_yaml(tmp_path / "binary.yaml")
+
+
+def test_yaml_is_read_in_utf_8_whatever_the_locale(tmp_path):
+    (tmp_path / "config.yaml").write_text("name: Größe\n", encoding="utf-8")
+    code = "import sys; from adq.config import load_yaml; print(ascii(load_yaml(sys.argv[1])['name']))"
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-c", code, str(tmp_path / "config.yaml")]
+    said = subprocess.run(command, env={**os.environ, **plain}, cwd="/", check=True, capture_output=True, text=True)
+    assert said.stdout == "'Gr\\xf6\\xdfe'\n"
 
 
 # ---- values ------------------------------------------------------------------------------------------
