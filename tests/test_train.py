@@ -232,7 +232,7 @@ def test_quantization_starts_from_another_quantized_network(finished):
             ["--set", "distillation.teacher={weights: a.pt, kwargs: [1]}"],
             "distillation.teacher.kwargs must be a mapping, got [1]",
         ),
-        (["--seed", "4294967294"], "seed must be in 0 .. 4294967293, got 4294967294"),
+        (["--seed", "4294967296"], "seed must be in 0 .. 4294967295, got 4294967296"),
         (["--mixed-precision", "fp16"], "fp16 needs a GPU; on a CPU bf16 or no"),
         (["--set", "model.kwargs={foo: 1}"], "the model 'digits_cnn' with {'foo': 1}: "),
         (

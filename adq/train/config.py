@@ -18,8 +18,8 @@ from adq.train.data import DataConfig
 
 RECIPES = "adq.train.recipes"
 LONGEST_TIMEOUT = 1e9
-LARGEST_SEED = 2**32 - 3
-"""NumPy's generator takes 32 bits, and parts of a run add to the seed."""
+LARGEST_SEED = 2**32 - 1
+"""NumPy's generator takes 32 bits."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from adq.convert import model_device, to_device
 from adq.dampening import dampening_loss
-from adq.distributed import average_batch_norm_, gather, pool
+from adq.distributed import average_batch_norm_, gather, pool, world
 from adq.nn.activation import ActivationQuantizer
 from adq.nn.weight import WeightQuantizer
 from adq.train.checkpoint import Checkpoints, Layout, Progress, Sums
@@ -51,6 +51,11 @@ def build_accelerator(config: EngineConfig, **options: Any) -> Accelerator:
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("adq: engine.mixed_precision=fp16 needs a GPU; on a CPU bf16 or no")
     return accelerator
+
+
+def seed_process(seed: int) -> None:
+    """Start the random generators of this process, each process's differently; NumPy's takes 32 bits."""
+    set_seed((seed + world()[0]) % 2**32)
 
 
 def parameter_groups(model: nn.Module, config: PhaseConfig) -> list[dict[str, Any]]:
@@ -250,7 +255,7 @@ class Trainer:
             return saved
         progress = saved.in_layout(self.layout)
         accelerator.step = 0
-        set_seed(self.sampler.seed + progress.epoch * updates + progress.batch, device_specific=True)
+        seed_process(self.sampler.seed + progress.epoch * updates + progress.batch)
         move_schedule(schedule.scheduler, progress.epoch * updates + progress.batch // self.layout.accumulation)
         self.display.say(
             f"{saved.path} was written by {saved.layout}; this run has {self.layout}. It goes on at the same place in "

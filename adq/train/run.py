@@ -48,7 +48,7 @@ from adq.train.config import FILES, ModelConfig, PhaseConfig, RunConfig, differe
 from adq.train.data import Data, build_data, check_classes, check_input
 from adq.train.data.decoding import BrokenImages
 from adq.train.display import Display
-from adq.train.engine import Trainer, build_accelerator, evaluate
+from adq.train.engine import Trainer, build_accelerator, evaluate, seed_process
 from adq.train.metrics import MetricsLog
 from adq.train.together import Departure, Preempted, ProcessLost, TrainingStopped, is_loss_of_process, together
 
@@ -404,7 +404,7 @@ class Run:
             load_tensors_(model, load_file(self.folder.float_weights))
             return model
         self.display.say(f"training the float network: {self.config.model.name}, {self.config.float.epochs} epochs")
-        set_seed(self.config.seed + 1, device_specific=True)  # dropout differs from process to process
+        seed_process(self.config.seed + 1)  # dropout differs from process to process
         cross_entropy = nn.CrossEntropyLoss(label_smoothing=self.config.float.label_smoothing)
 
         def loss(logits: Tensor, images: Tensor, target: Tensor) -> Tensor:
@@ -478,7 +478,7 @@ class Run:
 
     def _qat_phase(self, model: nn.Module, teacher: nn.Module, data: Data, train: Any, test: Any) -> nn.Module:
         self.display.say(f"quantization-aware training, {self.config.qat.epochs} epochs")
-        set_seed(self.config.seed + 2, device_specific=True)
+        seed_process(self.config.seed + 2)
         task = nn.CrossEntropyLoss(label_smoothing=self.config.qat.label_smoothing)
         distill = self.config.distillation
         loss = DistillationLoss(teacher, distill.alpha, distill.temperature, task)
