@@ -653,6 +653,19 @@ def test_shards_are_listed_once_until_one_changes(tmp_path, monkeypatch):
     assert sum(str(place).endswith(".tar") for place in opened) == 3
 
 
+def test_folders_and_members_may_be_called_as_shards_are(tmp_path):
+    pytest.importorskip("torchvision")
+    root, image, label = tmp_path / "folder.tar" / "data.tar", tmp_path / "image.png", tmp_path / "label"
+    root.mkdir(parents=True)
+    write_image(image, (16, 16))
+    label.write_text("0")
+    for split in ("train", "val"):
+        with tarfile.open(root / f"{split}-0.tar", "w") as archive:
+            archive.add(image, "a.tar/b.tar/c.png")
+            archive.add(label, "a.tar/b.tar/c.cls")
+    assert build_data(shards(root)).test.dataset[0][1] == 0
+
+
 @pytest.mark.parametrize(
     ("members", "expected"),
     [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -128,7 +129,8 @@ def open_rgb(path: str, span: tuple[int, int] | None = None) -> Image.Image:
 def _stream(path: str, span: tuple[int, int] | None) -> BinaryIO:
     if span is None:
         return open(path, "rb")
-    with open(f"{path.rpartition('.tar/')[0]}.tar", "rb") as archive:
+    beginnings = (path[: found.end() - 1] for found in re.finditer(r"\.tar/", path))  # folders, members may be .tar too
+    with open(next(filter(os.path.isfile, beginnings), path), "rb") as archive:
         archive.seek(span[0])
         return io.BytesIO(archive.read(span[1]))
 
