@@ -184,6 +184,7 @@ def test_correlations_of_ties_and_few_pairs_are_none():
         (sets(["allocation.weight_bits=1.0"]), "no allocation meets the budget of 1.0"),
         (sets(["study.image=5"]), "unknown key 'image' in study; did you mean 'images'"),
         (sets(["allocation.weight_bits=null"]), "give it a budget, allocation.weight_bits"),
+        (sets(["allocation.file=bits.yaml"]), "and no allocation.file"),
         (sets(["allocation.batches=9"]), "4 disjoint draws of 9 batches need 2304 training images, there are 1437"),
         (sets(["model.weights=null"]), "needs trained float weights: --weights FILE"),
     ],
@@ -306,6 +307,23 @@ def test_trained_runs_need_a_study_and_nothing_else(known, tmp_path):
 def test_an_allocation_needs_a_budget(weights, tmp_path):
     outcome = run("--weights", weights, "--allocation", tmp_path / "a.yaml", *sets(["allocation.weight_bits=null"]))
     assert outcome.exit_code == 1 and "an allocation needs a budget: --weight-bits" in outcome.output
+
+
+def test_what_cannot_be_allocated_is_said_before_anything_is_scored(weights, tmp_path, monkeypatch):
+    monkeypatch.setattr("adq.train.score.sensitivity", None)
+    for change, message in (
+        ("allocation.weight_bits=1.5", "no allocation meets the budget of 1.5000 average weight bits"),
+        ("quantization.overrides={conv9: null}", "overrides match no layer: conv9"),
+        ("allocation.file=bits.yaml", "it takes no allocation.file"),
+    ):
+        outcome = run("--weights", weights, "--set", change)
+        assert outcome.exit_code == 1 and message in outcome.output
+
+
+def test_the_table_is_written_before_bits_are_allocated(weights, tmp_path, monkeypatch):
+    monkeypatch.setattr("adq.train.score.allocate", None)
+    outcome = run("--weights", weights, "--output", tmp_path / "table.yaml", "--set", "allocation.batches=1")
+    assert outcome.exception is not None and SensitivityTable.from_dict(load_yaml(tmp_path / "table.yaml")).layers
 
 
 def test_the_start_is_scored_where_there_is_one(weights, tmp_path):

@@ -18,7 +18,7 @@ from adq.sensitivity import SensitivityTable, reordered, sensitivity
 from adq.store import write_text
 from adq.train.config import RunConfig
 from adq.train.data import build_data
-from adq.train.run import check_files, float_network
+from adq.train.run import check_files, check_layers, float_network
 
 
 def score(config: RunConfig, output: Path | None, allocation: Path | None) -> str:
@@ -28,15 +28,19 @@ def score(config: RunConfig, output: Path | None, allocation: Path | None) -> st
 
     Raises:
         FileNotFoundError: a file of the configuration is not there.
-        ValueError: no float weights are given; they would be random; an allocation is asked for without a budget.
+        ValueError: no float weights are given; they would be random; an allocation is asked for without a budget, or
+            one is given; what :func:`adq.train.run.check_layers` refuses.
     """
     if config.model.weights is None:
         raise ValueError("adq: sensitivity needs trained float weights: --weights FILE")
     if allocation is not None and config.allocation.weight_bits is None:
         raise ValueError("adq: an allocation needs a budget: --weight-bits")
+    if config.allocation.file is not None:
+        raise ValueError("adq: sensitivity scores layers to allocate bits itself; it takes no allocation.file")
     check_files(config)
     data = build_data(config.data)
     model = float_network(config.model, data)
+    check_layers(model, config)
     start = None if config.start is None else load(config.start, copy.deepcopy(model))
     quantize_(model, config.quantization)
     if start is not None:
@@ -45,21 +49,18 @@ def score(config: RunConfig, output: Path | None, allocation: Path | None) -> st
     chosen = config.allocation
     batches = islice(data.calibration, chosen.batches)
     table = sensitivity(model, batches, nn.functional.cross_entropy, chosen.bits, chosen.estimator)
-    texts = []
-    for result, path in ((table, output), (_allocated(table, config), allocation)):
-        text = dump_yaml(result.to_dict()) if result is not None else ""
-        if path is not None and result is not None:
-            write_text(path, text)
-            texts.append(f"wrote {path}\n")
-        else:
-            texts.append(text)
-    return "".join(texts)
+    shown = _shown(table, output)  # written before anything is made of it
+    if chosen.weight_bits is None:
+        return shown
+    if chosen.order != "ranked":
+        table = reordered(table, chosen.order, config.seed)
+    return shown + _shown(allocate(table, Budget(weight_bits=chosen.weight_bits)), allocation)
 
 
-def _allocated(table: SensitivityTable, config: RunConfig) -> Allocation | None:
-    budget = config.allocation.weight_bits
-    if budget is None:
-        return None
-    if config.allocation.order != "ranked":
-        table = reordered(table, config.allocation.order, config.seed)
-    return allocate(table, Budget(weight_bits=budget))
+def _shown(result: SensitivityTable | Allocation, path: Path | None) -> str:
+    """Its YAML or, where that is written to a file, a line that says so."""
+    text = dump_yaml(result.to_dict())
+    if path is None:
+        return text
+    write_text(path, text)
+    return f"wrote {path}\n"

@@ -54,8 +54,8 @@ def study(config: RunConfig, folder: Path) -> dict[str, Any]:
         What ``study.json`` holds: ``float``, ``truth``, ``estimators``, ``epoch``, ``additivity``.
 
     Raises:
-        ValueError: no float weights, no budget, or one that no allocation meets, no layer whose width is free, too few
-            training images for disjoint draws.
+        ValueError: no float weights, an allocation instead of a budget, a budget that no allocation meets, no layer
+            whose width is free, too few training images for disjoint draws.
     """
     subject = Subject.build(config)
     with subject.quantized({}):
@@ -137,8 +137,10 @@ class Subject:
             raise ValueError("adq: the study needs trained float weights: --weights FILE")
         if config.start is not None:
             raise ValueError("adq: the study is of float networks; it takes no start")
-        if config.allocation.weight_bits is None:
-            raise ValueError("adq: the study compares allocations; give it a budget, allocation.weight_bits")
+        if config.allocation.weight_bits is None or config.allocation.file is not None:
+            raise ValueError(
+                "adq: the study compares allocations; give it a budget, allocation.weight_bits, and no allocation.file"
+            )
         accelerator, channels_last = build_accelerator(config.engine), config.engine.channels_last
         images = config.allocation.batches * (config.data.eval_batch_size or config.data.batch_size)
         wanted = replace(config.data, calibration_images=config.study.repeats * images)
