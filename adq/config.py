@@ -8,6 +8,7 @@ import re
 import types
 import typing
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -255,17 +256,42 @@ def from_dict(kind: type[T], values: Any, base: T | None = None, where: str = ""
         return values
     if not isinstance(values, Mapping):
         raise ValueError(f"adq: {where or kind.__name__} must be a mapping, got {values!r}")
+    _check_keys(kind, values, where)
     hints = typing.get_type_hints(kind)
-    known = [item.name for item in fields(kind)]  # type: ignore[arg-type]
-    changes = {}
-    for key, value in values.items():
+    changes = {
+        key: _convert(hints[key], value, getattr(base, key, None), _place(where, key)) for key, value in values.items()
+    }
+    return replace(base, **changes) if base is not None else kind(**changes)  # type: ignore[type-var]
+
+
+def filled(kind: type, values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """What :func:`from_dict` makes of a mapping, as a mapping: converted, and with the defaults of what it leaves out.
+
+    Only the keys are checked: a value of the wrong type stays as it is, and values need not agree with each other.
+    """
+    _check_keys(kind, values, where)
+    hints, made = typing.get_type_hints(kind), {**to_dict(kind()), **values}
+    for key, value in made.items():
+        part = next((hint for hint in (hints[key], *typing.get_args(hints[key])) if is_dataclass(hint)), None)
+        if part is not None and isinstance(value, Mapping):
+            made[key] = filled(typing.cast(type, part), value, _place(where, key))
+        else:
+            with suppress(ValueError):
+                made[key] = _convert(hints[key], value, None, _place(where, key))
+    return made
+
+
+def _check_keys(kind: type, values: Mapping[str, Any], where: str) -> None:
+    known = [item.name for item in fields(kind)]
+    for key in values:
         if key not in known:
             close = difflib.get_close_matches(str(key), known, 1)
             hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
             raise ValueError(f"adq: unknown key {key!r} in {where or kind.__name__}{hint}")
-        place = f"{where}.{key}".lstrip(".")
-        changes[key] = _convert(hints[key], value, getattr(base, key, None), place)
-    return replace(base, **changes) if base is not None else kind(**changes)  # type: ignore[type-var]
+
+
+def _place(where: str, key: str) -> str:
+    return f"{where}.{key}".lstrip(".")
 
 
 def _convert(hint: Any, value: Any, base: Any, where: str) -> Any:

@@ -144,6 +144,7 @@ def test_all_rows_of_a_seed_come_before_the_next_seed(finished):
 def test_what_is_finished_is_left_alone(finished, weights, monkeypatch):
     before = times(finished / "runs")
     monkeypatch.setattr(ablation, "Run", None)
+    monkeypatch.setattr(ablation, "check_files", None)  # what is finished needs no files
     file = write(finished, weights, reference="k-means, EMA")
     assert ablate(file, finished) == 0
     assert ablate(file, finished, seeds=(1,), only="frozen|Frozen") == 0
@@ -159,6 +160,51 @@ def test_runs_of_another_configuration_are_not_mixed_in(finished, weights):
     changed = write(finished, weights, rows=[ROWS[0], {**ROWS[1], "set": {"qat": {"lr": 0.5}}}])
     with pytest.raises(ValueError, match=r"row 'Frozen codebook': .*frozen-codebook-seed0 was run with another qat.lr"):
         write_report(finished, read_ablation(changed))
+
+
+def test_rows_may_be_run_with_options_of_their_own(finished, weights, tmp_path, monkeypatch):
+    shutil.copytree(finished / "runs" / "k-means-ema-seed0", tmp_path / "runs" / "k-means-ema-seed0")
+    file = write(tmp_path, weights, seeds=[0])
+    options = [{"qat": {"epochs": 0, "lr": 0.5}}]
+    assert ablate(file, tmp_path, options, only="Frozen") == 0
+    assert "- `qat.lr=0.5` in 1 of 2 runs\n" in (tmp_path / "table.md").read_text()
+    monkeypatch.setattr(ablation, "Run", None)
+    assert ablate(file, tmp_path, options, only="Frozen") == ablate(file, tmp_path, only="k-means") == 0
+    for changes, only, name in (((), None, "Frozen codebook"), (options, "k-means", "k-means, EMA")):
+        with pytest.raises(ValueError, match=rf"row '{name}': .* holds a run with another qat\.epochs, qat\.lr;"):
+            ablate(file, tmp_path, changes, only=only)
+    changed = write(tmp_path, weights, rows=[{**ROWS[0], "set": {"qat": {"lr": 0.5}}}, ROWS[1]])
+    with pytest.raises(ValueError, match=r"row 'k-means, EMA': .* was run with another qat\.lr"):  # before any runs
+        ablate(changed, tmp_path, options, seeds=(1,), only="Frozen")
+
+
+def test_a_file_may_be_right_with_options_alone(weights, tmp_path):
+    settings = {
+        "model": {"finetune": True},
+        "float": {"epochs": 0},
+        "qat": {"epochs": 0, "label_smoothing": "1e-1"},
+        "distillation": {"teacher": {"name": "digits_cnn"}},
+    }
+    options = [
+        {"model": {"weights": str(weights)}, "distillation": {"alpha": 0.5, "teacher": {"weights": str(weights)}}}
+    ]
+    file = write(tmp_path, weights, rows=ROWS[:1], seeds=[0], set=merge(QUICK, settings))
+    with pytest.raises(ValueError, match="row 'k-means, EMA': model.finetune trains given weights on"):
+        ablate(file, tmp_path)
+    assert ablate(file, tmp_path, options) == ablate(file, tmp_path, options) == 0
+    report_only(file, tmp_path)
+    lines = (tmp_path / "table.md").read_text().partition("Besides what the file says:\n\n")[2].splitlines()
+    said = ["distillation.alpha=0.5", f'distillation.teacher.weights="{weights}"']
+    assert lines == [f"- `{setting}` in 1 of 1 runs" for setting in said]
+
+
+def test_a_budget_is_refused_where_no_number_of_classes_meets_it():
+    def check(bits):
+        ablation._check_network(resolve("digits", [{"allocation": {"weight_bits": bits}}]))
+
+    with pytest.raises(ValueError, match="no allocation meets the budget of 2.03"):
+        check(2.03)
+    check(2.05)  # of the digits' ten classes 2.09 is the least, of two 2.04
 
 
 def test_what_a_row_sets_of_the_engine_must_be_what_it_was_run_with(finished, weights, tmp_path):
@@ -272,6 +318,7 @@ def test_rows_may_come_from_another_machine():
             "row 'bad': no such file: nowhere.pt",
         ),
         ({"set": {"model": {"name": "resnet21"}}}, "row 'bad': "),
+        ({"set": {"allocation": {"weight_bits": 0.5}}}, "row 'bad': no allocation meets the budget of 0.5"),
         ({"set": {"seed": 3}}, "row 'bad' sets seed"),
         ({"set": [1]}, "rows[2] (bad).set must be a mapping, got [1]"),
         ({"sett": {}}, "unknown key 'sett' in rows[2] (bad); did you mean 'set'"),

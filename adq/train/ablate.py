@@ -17,17 +17,25 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
-from adq.convert import choose_layers
 from adq.models import create_model
 from adq.store import locked, write_text
 from adq.train.ablation_config import Ablation, Row, check_changes, check_seeds, read_ablation
-from adq.train.ablation_report import ERROR, changed_settings, found_seeds, read_saved, run_folder, write_report
+from adq.train.ablation_report import (
+    ERROR,
+    changed_settings,
+    collect,
+    found_seeds,
+    read_saved,
+    run_folder,
+    write_report,
+)
 from adq.train.config import RunConfig, resolve
 from adq.train.display import Display
-from adq.train.run import Run, RunFolder, check_files
+from adq.train.run import Run, RunFolder, check_files, check_layers
 from adq.train.together import Preempted
 
 POLL_SECONDS = 2.0
+FEW_CLASSES, MANY_CLASSES = 2, 1000
 
 
 @dataclass(frozen=True)
@@ -106,11 +114,11 @@ def ablate(
         check_changes(change, "a change of all rows")
     chosen = seeds or ablation.seeds
     check_seeds(chosen)
-    names = {row.name for row in choose(ablation.rows, only)}
     every_seed = list(dict.fromkeys([*chosen, *found_seeds(output, ablation)]))
-    jobs = plan(ablation, output, changes, every_seed)
-    jobs = [job for job in jobs if job.seed in chosen and job.row.name in names]
-    check_jobs(jobs[: len(names)])
+    jobs = plan(ablation, choose(ablation.rows, only), output, changes, every_seed)
+    jobs = [job for job in jobs if job.seed in chosen]
+    collect(output, ablation)  # rows that are not chosen, too, are those of the file
+    check_jobs(jobs)
     run_jobs(jobs, ablation, output, display or Display())
     return sum(not job.finished for job in jobs)
 
@@ -149,13 +157,15 @@ def choose(rows: Sequence[Row], only: str | None) -> Sequence[Row]:
 # ---- before anything runs ----------------------------------------------------------------------------
 
 
-def plan(ablation: Ablation, output: Path, changes: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> list[Job]:
-    """All jobs, all rows of a seed before the next seed; none has been run with another configuration.
+def plan(
+    ablation: Ablation, rows: Sequence[Row], output: Path, changes: Sequence[Mapping[str, Any]], seeds: Sequence[int]
+) -> list[Job]:
+    """The jobs of these rows, all of a seed before the next seed; none has been run with another configuration.
 
     Raises:
         ValueError: as :func:`ablate`.
     """
-    jobs = [_job(ablation, row, seed, output, changes) for seed in seeds for row in ablation.rows]
+    jobs = [_job(ablation, row, seed, output, changes) for seed in seeds for row in rows]
     for job in jobs:
         if job.folder.config.exists():
             _check_saved(job)
@@ -163,13 +173,27 @@ def plan(ablation: Ablation, output: Path, changes: Sequence[Mapping[str, Any]],
 
 
 def check_jobs(jobs: Sequence[Job]) -> None:
-    """Raise ValueError, which names the row, for files that are not there and networks that cannot be made."""
-    for job in jobs:
+    """Raise ValueError, which names the row, for files that are not there and networks that cannot be made or quantized
+    as they shall be. What is finished needs neither."""
+    for job in {job.row.name: job for job in jobs if not job.finished}.values():  # seeds do not differ in this
         with _naming(job.row):
-            config = job.config
-            check_files(config)
-            network = create_model(config.model.name, 10, **config.model.kwargs)
-            choose_layers(network, config.quantization)
+            check_files(job.config)
+            _check_network(job.config)
+
+
+def _check_network(config: RunConfig) -> None:
+    """Raise what is wrong however many classes there are: only the images tell, and average bits depend on it."""
+
+    def check(classes: int) -> None:
+        check_layers(create_model(config.model.name, classes, **config.model.kwargs), config)
+
+    try:
+        check(FEW_CLASSES)
+    except ValueError as error:
+        try:
+            check(MANY_CLASSES)
+        except ValueError:
+            raise error from None
 
 
 def _job(ablation: Ablation, row: Row, seed: int, output: Path, changes: Sequence[Mapping[str, Any]]) -> Job:

@@ -18,7 +18,7 @@ from typing import Any
 from adq.config import from_dict, load_yaml, to_dict
 from adq.store import write_text
 from adq.train.ablation_config import Ablation, Row
-from adq.train.config import RunConfig, differences, flatten, merge, resolve
+from adq.train.config import RunConfig, differences, flatten, merge, spell_out
 from adq.train.figures import BLUE, GREY, ORANGE, label
 from adq.train.figures import _pyplot as load_pyplot
 from adq.train.figures import _write as write_png
@@ -117,15 +117,14 @@ def changed_settings(row: Row, saved: RunConfig, wanted: RunConfig) -> list[str]
 def _settings(ablation: Ablation, row: Row, seed: int, folder: RunFolder) -> dict[str, Any]:
     """A run's precision, and what else it was told than the file says, on the command line or by an older file.
 
-    The float weights are left out: a file need not name them.
+    The float weights are left out: a file need not name them. Nor need it be right without the command line.
     """
     if not folder.config.exists():
         return {}
     saved = read_saved(folder)
-    of_run = {"seed": seed, "data": {} if saved.data.root is None else {"root": str(saved.data.root)}}
-    of_file = resolve(ablation.base, [ablation.set, row.set, of_run])
-    flat = flatten(to_dict(saved))
-    changed = [key for key in differences(saved, of_file) if key != "model.weights" or of_file.model.weights]
+    of_file = spell_out(ablation.base, [ablation.set, row.set, {"seed": seed}])
+    flat, weights = flatten(to_dict(saved)), flatten(of_file).get("model.weights")
+    changed = [key for key in differences(saved, of_file) if key != "model.weights" or weights]
     return {"precision": saved.engine.mixed_precision, "besides": {key: flat[key] for key in changed if key in flat}}
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
-from adq.config import ADQConfig, check_bits, dump_yaml, from_dict, load_yaml
+from adq.config import ADQConfig, check_bits, dump_yaml, filled, from_dict, load_yaml
 from adq.config import _check_choices as check_choices
 from adq.sensitivity import Estimator
 from adq.train.data import DataConfig
@@ -301,19 +301,31 @@ def resolve(recipe: str | None, changes: Sequence[Mapping[str, Any]]) -> RunConf
         FileNotFoundError, ValueError: no such recipe or file; an unknown key (with the closest known one)
             or a value of the wrong kind, each with its place.
     """
+    values = _merged(recipe, changes)
+    try:
+        config = from_dict(RunConfig, values)
+    except TypeError as error:  # keys of YAML that are no text
+        raise ValueError(str(error)) from error
+    if "data.seed" in flatten(values):
+        return config
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, seed=config.seed))
+
+
+def spell_out(recipe: str | None, changes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What :func:`resolve` makes, as a mapping, of settings that need not be right before more are given."""
+    values = _merged(recipe, changes)
+    made = filled(RunConfig, values)
+    return made if "data.seed" in flatten(values) else merge(made, {"data": {"seed": made["seed"]}})
+
+
+def _merged(recipe: str | None, changes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     values = read_recipe(recipe or "digits")
     data = values.get("data")
     if isinstance(data, dict) and data.get("seed") == values.get("seed", 0):  # as every run writes it
         values = {**values, "data": {key: value for key, value in data.items() if key != "seed"}}
     for change in changes:
         values = merge(values, change)
-    try:
-        config = from_dict(RunConfig, values)
-    except TypeError as error:  # keys of YAML that are no text
-        raise ValueError(str(error)) from error
-    if "seed" in (values.get("data") or {}):
-        return config
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, seed=config.seed))
+    return values
 
 
 FILES = ("model.weights", "start", "allocation.file", "distillation.teacher.weights")
@@ -322,8 +334,8 @@ of ablations have equal names."""
 OWN_NAMES = ("float.safetensors", "model.safetensors", "model-packed.safetensors", "allocation.yaml")
 
 
-def differences(first: RunConfig, second: RunConfig) -> list[str]:
-    """Fields that shape the result in which two runs differ, dotted.
+def differences(first: RunConfig | Mapping[str, Any], second: RunConfig | Mapping[str, Any]) -> list[str]:
+    """Fields that shape the result in which two runs, or what was said of them, differ, dotted.
 
     The output, the engine, how data are loaded, and the folders that images and weights lie in do not count: a run may
     go on, and rows of an ablation may have been run, on another machine.
