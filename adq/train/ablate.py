@@ -220,7 +220,7 @@ def _check_saved(job: Job) -> None:
     if changed:
         raise ValueError(
             f"adq: row {job.row.name!r}: {job.folder.path} holds a run with another {', '.join(changed)}; "
-            "remove the folder or choose another --output"
+            "give the same options, choose rows by --only, remove the folder or choose another --output"
         )
 
 
