@@ -22,6 +22,7 @@ from adq.train.config import RunConfig, differences, flatten, merge, spell_out
 from adq.train.figures import BLUE, GREY, ORANGE, label
 from adq.train.figures import _pyplot as load_pyplot
 from adq.train.figures import _write as write_png
+from adq.train.metrics import MetricsLog
 from adq.train.run import RunFolder
 
 ERROR = "error.txt"
@@ -125,7 +126,14 @@ def _settings(ablation: Ablation, row: Row, seed: int, folder: RunFolder) -> dic
     of_file = spell_out(ablation.base, [ablation.set, row.set, {"seed": seed}])
     flat, weights = flatten(to_dict(saved)), flatten(of_file).get("model.weights")
     changed = [key for key in differences(saved, of_file) if key != "model.weights" or weights]
-    return {"precision": saved.engine.mixed_precision, "besides": {key: flat[key] for key in changed if key in flat}}
+    return {"precision": _precision(folder, saved), "besides": {key: flat[key] for key in changed if key in flat}}
+
+
+def _precision(folder: RunFolder, saved: RunConfig) -> str:
+    """That of its epochs: a run may have gone on in another one, and its configuration is that of the end."""
+    rows = MetricsLog(folder.metrics).rows()
+    found = dict.fromkeys(row["mixed_precision"] for row in rows if "mixed_precision" in row)
+    return " and ".join(found) or saved.engine.mixed_precision
 
 
 def _numbers(folder: RunFolder) -> dict[str, float]:

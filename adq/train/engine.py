@@ -349,6 +349,7 @@ class Trainer:
             "test_loss": test_loss,
             "test_top1": test_top1,
             "lr": schedule.get_last_lr()[0],
+            "mixed_precision": self.accelerator.mixed_precision,
             **speed,
             "broken_images": broken_images(self.train.dataset, self.test.dataset),
         }
