@@ -209,14 +209,17 @@ def test_nan_counts_nowhere_and_holds_its_scale(call, assert_identical, assert_s
 
 
 def test_scale_that_does_not_fit_is_kept(call, assert_sum):
-    # the codewords of these weights are all zero, or of the other sign
-    w = torch.stack([torch.full((9,), 0.1), torch.full((9,), -0.1), torch.full((9,), 2.0)])
+    # the codewords of these weights are all zero, or of the other sign; a channel of NaN is always kept
+    w = torch.stack([torch.full((9,), value) for value in (0.1, -0.1, 2.0, NAN)])
     net = network({"a": (lambda: w, 0)}, [3], [torch.float32])
-    net.scales, net.codebooks, net.rates = [torch.ones(3, 1)], [f32(-1.0, 0.0, 1.0)], f32(0.5)
+    net.scales, net.codebooks, net.rates = [torch.ones(4, 1)], [f32(-1.0, 0.0, 1.0)], f32(0.5)
     scales = net.step(call).scales[0].flatten()
-    assert (scales / scales[0]).tolist() == [1.0, 1.0, 1.5]
+    assert (scales / scales[3]).tolist() == [1.0, 1.0, 1.5, 1.0]
     net.codebooks = [f32(0.5, 1.0, 3.0)]
-    assert_stepped(net, net.step(call), assert_sum)
+    new = net.step(call)
+    assert_stepped(net, new, assert_sum)
+    scales = new.scales[0].flatten()
+    assert scales[1] == scales[3] != scales[0]
 
 
 # ---- the update --------------------------------------------------------------------------------------
@@ -309,7 +312,7 @@ def test_weights_that_stand_still_leave_scales_where_they_are(bits):
 
 
 def test_weights_that_vanish_leave_scales_to_divide_by(call):
-    net = one_layer(torch.zeros(2, 50), f32(-1.0, 0.5, 1.0), f32(10.0, 80.0, 10.0), rate=0.9)
+    net = one_layer(torch.zeros(2, 50), f32(1.0), f32(100.0), rate=0.9)  # a level that no weight holds where it is
     net.scales = [torch.full((2, 1), 1e-28)]
     for _ in range(5):
         net = net.step(call)

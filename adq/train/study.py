@@ -221,8 +221,7 @@ class Subject:
 
         Allocations of the same bits count once in the rank correlations.
         """
-        scores: dict[str, Scores] = {TRUTH: of_target(truth, "loss")}
-        scores |= {name: estimator["scores"][0] for name, estimator in estimators.items()}
+        scores = scores_to_sum(truth, estimators)
         tables = {name: self._with_scores(values) for name, values in scores.items()}
         chosen = {name: self._allocate(table) for name, table in tables.items()}
         chosen |= {f"{name}, reversed": self._allocate(reordered(table, "reversed")) for name, table in tables.items()}
@@ -279,6 +278,11 @@ def _free_scores(table: SensitivityTable) -> dict[str, dict[int, float]]:
 def of_target(truth: Mapping[str, Any], target: str) -> dict[str, dict[int, float]]:
     """One of the measured quantities, by layer and width."""
     return {name: {bits: rise[target] for bits, rise in widths.items()} for name, widths in truth.items()}
+
+
+def scores_to_sum(truth: Mapping[str, Any], estimators: Mapping[str, Any]) -> dict[str, Scores]:
+    """What the score of a whole allocation is a sum of: the measured rises of the loss, each estimator's first draw."""
+    return {TRUTH: of_target(truth, "loss"), **{name: found["scores"][0] for name, found in estimators.items()}}
 
 
 def time_epoch(subject: Subject) -> dict[str, float]:

@@ -15,7 +15,7 @@ from adq.store import write_text
 from adq.train.ablation_report import read_saved
 from adq.train.config import RunConfig, differences
 from adq.train.run import RunFolder
-from adq.train.study import STUDY, TRUTH, markdown, of_target, rank
+from adq.train.study import STUDY, markdown, rank, scores_to_sum
 from adq.train.study_figures import draw_trained
 
 STAGES = {"calibrated": "calibrated_top1", "trained": "quantized_top1"}
@@ -52,14 +52,14 @@ def add_trained(folder: Path, runs: Sequence[Path]) -> dict[str, Any]:
 
 def compare(result: Mapping[str, Any], runs: Sequence[RunFolder]) -> dict[str, Any]:
     """``trained`` of :func:`add_trained`; ``result`` as ``study.json`` holds it."""
-    scores: dict[str, Any] = {TRUTH: of_target(result["truth"], "loss")}
-    scores |= {name: estimator["scores"][0] for name, estimator in result["estimators"].items()}
+    scores: Mapping[str, Any] = scores_to_sum(result["truth"], result["estimators"])
     points: dict[tuple[int, ...], dict[str, Any]] = {}
     recipe: RunConfig | None = None
     for run in runs:
-        bits = _bits(run, result)
-        found = json.loads(run.result.read_text(encoding="utf-8"))
-        config = read_saved(run)
+        if not run.result.exists():
+            raise FileNotFoundError(f"adq: {run.path} holds no finished run: there is no {run.result.name}")
+        found, config = json.loads(run.result.read_text(encoding="utf-8")), read_saved(run)
+        bits = _bits(run, found["model"], result)
         if recipe is not None and (other := [key for key in differences(recipe, config) if not _may_differ(key)]):
             raise ValueError(f"adq: {run.path} was trained with another {', '.join(other)} than {runs[0].path}")
         recipe = recipe or config
@@ -94,13 +94,11 @@ def compare(result: Mapping[str, Any], runs: Sequence[RunFolder]) -> dict[str, A
     }
 
 
-def _bits(run: RunFolder, result: Mapping[str, Any]) -> dict[str, int]:
-    """Widths of the layers that the study has scores of."""
-    if not run.result.exists():
-        raise FileNotFoundError(f"adq: {run.path} holds no finished run: there is no {run.result.name}")
+def _bits(run: RunFolder, model: str, result: Mapping[str, Any]) -> dict[str, int]:
+    """Widths that a run of ``model`` has in the layers that the study has scores of."""
     bits = Allocation.load(run.allocation).bits
     wrong = [name for name in result["layers"] if bits.get(name) not in result["widths"]]
-    if wrong or json.loads(run.result.read_text(encoding="utf-8"))["model"] != result["model"]:
+    if wrong or model != result["model"]:
         what = f"layer {wrong[0]!r} of {bits.get(wrong[0])} bits" if wrong else "another network"
         raise ValueError(f"adq: the study has no scores for {run.path}: {what}")
     return {name: bits[name] for name in result["layers"]}
