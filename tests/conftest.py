@@ -72,6 +72,30 @@ TOLERANCES = {
 """Arithmetic in float32 (2e-6, of the sum of the absolute contributions) plus one rounding to the dtype."""
 
 
+FEW = {
+    "levels": [4, 17, 256],
+    "steps": [3, 255],
+    "layout": ["0-dim", "empty", "prime", "misaligned", "column-slice", "channels-last"],
+}
+"""Of each parameter, the values with which half precision goes through Triton's interpreter, one of each code path."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Triton's kernels compute in float32 whatever they load, and interpreting them is slow: in half precision they
+    run with a :data:`FEW` values of each parameter, all of which ``ADQ_TEST_SLOW=1`` and a GPU bring back."""
+    if not INTERPRETED or os.environ.get("ADQ_TEST_SLOW"):
+        return
+
+    def repeats(item: pytest.Item) -> bool:
+        given = item.callspec.params if hasattr(item, "callspec") else {}
+        half = given.get("backend") == "triton" and given.get("dtype") in DTYPES[1:]
+        return half and any(given[name] not in few for name, few in FEW.items() if name in given)
+
+    dropped = [item for item in items if repeats(item)]
+    config.hook.pytest_deselected(items=dropped)
+    items[:] = [item for item in items if not repeats(item)]
+
+
 @pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 def dtype(request) -> torch.dtype:
     return request.param

@@ -424,6 +424,8 @@ def test_quantized_weights_are_those_of_the_new_state(call, assert_identical, sn
 
 
 def test_same_bits_from_run_to_run_and_for_any_number_of_threads(backend, call, assert_identical):
+    if backend.__name__.endswith("cuda") and backend.INTERPRETED:
+        pytest.skip("Triton's interpreter runs one program after the other, in the same order every time")
     net = network(FEW | {"long": (lambda: normal(200, 333), 0)}, [4, 255, 8, 16, 3], [torch.float32])
     threads = torch.get_num_threads()
     first = None
