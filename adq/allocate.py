@@ -305,8 +305,8 @@ def _search(options: Sequence[_Options], limit: int, price: float, excess: float
     """The least score within the limit of the assignments up to an excess, the option that each group has there, and
     whether all such assignments were searched.
 
-    Group by group, of assignments so far those stay than which no cheaper one scores as little, of too many some of
-    every cost.
+    Group by group, of assignments so far those stay than which no cheaper one scores as little, of too many the best
+    of every cost, about.
     """
     costs, scores, least, complete = np.zeros(1, dtype=np.int64), np.zeros(1), 0.0, True
     steps = []
@@ -319,7 +319,7 @@ def _search(options: Sequence[_Options], limit: int, price: float, excess: float
         best = np.minimum.accumulate(scores[kept])
         kept = kept[np.append(True, best[1:] < best[:-1])]
         if len(kept) > MOST_SUMS:
-            kept, complete = kept[np.linspace(0, len(kept) - 1, MOST_SUMS).astype(np.int64)], False
+            kept, complete = kept[_thinned(costs[kept], scores[kept] + price * costs[kept])], False
         costs, scores = costs[kept], scores[kept]
         steps.append((count, kept))
     score, at, chosen = float(scores[-1]), len(scores) - 1, []
@@ -327,6 +327,15 @@ def _search(options: Sequence[_Options], limit: int, price: float, excess: float
         option, at = divmod(int(kept[at]), count)
         chosen.append(option)
     return score, chosen[::-1], complete
+
+
+def _thinned(costs: Any, priced: Any) -> Any:
+    """Indices of the first, and of at most :data:`MOST_SUMS` others: the best priced of each of as many equal parts of
+    the range of costs, which ascend. So the sums that are left are as fine where few are as where most are."""
+    part = (costs - costs[0]) * (MOST_SUMS / (costs[-1] - costs[0] + 1))
+    part = np.append(-1, part[1:].astype(np.int64))
+    order = np.lexsort((priced, part))
+    return order[np.append(True, np.diff(part[order]) > 0)]
 
 
 def apply_allocation_(model: nn.Module, allocation: Allocation | Mapping[str, int]) -> nn.Module:

@@ -124,6 +124,7 @@ def foreach_codebook_step_(
         if per_channel:
             fitted = least_squares_scale(w.float(), q, scale)
             new_codebook, total, factor = hold_peak(codebook, new_codebook, total)
+            fitted = torch.where(rate > 0.0, fitted, scale)  # which may be infinite
             scale.copy_(rescale(scale + rate * (fitted - scale), factor))
         codebook.copy_(snap_codebook(new_codebook) if snap[i] else new_codebook)
         counts[i].copy_(count)
@@ -152,11 +153,16 @@ def hold_peak(before: Tensor, codebook: Tensor, total: Tensor) -> tuple[Tensor, 
     """Levels and M in the unit in which the largest level is as large as before, and the factor f that leads there.
 
     Only products of levels and scales are determined. Scales fit whole weights, levels those within reach: without
-    this, each step would leave the scales a little larger and the levels smaller, without end.
+    this, each step would leave the scales a little larger and the levels smaller, without end. The largest level has
+    the same bits as before, since one that rounds up from 127 steps of a grid would double the steps.
     """
-    factor = before.abs().amax() / codebook.abs().amax()
-    factor = torch.where((factor > 0.0) & (factor < torch.inf), factor, 1.0)
-    return codebook * factor, total * factor, factor
+    peak, largest = before.abs().amax(), codebook.abs().amax()
+    factor = peak / largest
+    holds = (factor > 0.0) & (factor < torch.inf)
+    factor = torch.where(holds, factor, 1.0)
+    held = torch.minimum(torch.maximum(codebook * factor, -peak), peak)
+    held = torch.where(codebook.abs() == largest, torch.copysign(peak, codebook), held)
+    return torch.where(holds, held, codebook), total * factor, factor
 
 
 def rescale(scale: Tensor, factor: Tensor) -> Tensor:

@@ -173,7 +173,8 @@ def _move_scales(
         torch.cat([values[i].expand(count) for i, count in enumerate(channels)]) for values in (rates, factors)
     )
     old, fitted = torch.cat([scale.flatten() for scale in scales]), products.float() / norms.float()
-    new = rescale(old + rate * (torch.where(fitted > 0, fitted, old) - old), factor)
+    fitted = torch.where((fitted > 0) & (rate > 0), fitted, old)
+    new = rescale(old + rate * (fitted - old), factor)
     parts = new.split([scale.numel() for scale in scales])
     torch._foreach_copy_(scales, [part.view_as(scale) for part, scale in zip(parts, scales, strict=True)])
 

@@ -154,10 +154,12 @@ void step_scales(const Layer& layer, const std::vector<RowSums>& rows) {
 // Levels and M in the unit in which the largest level is as large as it was, and scales in theirs: see
 // hold_peak in reference.py.
 void hold_peak(const Layer& layer, float before) {
-    const float factor = before / largest_level(layer);
+    const float largest = largest_level(layer), factor = before / largest;
     if (!(factor > 0.0f && factor < std::numeric_limits<float>::infinity())) return;
     for (int k = 0; k < layer.levels; ++k) {
-        layer.codebook[k] *= factor;
+        float& level = layer.codebook[k];
+        const float held = std::fabs(level) == largest ? before : std::min(std::fabs(level * factor), before);
+        level = std::copysign(held, level);
         layer.ema_total[k] *= factor;
     }
     for (std::int64_t channel = 0; channel < layer.channels; ++channel) {

@@ -294,6 +294,7 @@ def _fit_rows(scales, first, end, length, fit, norm, seen, rate, SHIFT: tl.const
     old = tl.load(scales + row, mask=row < end, other=1.0)
     fitted = tl.div_rn(fit, norm)
     fitted = tl.where((fitted > 0) & (seen == length), fitted, old)
+    fitted = tl.where(rate > 0, fitted, old)  # which may be infinite
     tl.store(scales + row, old + rate * (fitted - old), mask=row < end)
 
 
@@ -615,12 +616,16 @@ def _snapped(codebook, there):
 
 @triton.jit
 def _held(layer, old, codebook, level, levels):
-    """The factor that leads back to the unit in which the largest level is as large as before, where there are
-    channels: see :func:`adq.reference.hold_peak`."""
+    """The levels in the unit in which the largest is as large as before, and the factor that leads there, where there
+    are channels: see :func:`adq.reference.hold_peak`."""
     there = level < levels
     before = tl.max(tl.where(there, tl.abs(tl.load(old + level, mask=there, other=0.0)), 0.0), 0)
-    factor = tl.div_rn(before, tl.max(tl.where(there, tl.abs(codebook), 0.0), 0))
-    return tl.where((factor > 0) & (factor < float("inf")) & (_number(layer, CHANNELS) != 0), factor, 1.0)
+    largest = tl.max(tl.where(there, tl.abs(codebook), 0.0), 0)
+    factor = tl.div_rn(before, largest)
+    holds = (factor > 0) & (factor < float("inf")) & (_number(layer, CHANNELS) != 0)
+    size = tl.abs(codebook)
+    held = tl.where(size == largest, before, tl.minimum(size * factor, before))
+    return tl.where(holds, tl.where(codebook < 0, -held, held), codebook), tl.where(holds, factor, 1.0)
 
 
 @triton.jit
@@ -645,8 +650,8 @@ def _update(layer, item, counts, totals, old, new, rate, K: tl.constexpr, CHUNK:
     s = _add_partials(totals, level, levels, items, tl.float64, CHUNK).to(tl.float32)
     codebook, count, total = _ema(old, level, levels, n, s, rate)
     codebook, count, total, place = _revive(codebook, count, total, level, levels)
-    factor = _held(layer, old, codebook, level, levels)
-    codebook, total = codebook * factor, total * factor
+    codebook, factor = _held(layer, old, codebook, level, levels)
+    total = total * factor
     there = level < levels
     if not rate > 0:
         codebook = tl.load(old + level, mask=there, other=0.0)

@@ -229,17 +229,18 @@ def test_two_hundred_layers_of_seven_widths(kind, amount):
     assert score(made.layers, found.bits) == pytest.approx(best[-1], rel=1e-12, abs=0)
 
 
-def test_layers_that_gain_alike_are_too_many_to_search():
+@pytest.mark.parametrize("count", [30, 100])
+def test_layers_that_gain_alike_are_too_many_to_search(count):
     """Any assignment is as good as its cost is large, and sizes have no common divisor."""
     draw = np.random.default_rng(0)
-    sizes = draw.integers(10_000, 5_000_000, 30)
+    sizes = draw.integers(10_000, 5_000_000, count)
     layers = [(f"l{i}", int(n), 1, 4, {b: float(n * 4.0**-b) for b in (2, 3, 4)}) for i, n in enumerate(sizes)]
     budget = Budget(weight_bits=2.81)
     with pytest.warns(RuntimeWarning, match="too many assignments") as caught:
         found = allocate(table(*layers), budget)
     assert found.average_quantized <= 2.81
     more = float(re.search(r"at most (\S+) more", str(caught[0].message))[1])
-    assert more < 1e-3 * score(table(*layers).layers, found.bits)
+    assert more < 3e-5 * score(table(*layers).layers, found.bits)
 
 
 def test_of_equal_scores_the_cheapest():
