@@ -35,7 +35,7 @@ from adq.convert import (
     unwrapped,
 )
 from adq.deploy import listed
-from adq.fold import attach_, fold_batch_norm_, fold_problem, folded_norms
+from adq.fold import attach_, fold_batch_norm_, fold_problem, folded_norms, is_folded
 from adq.functional import code_bits, unpack
 from adq.models import rebuild
 from adq.nn.activation import ActivationQuantizer
@@ -328,7 +328,7 @@ def _is_of(model: nn.Module, record: dict[str, Any]) -> bool:
             fresh = rebuild(record)
     except Exception:  # whatever an architecture raises that cannot be made like that
         return True
-    if folded_norms(model):  # and so without those batch norms
+    if is_folded(model):  # and so without those batch norms
         return True
     named = model.named_parameters(remove_duplicate=False)
     own = {name: p.shape for name, p in named if "_quantizer." not in name}

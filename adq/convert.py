@@ -6,7 +6,7 @@ import operator
 import re
 import sys
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -194,12 +194,27 @@ def _refill(container: Any, kind: type[Any], then: list[Any]) -> None:
         (kind.update if kind is set else kind.extend)(container, then)
 
 
+def _held(values: Iterable[Any]) -> list[tuple[Any, type[Any], list[Any]]]:
+    """The containers among these values, and in these, each with its kind and what it holds."""
+    found: dict[int, tuple[Any, type[Any], list[Any]]] = {}
+    left = list(values)
+    while left:
+        value = left.pop()
+        kind = next((kind for kind in _CONTAINERS if isinstance(value, kind)), None)
+        if kind is not None and id(value) not in found:
+            found[id(value)] = value, kind, _contents(value, kind)
+            left += found[id(value)][2]
+        elif isinstance(value, tuple):
+            left += tuple.__iter__(value)
+    return list(found.values())
+
+
 def attributes_restorer(model: nn.Module) -> Callable[[], None]:
-    """What gives every module its class and attributes of now back, and containers among these what they hold now."""
+    """What gives every module its class and attributes of now back, and containers among these, and in these, what they
+    hold now.
+    """
     before = [(module, type(module), dict(vars(module))) for module in model.modules()]
-    values = (value for _, _, attributes in before for value in attributes.values())
-    kinds = [(value, next((kind for kind in _CONTAINERS if isinstance(value, kind)), None)) for value in values]
-    held = [(value, kind, _contents(value, kind)) for value, kind in kinds if kind is not None]
+    held = _held(value for _, _, attributes in before for value in attributes.values())
 
     def restore() -> None:
         for value, container, then in held:

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from adq.convert import attributes_restorer, quantized_layers
 from adq.nn.activation import ActivationQuantizer
@@ -97,18 +99,69 @@ def _check_given(name: str, given: Any, default: Any) -> None:
         raise ValueError(f"adq: this model was made for {name}={default!r}, and got {given!r}")
 
 
+_KINDS = ("dtype", "device", "shape", "ndim", "is_cuda")
+"""What code may ask of a weight that is the same of the quantized one."""
+
+
+def is_read(node: fx.Node) -> bool:
+    """Whether a graph asks for the values of a weight that it gets, and not for its dtype alone or the like."""
+    return not all(user.target is getattr and user.args[1] in _KINDS for user in node.users)
+
+
+class Reads(TorchFunctionMode):
+    """What code asks of modules and tensors themselves while it runs under this mode: a graph shows proxies alone.
+
+    Attributes:
+        attributes: of modules, by the module's identity.
+        tensors: identities of tensors of which code asks anything, and ``values`` of those of which it is more than
+            their dtype or the like.
+    """
+
+    _OF_ANY_VALUES = frozenset(getattr(Tensor, kind).__get__ for kind in _KINDS)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attributes: set[tuple[int, str]] = set()
+        self.tensors: set[int] = set()
+        self.values: set[int] = set()
+
+    def __enter__(self) -> Reads:
+        def noting(module: nn.Module, name: str) -> Any:
+            self.attributes.add((id(module), name))
+            return object.__getattribute__(module, name)
+
+        nn.Module.__getattribute__ = noting  # type: ignore[method-assign, assignment]
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        del nn.Module.__getattribute__  # object's own comes back
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Note the tensors that a function of torch is given."""
+        given = {id(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        self.tensors |= given
+        if function not in self._OF_ANY_VALUES:
+            self.values |= given
+        return function(*args, **(kwargs or {}))
+
+
+Leaves = tuple[type[nn.Module], ...]
+
+
 class _LayerTracer(fx.Tracer):
     """Traces a model down to its layers, quantized ones as they are, with what it changes in place.
 
     Args:
         defaults: values of arguments that the model is traced with. Simple ones may be given later, and are checked
             then; of the others the graph has no argument.
+        leaves: further kinds of modules of which the graph shows the call.
     """
 
-    def __init__(self, defaults: dict[str, Any] | None = None) -> None:  # without, for copies of what it traced
+    def __init__(self, defaults: dict[str, Any] | None = None, leaves: Leaves = ()) -> None:  # without, for copies
         super().__init__()
         self.defaults = defaults or {}
-        self.read: set[int] = set()
+        self.leaves = leaves
 
     def create_args_for_root(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Any]]:
         """The model's function and what it is called with, a proxy for each argument that has no fixed value."""
@@ -124,20 +177,15 @@ class _LayerTracer(fx.Tracer):
                     self.graph.erase_node(value.node)
         return function, values
 
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
-        """What code gets that reads a module's parameter, buffer or child; of buffers, no values of the graph, it is
-        noted that they were read.
-        """
-        self.read.add(id(attr_val))
-        return super().getattr(attr, attr_val, parameter_proxy_cache)
-
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """What stands for a node's value while the model is run."""
         return _Proxy(node, self)
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         """Whether the graph shows a call of the module rather than what is in it, past its hooks."""
-        is_leaf = isinstance(module, QuantizedLayer) or after_norm(module) is not None or has_hooks(module)
+        is_leaf = (
+            isinstance(module, (QuantizedLayer, *self.leaves)) or after_norm(module) is not None or has_hooks(module)
+        )
         return is_leaf or super().is_leaf_module(module, name)
 
 
@@ -154,9 +202,11 @@ def has_hooks(module: nn.Module | None) -> bool:
     return "forward" in vars(module) or any(hook not in OWN_HOOKS for hook in hooks)
 
 
-def trace_layers(model: nn.Module, given: int | None = None) -> tuple[fx.Graph, dict[str, Any], set[str]]:
+def trace_layers(
+    model: nn.Module, given: int | None = None, leaves: Leaves = ()
+) -> tuple[fx.Graph, dict[str, Any], Reads]:
     """The calls of a model's layers, constants that the graph reads as attributes which the model does not have, and
-    the names of buffers that code reads which is no layer's own.
+    what code that is no layer's own reads past the graph.
 
     The model keeps the attributes that it has, and its buffers their values, which its code may change.
 
@@ -164,6 +214,7 @@ def trace_layers(model: nn.Module, given: int | None = None) -> tuple[fx.Graph, 
         model: in the mode in which it runs.
         given: how many arguments of ``forward`` are values of the graph, None for those without a default. The
             others have their defaults, so that a branch that asks for them is the one that is taken.
+        leaves: further kinds of modules that the graph calls as they are.
 
     Raises:
         Exception: whatever the model's code raises when it meets a proxy; ValueError: hooks of the model itself, which
@@ -174,27 +225,22 @@ def trace_layers(model: nn.Module, given: int | None = None) -> tuple[fx.Graph, 
     parameters = inspect.signature(model.forward).parameters.values()
     others = [p for i, p in enumerate(parameters) if given is None or i >= given]
     defaults = {p.name: p.default for p in others if p.default is not p.empty}
-    tracer, restore = _LayerTracer(defaults), attributes_restorer(model)
+    tracer, reads, restore = _LayerTracer(defaults, leaves), Reads(), attributes_restorer(model)
     buffers = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers() if not buffer.is_inference()]
     try:
-        graph = tracer.trace(model)
+        for module in model.modules():  # what adq does when a part begins and ends is no code of the model
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                for key in [key for key, hook in hooks.items() if hook in OWN_HOOKS]:
+                    del hooks[key]
+        with reads:
+            graph = tracer.trace(model)
     finally:
         restore()  # its code may have put proxies there
         for buffer, version, value in buffers:
             if buffer._version != version:
                 buffer.detach().copy_(value)
     constants = {name: value for value, name in tracer.tensor_attrs.items() if "." not in name}
-    read = {name for name, buffer in model.named_buffers() if id(buffer) in tracer.read}
-    return graph, {name: value for name, value in constants.items() if name not in vars(model)}, read
-
-
-_KINDS = ("dtype", "device", "shape", "ndim", "is_cuda")
-"""What a graph may ask of a weight that is the same of the quantized one."""
-
-
-def is_read(node: fx.Node) -> bool:
-    """Whether a graph asks for the values of a weight that it gets, and not for its dtype alone or the like."""
-    return not all(user.target is getattr and user.args[1] in _KINDS for user in node.users)
+    return graph, {name: value for name, value in constants.items() if name not in vars(model)}, reads
 
 
 def note_(model: nn.Module, name: str, value: Any) -> None:

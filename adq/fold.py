@@ -12,13 +12,14 @@ from dataclasses import replace
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from adq.convert import evaluating, pack_, packed_weights, quantized_layers, replace_module_, unwrapped
 from adq.deploy import HOOKS, after_norm, batch_norm_affine, has_hooks, is_read, note_, trace_layers
 from adq.nn.layers import QuantizedLayer
-from adq.nn.packed import CODES, PackedLayer, PackedWeight
+from adq.nn.packed import PackedLayer, PackedWeight
+from adq.nn.weight import WeightQuantizer
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -27,7 +28,7 @@ def fold_batch_norm_(model: nn.Module) -> nn.Module:
     """Make a quantized model an inference model (:func:`adq.pack_`) without the batch norms that follow convolutions.
 
     A batch norm is folded if it is all that reads the convolution's result, both run once in a forward pass, no other
-    code reads their parameters or the norm's statistics, and the convolution shares no weight; others, those of linear
+    code reads their parameters or anything of the norm, and the convolution shares no weight; others, those of linear
     layers too, stay. Predictions are the same up to float rounding, after which an activation close to a threshold may
     take the next level: this is why nobody folds unasked.
 
@@ -56,23 +57,21 @@ def fold_batch_norm_(model: nn.Module) -> nn.Module:
     attach_(pack_(inner), folded)
     for name, affine in affines.items():
         _fold_(cast(QuantizedLayer, inner.get_submodule(name)), *affine)
-    return model
+    note_(model, "adq_folded", folded)
+    return model.eval()
 
 
 def _find(model: nn.Module) -> dict[str, str]:
     """Batch norms that can be folded, by the name of their layer."""
     try:
         with evaluating(model):
-            graph, _, buffers = trace_layers(model)
+            graph, _, reads = trace_layers(model, leaves=(WeightQuantizer,))
     except Exception as error:  # whatever the model's code raises when it meets a proxy
         raise ValueError(f"adq: cannot fold batch norms: torch.fx cannot trace the model: {error}") from error
     modules = dict(model.named_modules())
     calls = [node for node in graph.nodes if node.op == "call_module"]
-    called = Counter(id(modules[str(node.target)]) for node in calls)
-    attributes = [node for node in graph.nodes if node.op == "get_attr"]
-    read = buffers | {str(node.target) for node in attributes}
-    values = buffers | {str(node.target) for node in attributes if is_read(node)}
-    weights = packed_weights(model)
+    called = Counter(id(part) for node in calls for part in modules[str(node.target)].modules())
+    weights, values = packed_weights(model), reads.values | _read_by(graph, model)
     sharing = Counter(map(id, weights.values()))
     found = {}
     for node in calls:
@@ -80,13 +79,27 @@ def _find(model: nn.Module) -> dict[str, str]:
         if name not in weights or sharing[id(weights[name])] > 1 or len(users) != 1 or users[0].op != "call_module":
             continue
         layer, norm = modules[name], modules[str(users[0].target)]
-        own = {f"{users[0].target}.{key}" for key in (*norm._parameters, *norm._buffers)}  # it will have none of them
-        changed = {f"{name}.bias", f"{name}.{layer.weight_name}", f"{name}.weight_quantizer.{CODES}"}
-        if own & read or changed & values:
+        if called[id(layer)] != 1 or called[id(norm)] != 1 or fold_problem(layer, norm) is not None:
             continue
-        if called[id(layer)] == called[id(norm)] == 1 and fold_problem(layer, norm) is None:
+        asked = {attribute for module, attribute in reads.attributes if module == id(norm)}
+        gone = not all(hasattr(after_norm(norm), attribute) for attribute in asked) or _ids(norm) & reads.tensors
+        new_bias = layer.bias is None and (id(layer), "bias") in reads.attributes
+        if not gone and not new_bias and not (_ids(norm) | _ids(layer)) & values:
             found[name] = str(users[0].target)
     return found
+
+
+def _ids(module: nn.Module) -> set[int]:
+    return {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
+
+
+def _read_by(graph: fx.Graph, model: nn.Module) -> set[int]:
+    """Identities of the model's tensors whose values a graph reads, quantized weights too."""
+    tensors = dict((*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)))
+    read = [str(node.target) for node in graph.nodes if node.op in ("get_attr", "call_module") and is_read(node)]
+    modules = dict(model.named_modules())
+    quantizers = [modules[name] for name in read if isinstance(modules.get(name), WeightQuantizer)]
+    return {id(tensors[name]) for name in read if name in tensors}.union(*map(_ids, quantizers))
 
 
 def fold_problem(layer: nn.Module, norm: nn.Module) -> str | None:
@@ -117,15 +130,34 @@ def attach_(model: nn.Module, folded: Mapping[str, str]) -> None:
         packed.scale = packed.scale.expand(shape).clone()
         bias = packed.scale.new_zeros(layer.out_channels) if layer.bias is None else layer.bias.detach().clone()
         layer.bias = nn.Parameter(bias.to(packed.dtype), requires_grad=False)
-        replace_module_(model, norm, cast(nn.Module, after_norm(model.get_submodule(norm))))
-        cast(PackedLayer, layer).folded = norm
+        after = cast(nn.Module, after_norm(model.get_submodule(norm)))
+        replace_module_(model, norm, after)
+        cast(PackedLayer, layer).folded = (after,)
     note_(model, "adq_folded", folded_norms(model))
 
 
 def folded_norms(model: nn.Module) -> dict[str, str]:
-    """Batch norms that are folded into a layer, by its name; layers know it, and so does any copy of a model."""
-    layers = {name: layer for name, layer in quantized_layers(model).items() if isinstance(layer, PackedLayer)}
-    return {name: layer.folded for name, layer in layers.items() if layer.folded is not None}
+    """Batch norms that are folded into a layer, by its name: where the modules are now that took their place.
+
+    Raises:
+        ValueError: the model does not hold that module, as a part of the folded model may not.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    found = {}
+    for name, layer in quantized_layers(model).items():
+        for after in layer.folded if isinstance(layer, PackedLayer) else ():
+            if id(after) not in names:
+                raise ValueError(
+                    f"adq: a batch norm is folded into layer {name!r}, and what took its place is no part of this "
+                    "model (any more); files say where it was"
+                )
+            found[name] = names[id(after)]
+    return found
+
+
+def is_folded(model: nn.Module) -> bool:
+    """Whether a batch norm is folded into one of the layers."""
+    return any(isinstance(layer, PackedLayer) and layer.folded for layer in quantized_layers(model).values())
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from adq.convert import (
     weight_quantizers,
 )
 from adq.deploy import listed
-from adq.fold import folded_norms
+from adq.fold import is_folded
 from adq.nn.packed import CODES
 from adq.sharded import refuse_sharded
 
@@ -46,7 +46,7 @@ def start_from_(model: nn.Module, start: nn.Module) -> nn.Module:
             raise ValueError("adq: start_from_ takes two quantized models; call adq.quantize_(model) first")
         refuse_sharded(network.parameters(), "a start of training")
     refuse_packed(model, "a model to train")
-    if folded_norms(start):
+    if is_folded(start):
         raise ValueError("adq: the start has no batch norms any more, they are folded; training needs them")
     state, present = float_state(start), float_state(model)
     problems = [f"{name} is in one of them only" for name in state.keys() ^ present.keys()]

@@ -6,6 +6,7 @@ import copy
 import operator
 import pickle
 from collections import OrderedDict, deque
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -378,8 +379,6 @@ class Reads(nn.Module):
         self.read, self.conv, self.norm = read, nn.Conv2d(3, 4, 3), settled(nn.BatchNorm2d(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.read == "conv.weight.dtype":
-            return self.norm(self.conv(x.to(self.conv.weight.dtype)))
         return self.norm(self.conv(x)) + operator.attrgetter(self.read)(self).abs().sum()
 
 
@@ -392,9 +391,109 @@ def test_batch_norms_stay_where_what_they_change_is_read(read, packed):
         adq.fold_batch_norm_(model)
 
 
-def test_a_dtype_says_nothing_of_values():
-    model = adq.calibrate_(adq.quantize_(Reads("conv.weight.dtype")), [X], batch_norm=False).eval()
-    assert adq.fold_batch_norm_(model).adq_folded == {"conv": "norm"}
+class Asks(nn.Module):
+    """Two convolutions with batch norms, and code that asks something of one of them."""
+
+    def __init__(self, ask: Callable[[Asks, Tensor], Tensor | float]) -> None:
+        super().__init__()
+        self.ask = ask
+        self.c2, self.b2 = nn.Conv2d(4, 4, 3), settled(nn.BatchNorm2d(4))
+        self.c1, self.b1 = nn.Conv2d(3, 4, 3, bias=False), settled(nn.BatchNorm2d(4))
+        self.c3, self.b3 = nn.Conv2d(4, 4, 1), settled(nn.BatchNorm2d(4))
+        self.c3.bias, self.b3.weight = self.c2.bias, self.b2.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b3(self.c3(self.b2(self.c2(self.b1(self.c1(x)))))) * self.ask(self, x.mean())
+
+
+def first_dtype(model: nn.Module) -> float:
+    return float(next(model.parameters()).dtype.is_floating_point)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("ask", "folded"),
+    [
+        (lambda model, x: model.c3.bias.sum(), "1"),
+        (lambda model, x: model.b3.weight.abs().sum(), "1"),
+        (lambda model, x: 1.0 if model.c1.bias is None else 2.0, "23"),
+        (lambda model, x: 1.0 if model.c2.bias is not None else 2.0, "123"),
+        (lambda model, x: sum(buffer.float().sum() for buffer in model.b1.buffers()), "23"),
+        (lambda model, x: model.b1._buffers["running_mean"].sum(), "23"),
+        (lambda model, x: first_dtype(model.b1), "23"),
+        (lambda model, x: model.b1.eps, "23"),
+        (lambda model, x: model.b1.num_features, "23"),
+        (lambda model, x: model.c1.weight_quantizer.scale.mean(), "23"),
+        (lambda model, x: x.to(model.c1.weight.dtype), "123"),
+        (lambda model, x: first_dtype(model), "123"),
+    ],
+)
+def test_what_code_asks_for_stays(ask, folded, packed):
+    torch.manual_seed(0)
+    model = adq.quantize_(Asks(ask), ADQConfig(activation=None)).eval()
+    model = adq.pack_(model) if packed else model
+    before = model(X[:2])
+    assert adq.fold_batch_norm_(model).adq_folded == {f"c{i}": f"b{i}" for i in folded}
+    torch.testing.assert_close(model(X[:2]), before, rtol=1e-4, atol=1e-4)
+
+
+class Part(nn.Module):
+    """A convolution that another part has too."""
+
+    def __init__(self, conv: nn.Module) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+def test_a_convolution_that_a_part_with_hooks_calls_too_stays():
+    model = Asks(lambda model, x: model.part(X[:2]).mean())
+    model.part = Part(model.c1)
+    model.part.register_forward_hook(lambda *args: None)
+    model = adq.quantize_(model, ADQConfig(activation=None))
+    assert adq.fold_batch_norm_(model).adq_folded == {"c2": "b2", "c3": "b3"}
+
+
+class Detector(nn.Module):
+    """A network as a part of another."""
+
+    def __init__(self, part: nn.Module | None = None) -> None:
+        super().__init__()
+        self.part, self.norm = Residual() if part is None else part, nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.part(x))
+
+
+@pytest.mark.parametrize("outer", [False, True])
+def test_parts_that_move_keep_what_is_folded(outer, tmp_path):
+    """Folded, and then put into another model; folded as a part of another, and then taken out."""
+    path = tmp_path / "m.safetensors"
+    if outer:
+        model = adq.fold_batch_norm_(Detector(residual()).eval()).part
+        loaded = adq.load(adq.save(model, path, packed=True), Residual())
+    else:
+        model = Detector(adq.fold_batch_norm_(residual())).eval()
+        loaded = adq.load(adq.save(model, path, packed=True), Detector())
+    assert torch.equal(loaded(X), model(X))
+
+
+def test_a_part_without_the_place_of_its_batch_norm_is_not_saved(tmp_path):
+    model = adq.fold_batch_norm_(residual())
+    model.norm = nn.Identity()
+    for part in (model, model.short[0]):
+        with pytest.raises(ValueError, match="what took its place is no part of this model"):
+            adq.save(part, tmp_path / "m.safetensors", packed=True)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
+def test_what_is_around_a_model_is_in_evaluation_mode_and_knows_what_is_folded(wrap):
+    wrapped = wrap(residual()).train()
+    assert adq.fold_batch_norm_(wrapped) is wrapped
+    assert not wrapped.training and wrapped.adq_folded == FOLDED
 
 
 class Frozen(OrderedDict):
@@ -414,6 +513,7 @@ class Remembers(nn.Module):
         self.conv, self.norm = nn.Conv2d(3, 4, 3), settled(nn.BatchNorm2d(4))
         self.last, self.all, self.branches = None, [], False
         self.seen, self.table, self.config = deque([1], maxlen=2), OrderedDict(a=1, b=2), Frozen()
+        self.levels = {"low": ([], [])}
         OrderedDict.__setitem__(self.config, "gain", 2.0)
         self.register_buffer("runs", torch.zeros(()))
 
@@ -423,6 +523,7 @@ class Remembers(nn.Module):
         self.all.append(y)
         self.seen.extend([y, y])
         self.table["y"] = y
+        self.levels["low"][1].append(y)
         self.table.move_to_end("a")
         self.runs += 1
         if self.last is not None:
@@ -438,6 +539,7 @@ def test_tracing_leaves_nothing_on_the_model(branches):
     model = adq.calibrate_(adq.quantize_(Remembers()), [X], batch_norm=False).eval()
     model.last, model.all, model.branches = None, [], branches
     model.seen, model.table = deque([1], maxlen=2), OrderedDict(a=1, b=2)
+    model.levels["low"][1].clear()
     runs = int(model.runs)
     hook = model.conv.input_quantizer.register_forward_hook(lambda *args: None)
     if branches:
@@ -446,7 +548,7 @@ def test_tracing_leaves_nothing_on_the_model(branches):
     else:
         adq.fold_batch_norm_(model)
     assert model.seen == deque([1]) and list(model.table.items()) == [("a", 1), ("b", 2)]
-    assert model.config == {"gain": 2.0} and int(model.runs) == runs > 0
+    assert model.levels == {"low": ([], [])} and model.config == {"gain": 2.0} and int(model.runs) == runs > 0
     assert model.last is None and model.all == [] and not isinstance(model.conv.result, torch.fx.Proxy)
     hook.remove()
     assert not model.conv.input_quantizer._forward_hooks

@@ -66,6 +66,12 @@ def test_copies(model, copied):
     assert not torch.equal(other(X), model(X))
 
 
+def test_pickles_of_an_older_adq_do_not_say_the_width(model):
+    expected = adq.pack_(model)(X)
+    del model.stem.weight_quantizer.width
+    assert torch.equal(pickle.loads(pickle.dumps(model))(X), expected)
+
+
 def test_a_state_dict_goes_round(model):
     other = adq.pack_(train(quantized(seed=1)))
     other.load_state_dict(adq.pack_(model).state_dict())

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from adq.functional import codebook_linear, decode, pack, unpack
+from adq.functional import code_bits, codebook_linear, decode, pack, unpack
 from adq.nn.layers import (
     QConv1d,
     QConv2d,
@@ -140,6 +140,10 @@ class PackedWeight(WeightQuantizer):
         nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
         self.arrange_(order)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.width = state.get("width", code_bits(self.codebook.numel()))  # adq 0.1 had derived it
+
     def extra_repr(self) -> str:
         return f"bits={self.bits}, levels={self.codebook.numel()}, scale={self.config.scale}, packed"
 
@@ -150,11 +154,12 @@ class PackedLayer(QuantizedLayer):
     ``weight`` reads like a float layer's, and is decoded anew each time.
 
     Attributes:
-        folded: name of the batch norm that is folded into it (:func:`adq.fold_batch_norm_`), None if there is none.
+        folded: the module that took the place of the batch norm which is folded into it
+            (:func:`adq.fold_batch_norm_`), if there is one; in a tuple, for it is no part of the layer.
     """
 
     packed: ClassVar[bool] = True
-    folded: str | None = None
+    folded: tuple[nn.Module, ...] = ()
     weight_quantizer: PackedWeight
 
     weight: Any = property(lambda self: self.quantized_weight(), doc="The decoded weight.")
