@@ -96,7 +96,11 @@ class ActivationQuantizer(nn.Module):
     @property
     def zero_level(self) -> int:
         """The level that stands for zero. Reads the device."""
-        return round(self.zero_position)
+        return self.zero_of(self.offset)
+
+    def zero_of(self, offset: Tensor) -> int:
+        """The level that would stand for zero with this ``offset``. Reads the device."""
+        return round(offset.item() * self.config.steps / ACTIVATION_RANGE)
 
     @torch.no_grad()
     def levels(self, x: Tensor) -> Tensor:

@@ -158,6 +158,12 @@ class IntegerLayer(nn.Module):
         """Take the level that means 0 from a state dict."""
         self.zero = int(state)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        key, offset = f"{prefix}_extra_state", state_dict.get(f"{prefix}input_quantizer.offset")
+        if key not in state_dict and offset is not None:  # of adq 0.1 until it held the level that means 0
+            state_dict[key] = torch.tensor(self.input_quantizer.zero_of(offset))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def _weight(self) -> Tensor:
         shape, geometry = self.shape, self.geometry
         integer = restore(self.blocks, self.table, (*shape[:2], *geometry.kernel), geometry.groups)
