@@ -177,6 +177,13 @@ def _compare_batch(
 
 def _length(inputs: tuple[Any, ...], own: list[bool]) -> int:
     """How many images a batch has; none where no input has one entry an image."""
+    for i, (x, each) in enumerate(zip(inputs, own, strict=True)):
+        if each and not (isinstance(x, Tensor) and x.dim()):
+            kind = "a tensor without axes" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(
+                f"adq: the check: input {i} has one entry an image in the example, and is {kind} in a batch; give an "
+                "example like the batches"
+            )
     lengths = {len(x) for x, each in zip(inputs, own, strict=True) if each}
     if len(lengths) > 1:
         raise ValueError(
@@ -201,7 +208,8 @@ def compare(
         images: how many must be identical.
 
     Raises:
-        ValueError: fewer images than that, a batch that is a mapping, or of inputs of several lengths.
+        ValueError: fewer images than that, a batch that is a mapping, or of inputs of several lengths, or of none
+            where the example has one entry an image.
         RuntimeError: the answer differs on an image where rounding does not decide, or on more than 2 %; or a
             difference is not finite.
     """

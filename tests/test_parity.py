@@ -165,6 +165,15 @@ def test_the_example_tells_what_images_share():
         parity.compare(shared, shared, [True, True, False], "a runtime", [(torch.randn(5, 4), *batches[0][1:])], 2)
 
 
+@pytest.mark.parametrize(
+    ("given", "kind"),
+    [(torch.tensor(2.0), "a tensor without axes"), (2.0, "float"), ([1.0, 2.0], "list"), (None, "NoneType")],
+)
+def test_inputs_without_an_entry_an_image_where_the_example_has_one(given, kind):
+    with pytest.raises(ValueError, match=f"input 1 has one entry an image in the example, and is {kind} in a batch"):
+        parity.compare(Shared(), Shared(), [True, True, False], "a runtime", [(torch.randn(3, 4), given, 2.0)], 2)
+
+
 def test_mappings_of_inputs_are_refused(model):
     with pytest.raises(ValueError, match=r"takes batches \(inputs, \.\.\.\).*; got a mapping"):
         parity.compare(model, model, [True], "a runtime", [{"x": BATCHES[0][0]}], 8)
