@@ -120,9 +120,14 @@ def _update(layers: Iterable[QuantizedLayer], paces: dict[int, Pace] | None) -> 
 
 
 def _learned(layer: QuantizedLayer) -> list[Tensor]:
-    """What an optimizer may hold of a layer's weight: itself, or what a parametrization computes it from."""
+    """What an optimizer may hold of a layer's weight: itself, or what a parametrization, or a hook of ``prune`` or of
+    the old ``weight_norm``, computes it from (``weight_orig``, ``weight_g`` and ``weight_v``).
+    """
     parametrized, name = getattr(layer, "parametrizations", {}), layer.weight_name
-    return list(parametrized[name].parameters()) if name in parametrized else [layer.weight]
+    if name in parametrized:
+        return list(parametrized[name].parameters())
+    parts = [part for key, part in layer._parameters.items() if key.startswith(f"{name}_") and part is not None]
+    return [layer.weight] if name in layer._parameters or not parts else [*parts]
 
 
 def _rates(device: torch.device, pace: Pace, quantizers: Sequence[WeightQuantizer]) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import threading
+import warnings
 import weakref
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR
 from torch.utils.checkpoint import checkpoint
 
@@ -192,9 +193,19 @@ def test_an_optimizer_that_calls_its_parents_step_takes_one_step():
         torch.optim.SGD(net.parameters(), lr=0.1)
 
 
-def test_codebooks_of_parametrized_weights_follow_what_they_are_computed_from():
+def old_weight_norm(layer: nn.Module) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        nn.utils.weight_norm(layer)
+
+
+@pytest.mark.parametrize(
+    "recompute",
+    [parametrizations.weight_norm, old_weight_norm, lambda layer: prune.l1_unstructured(layer, "weight", 0.5)],
+)
+def test_codebooks_of_recomputed_weights_follow_what_they_are_computed_from(recompute):
     net = model()
-    parametrizations.weight_norm(net[2])
+    recompute(net[2])
     before = net[2].weight_quantizer.ema_total.clone()
     optimizer = sgd(net)
     backward(net)
