@@ -29,6 +29,7 @@ from adq.convert import (
     pack_,
     packed_weights,
     quantized_layers,
+    quantizer_prefixes,
     refuse_disabled,
     refuse_packed,
     unchanged_on_error,
@@ -166,8 +167,10 @@ def _present_config(model: nn.Module) -> dict[str, LayerConfig]:
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
     """The tensors of a plain file: the state dict, layers under their first names."""
-    state = _by_first_name(model.state_dict(), model, quantized_layers(model))
-    return {key: tensor.bool() if key.endswith(CALIBRATED) else tensor for key, tensor in state.items()}
+    layers = quantized_layers(model)
+    calibrated = {f"{_prefix(name)}{CALIBRATED}" for name in layers}
+    state = _by_first_name(model.state_dict(), model, layers)
+    return {key: tensor.bool() if key in calibrated else tensor for key, tensor in state.items()}
 
 
 def _by_first_name(state: Mapping[str, Tensor], model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
@@ -331,9 +334,11 @@ def _is_of(model: nn.Module, record: dict[str, Any]) -> bool:
     if is_folded(model):  # and so without those batch norms
         return True
     named = model.named_parameters(remove_duplicate=False)
-    own = {name: p.shape for name, p in named if "_quantizer." not in name}
-    layers = [(name, layer) for name, layer in quantized_layers(model, every_name=True).items() if layer.packed]
-    own |= {f"{_prefix(n)}{q.weight_name}": cast(PackedWeight, q.weight_quantizer).shape for n, q in layers}
+    layers = quantized_layers(model, every_name=True)
+    quantizers = quantizer_prefixes(layers)
+    own = {name: p.shape for name, p in named if not name.startswith(quantizers)}
+    packed = [(name, layer) for name, layer in layers.items() if layer.packed]
+    own |= {f"{_prefix(n)}{q.weight_name}": cast(PackedWeight, q.weight_quantizer).shape for n, q in packed}
     return own == {name: p.shape for name, p in fresh.named_parameters(remove_duplicate=False)}
 
 
@@ -409,6 +414,7 @@ def _check_values(header: Header, state: dict[str, Tensor], path: Path) -> None:
         if key in state or kept not in state or kept in header.aliases:
             raise ValueError(f"adq: {path} has a damaged header: {key} cannot share the tensor of {kept}")
     state.update({key: state[kept] for key, kept in header.aliases.items()})
+    calibrated = {f"{_prefix(name)}{CALIBRATED}" for name in header.layers}
     for key, tensor in state.items():
         if tensor.dtype not in container.DTYPES:
             raise ValueError(f"adq: {path}: {key} is {tensor.dtype}")
@@ -416,7 +422,7 @@ def _check_values(header: Header, state: dict[str, Tensor], path: Path) -> None:
             raise ValueError(f"adq: {path}: {key} holds NaN or infinity")
         if tensor.dtype == torch.bool and bool((tensor.view(torch.uint8) > 1).any()):
             raise ValueError(f"adq: {path}: {key} holds bytes that are neither true nor false")
-        if tensor.dtype == torch.bool and key.endswith(CALIBRATED):
+        if tensor.dtype == torch.bool and key in calibrated:
             state[key] = tensor.float()
 
 
@@ -453,7 +459,7 @@ def _check_architecture(model: nn.Module, header: Header, state: dict[str, Tenso
         expected = _expected(model, header, state)
         if not header.packed:
             expected.update(expected_statistics(model, state))
-        problems = _differences(expected, state)
+        problems = _differences(expected, state, quantizer_prefixes(header.layers))
     if not problems:
         problems = _sharing_problems(model, header, state)
     if problems:
@@ -536,12 +542,13 @@ def _weight(layer: nn.Module) -> Tensor:
     return getattr(layer, QUANTIZED[type(layer)].weight_name)
 
 
-def _differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
+def _differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], exact: tuple[str, ...]) -> list[str]:
+    """What differs in name, shape or kind; floats may be others but for keys that begin with one of ``exact``."""
     problems = [f"missing {key}" for key in expected.keys() - found.keys()]
     problems += [f"unexpected {key}" for key in found.keys() - expected.keys()]
     for key in expected.keys() & found.keys():
         want, have = expected[key], found[key]
-        casts = want.is_floating_point() and have.is_floating_point() and "_quantizer." not in key
+        casts = want.is_floating_point() and have.is_floating_point() and not key.startswith(exact)
         if want.shape != have.shape:
             problems.append(f"{key} is {tuple(have.shape)} in the file, not {tuple(want.shape)}")
         elif want.dtype != have.dtype and not casts:

@@ -59,6 +59,15 @@ def activation_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
     }
 
 
+QUANTIZERS = ("weight_quantizer.", "input_quantizer.")
+"""Behind a layer's name, what the state dict keys of its quantizers begin with."""
+
+
+def quantizer_prefixes(layers: Iterable[str]) -> tuple[str, ...]:
+    """What the state dict keys of the quantizers of these layers begin with; the model itself may be the layer."""
+    return tuple(f"{name}.{part}".lstrip(".") for name in layers for part in QUANTIZERS)
+
+
 def _matches(key: str, name: str, module: nn.Module) -> bool:
     if key.startswith("re:"):
         return re.fullmatch(key[3:], name) is not None

@@ -9,6 +9,7 @@ from adq.convert import (
     activation_quantizers,
     load_tensors_,
     quantized_layers,
+    quantizer_prefixes,
     refuse_packed,
     unchanged_on_error,
     weight_quantizers,
@@ -80,7 +81,7 @@ def float_state(model: nn.Module) -> dict[str, Tensor]:
     """
     layers = quantized_layers(model, every_name=True)
     prefixes = {name: f"{name}." if name else "" for name in layers}
-    own = tuple(p + part for p in prefixes.values() for part in ("weight_quantizer.", "input_quantizer.", CODES))
+    own = (*quantizer_prefixes(layers), *(prefix + CODES for prefix in prefixes.values()))
     values = model.state_dict().items()
     state = {key: value for key, value in values if isinstance(value, Tensor) and not key.startswith(own)}
     packed = {name: layer for name, layer in layers.items() if layer.packed}

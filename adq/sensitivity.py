@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
@@ -24,6 +23,7 @@ from adq.convert import (
     is_trained,
     model_device,
     quantized_layers,
+    quantizer_prefixes,
     to_device,
     weight_quantizers,
 )
@@ -231,8 +231,8 @@ def float_parameters(model: nn.Module) -> int:
     in_float = float_tensors(model)
     weights = [layer.weight for layer, _ in weight_quantizers(model).values()]
     quantized = {id(weight) for weight in weights if weight.data_ptr() not in in_float}
-    own = re.compile(r"(^|\.)(weight_quantizer|input_quantizer)\.")
-    return sum(p.numel() for name, p in model.named_parameters() if id(p) not in quantized and not own.search(name))
+    own = quantizer_prefixes(quantized_layers(model, every_name=True))
+    return sum(p.numel() for name, p in model.named_parameters() if id(p) not in quantized and not name.startswith(own))
 
 
 @torch.no_grad()

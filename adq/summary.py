@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from adq.allocate import FLOAT_BITS
 from adq.artifact import packed_bytes
 from adq.codebook import sqnr
-from adq.convert import activation_quantizers, float_tensors, has_own_weight, quantized_layers, weight_quantizers
+from adq.convert import (
+    activation_quantizers,
+    float_tensors,
+    has_own_weight,
+    quantized_layers,
+    quantizer_prefixes,
+    weight_quantizers,
+)
 from adq.nn.activation import ActivationQuantizer
 from adq.nn.layers import QUANTIZED, QMultiheadAttention, QuantizedLayer
 from adq.nn.packed import PackedWeight
@@ -160,11 +167,11 @@ def float_bytes(model: nn.Module) -> int:
     """Bytes of the float network's parameters and buffers, quantizers left out."""
     packed = [q for _, q in weight_quantizers(model).values() if isinstance(q, PackedWeight)]
     codes = {q.codes.data_ptr() for q in packed}
-    skipped = ("weight_quantizer.", "input_quantizer.")
+    skipped = quantizer_prefixes(quantized_layers(model, every_name=True))
     tensors = {
         tensor.data_ptr(): tensor
         for key, tensor in model.state_dict().items()
-        if isinstance(tensor, Tensor) and not any(part in key for part in skipped) and tensor.data_ptr() not in codes
+        if isinstance(tensor, Tensor) and not key.startswith(skipped) and tensor.data_ptr() not in codes
     }
     in_codes = sum(q.shape.numel() * q.dtype.itemsize for q in packed)
     return sum(tensor.nbytes for tensor in tensors.values()) + in_codes

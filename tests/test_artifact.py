@@ -456,3 +456,36 @@ def test_a_model_with_a_torchscript_module(tmp_path, packed):
         adq.load(path, failing)
     assert type(failing.conv) is nn.Conv2d
     assert torch.equal(failing(x), failing(x))
+
+
+class Vectors(nn.Module):
+    """Has modules of its own that are called as adq's quantizers are."""
+
+    def __init__(self, num_classes: int = 3) -> None:
+        super().__init__()
+        self.encoder, self.vector_quantizer = nn.Linear(12, 8), nn.Embedding(5, 8)
+        self.weight_quantizer, self.input_quantizer = nn.LayerNorm(8), nn.Module()
+        self.input_quantizer.register_buffer("calibrated", torch.tensor(0.25))
+        self.head = nn.Linear(8, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.weight_quantizer(self.encoder(x))
+        nearest = self.vector_quantizer((z @ self.vector_quantizer.weight.T).argmax(-1))
+        return self.head(nearest + z * self.input_quantizer.calibrated)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_modules_that_are_called_as_quantizers_are(packed, tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "_REGISTRY", dict(models._REGISTRY))
+    adq.register_architecture("vectors", Vectors, num_classes=3)
+    torch.manual_seed(0)
+    x, model = torch.randn(6, 12), adq.create_model("vectors", 3)
+    numbers = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    adq.calibrate_(adq.quantize_(model), [x]).eval()
+    assert adq.summary(model).bytes_float == 4 * numbers
+    assert adq.sensitivity(model, [x], estimator="kl").float_weights == numbers - 1 - 12 * 8 - 8 * 3
+    path = adq.save(model, tmp_path / "m.safetensors", packed=packed)
+    assert torch.equal(adq.load(path)(x), model(x))
+    adq.save(model.bfloat16(), path, packed=packed)
+    loaded = adq.load(path, Vectors())
+    assert torch.equal(loaded.vector_quantizer.weight, model.vector_quantizer.weight.float())
