@@ -31,6 +31,7 @@ from adq.convert import (
     quantized_layers,
     quantizer_prefixes,
     refuse_disabled,
+    refuse_distributed,
     refuse_packed,
     unchanged_on_error,
     unwrapped,
@@ -243,7 +244,8 @@ def save(
     """Save a quantized model as one safetensors file, written to a temporary name and renamed.
 
     Args:
-        model: quantized model; what ``torch.compile`` or ``DistributedDataParallel`` have put around it is left out.
+        model: quantized model; what ``torch.compile``, ``DistributedDataParallel`` or ``AveragedModel`` have put around
+            it is left out.
         path: file to write.
         packed: store codes of b bits instead of float weights, without the state of training: what ships. Code of the
             model that reads a layer's weight itself will read the quantized one.
@@ -350,8 +352,8 @@ def load(path: str | Path, model: nn.Module | None = None, *, device: str | torc
 
     Args:
         path: the file, or a run folder of ``adq train``.
-        model: a float model of the file's architecture, converted in place; default: the registered
-            architecture that the file names.
+        model: a float model of the file's architecture, converted in place, inside of what ``torch.compile`` or
+            ``DataParallel`` have put around it; default: the registered architecture that the file names.
         device: where the returned model lives.
 
     Returns:
@@ -362,11 +364,16 @@ def load(path: str | Path, model: nn.Module | None = None, *, device: str | torc
     Raises:
         FileNotFoundError, ValueError: no such file; truncated, changed since it was written, not safetensors, not an
             adq model, of a newer format; values that no model has; another architecture (missing, unexpected and
-            misshapen tensors are named); a model on the meta device. A model that was passed in is unchanged then.
+            misshapen tensors are named); a model on the meta device, or inside ``DistributedDataParallel``. A model
+            that was passed in is unchanged then.
     """
     path = model_file(path)
     contents, state = container.read(path)
     header = Header.parse(contents, path)
+    given = model
+    if model is not None:
+        refuse_distributed(model, "load adds parameters, so call it before wrapping the model")
+        model = unwrapped(model)
     if model is not None and quantized_layers(model):
         raise ValueError("adq: load takes a float model to convert, this one is quantized already")
     if model is not None and (without := [key for key, tensor in _tensors(model) if tensor.is_meta]):
@@ -376,10 +383,9 @@ def load(path: str | Path, model: nn.Module | None = None, *, device: str | torc
         )
     _check_values(header, state, path)
     torch.empty(0, device=device)  # raises where there is none such
-    given = model
-    model = _build(header, state, path) if given is None else given
+    model = _build(header, state, path) if model is None else model
     _check_architecture(model, header, state, path)
-    with nullcontext() if given is None else unchanged_on_error(given):
+    with nullcontext() if given is None else unchanged_on_error(model):
         convert_layers_(model, header.layers, fitted=False)
         if header.packed:
             pack_(model, {name: state[f"{_prefix(name)}{CODES}"].clone() for name in header.shapes})
@@ -388,7 +394,7 @@ def load(path: str | Path, model: nn.Module | None = None, *, device: str | torc
             note_reason(model.get_submodule(name), reason)
         load_tensors_(model, state)  # compared already, but for further names of a layer
         restore_statistics_(model, state)
-    return model.eval().to(device)
+    return (model if given is None else given).eval().to(device)
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:

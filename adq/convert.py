@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.optim.swa_utils import AveragedModel
 
 from adq.config import ADQConfig, LayerConfig, check_bits, merge_override, with_bits
 from adq.nn.activation import ActivationQuantizer
@@ -164,9 +165,9 @@ def has_own_weight(module: nn.Module) -> bool:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel``."""
+    """The model inside ``torch.compile``, ``DataParallel``, ``DistributedDataParallel`` and ``AveragedModel``."""
     while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)):
             model = model.module
         elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
             model = model._orig_mod  # type: ignore[assignment]
@@ -292,11 +293,7 @@ def quantize_(model: nn.Module, config: ADQConfig | None = None, filter_fn: Filt
         raise ValueError(
             f"adq: quantize_ takes an ADQConfig, as ADQConfig(weight=WeightConfig(bits=3)), got {type(config).__name__}"
         )
-    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
-        raise ValueError(
-            "adq: DistributedDataParallel averages the gradients of the parameters that it finds when it is made; "
-            "quantize_ adds parameters, so call it, and calibrate_, before wrapping the model"
-        )
+    refuse_distributed(model, "quantize_ adds parameters, so call it, and calibrate_, before wrapping the model")
     if quantized_layers(model):
         raise ValueError("adq: the model is quantized already; quantize_ takes a float model")
     choices = choose_layers(model, config, filter_fn)
@@ -308,6 +305,15 @@ def quantize_(model: nn.Module, config: ADQConfig | None = None, filter_fn: Filt
         if choice.config.is_float:
             note_reason(choice.module, choice.by)
     return model
+
+
+def refuse_distributed(model: nn.Module, instead: str) -> None:
+    """Raise ValueError for a model inside ``DistributedDataParallel``, which is about to get parameters."""
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
+        raise ValueError(
+            "adq: DistributedDataParallel averages the gradients of the parameters that it finds when it is made; "
+            + instead
+        )
 
 
 def note_reason(module: nn.Module, reason: str) -> None:

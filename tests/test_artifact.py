@@ -11,6 +11,7 @@ import pytest
 import torch
 from saved import RECORD, Net, images, parts_of, read, save_version_1, tensors_of, train, trained
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 import adq
 from adq import ADQConfig, artifact, container, models
@@ -377,13 +378,19 @@ def test_a_float_model_is_not_saved(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel, lambda model: nn.DataParallel(torch.compile(model))])
+@pytest.mark.parametrize(
+    "wrap", [torch.compile, nn.DataParallel, lambda model: nn.DataParallel(torch.compile(model)), AveragedModel]
+)
 def test_wrappers_are_left_out_of_files(tmp_path, wrap):
     torch.manual_seed(0)
     model = adq.calibrate_(adq.quantize_(adq.create_model("digits_cnn")), [torch.randn(4, 1, 8, 8)])
     adq.save(model, tmp_path / "plain.safetensors")
     adq.save(wrap(model), tmp_path / "wrapped.safetensors")
     assert (tmp_path / "wrapped.safetensors").read_bytes() == (tmp_path / "plain.safetensors").read_bytes()
+    wrapped = wrap(adq.create_model("digits_cnn")).train()
+    assert adq.load(tmp_path / "plain.safetensors", wrapped) is wrapped and not wrapped.training
+    loaded, expected = artifact.unwrapped(wrapped).state_dict(), model.state_dict()
+    assert all(torch.equal(loaded[key], expected[key]) for key in expected)
 
 
 @pytest.mark.parametrize("quantizer", ["weight_quantizer", "input_quantizer"])

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -340,6 +341,10 @@ def wrapped_first() -> str:
     model = DistributedDataParallel(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
     with pytest.raises(ValueError, match="quantize_ adds parameters, so call it, and calibrate_, before wrapping"):
         adq.quantize_(model)
+    with tempfile.TemporaryDirectory() as folder:
+        path = adq.save(adq.quantize_(copy.deepcopy(model.module)), Path(folder) / "m.safetensors")
+        with pytest.raises(ValueError, match="load adds parameters, so call it before wrapping"):
+            adq.load(path, model)
     assert not any("quantizer" in name for name, _ in model.named_modules())
     return "refused"
 
