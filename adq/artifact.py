@@ -33,8 +33,10 @@ from adq.convert import (
     refuse_disabled,
     refuse_distributed,
     refuse_packed,
+    refuse_recomputed,
     unchanged_on_error,
     unwrapped,
+    warn_unreached,
 )
 from adq.deploy import listed
 from adq.fold import attach_, fold_batch_norm_, fold_problem, folded_norms, is_folded
@@ -260,19 +262,22 @@ def save(
 
     Raises:
         ValueError: not quantized, a NaN in the model, or an infinity anywhere but in buffers of its own (the tensor is
-            named), a quantizer that is disabled, or a plain file of a model that is packed; weights that FSDP2 has
-            sharded; batch norms cannot be folded.
+            named), a quantizer that is disabled, a weight that is recomputed at each call, or a plain file of a model
+            that is packed; weights that FSDP2 has sharded; batch norms cannot be folded.
     """
     model = unwrapped(model)
     if not quantized_layers(model):
         raise ValueError("adq: the model is not quantized; save float models with safetensors")
     refuse_disabled(model)
     refuse_sharded(model.parameters(), "a file")
+    refuse_recomputed(model)
     if fold_batch_norm:
         if not packed:
             raise ValueError("adq: batch norms are folded into packed files alone; pass packed=True")
         model = fold_batch_norm_(copy.deepcopy(model))
-    if not packed:
+    if packed:
+        warn_unreached(model)
+    else:
         refuse_packed(model, "a file to train on")
     state, shapes = packed_state(model) if packed else ({**plain_state(model), **saved_statistics(model)}, {})
     for key, tensor in state.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import re
 import sys
+import warnings
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel
 from adq.config import ADQConfig, LayerConfig, check_bits, merge_override, with_bits
 from adq.nn.activation import ActivationQuantizer
 from adq.nn.layers import QUANTIZED, QMultiheadAttention, QuantizedLayer
-from adq.nn.packed import PackedLinear, PackedWeight, pack_layer_
+from adq.nn.packed import PACKED, PackedLinear, PackedWeight, pack_layer_
 from adq.nn.weight import WeightQuantizer
 from adq.sharded import refuse_sharded
 from adq.update import prepare_together, unregister
@@ -438,12 +439,18 @@ def pack_(model: nn.Module, codes: Mapping[str, Tensor] | None = None) -> nn.Mod
         The same model, in evaluation mode.
 
     Raises:
-        ValueError: the model is not quantized, or a quantizer is disabled.
+        ValueError: the model is not quantized, a quantizer is disabled, a weight is recomputed at each call, or a
+            layer is of a class of its own. The model is unchanged then.
     """
     layers = quantized_layers(model)
     if not layers:
         raise ValueError("adq: the model is not quantized; call adq.quantize_(model) first")
     refuse_disabled(model)
+    refuse_recomputed(model)
+    for name, layer in layers.items():
+        if not layer.packed and type(layer) not in PACKED:
+            raise ValueError(f"adq: layer {name!r} is a {type(layer).__name__}, of which there is no inference layer")
+    warn_unreached(model)
     for name, packed in packed_weights(model, codes).items():
         if not layers[name].packed:
             pack_layer_(layers[name], packed)
@@ -493,6 +500,41 @@ def refuse_disabled(model: nn.Module) -> None:
         quantizers = layer.weight_quantizer, layer.input_quantizer
         if not all(getattr(quantizer, "enabled", True) for quantizer in quantizers):
             raise ValueError(f"adq: a quantizer of layer {name!r} is disabled, which no packed model or file can say")
+
+
+def refuse_recomputed(model: nn.Module) -> None:
+    """Raise ValueError if a layer's weight or bias is no parameter of its own any more, as neither packed models nor
+    files know what recomputes it.
+    """
+    for name, layer in quantized_layers(model).items():
+        weight = () if layer.packed else (layer.weight_name,)
+        gone = [
+            key for key in (*weight, "bias", "in_proj_bias") if hasattr(layer, key) and key not in layer._parameters
+        ]
+        if gone:
+            raise ValueError(
+                f"adq: {' and '.join(gone)} of layer {name!r} is recomputed at each call, by a "
+                "parametrization, weight norm or pruning that came after quantize_; remove the parametrization first "
+                "(torch.nn.utils.parametrize.remove_parametrizations, prune.remove): no packed model or file has it"
+            )
+
+
+def warn_unreached(model: nn.Module) -> None:
+    """Warn of layers that calibration never reached, of a model that is about to be packed: where other code reads
+    their weights, these have been in float until now, and are quantized from then on.
+    """
+    quantizers = activation_quantizers(model)
+    reached = [name for name, quantizer in quantizers.items() if quantizer.is_calibrated]
+    layers = quantized_layers(model)
+    unreached = [
+        n for n in quantizers if n not in reached and not layers[n].packed and _has_weight_quantizer(layers[n])
+    ]
+    if reached and unreached:
+        warnings.warn(
+            f"adq: never reached by calibration: {', '.join(unreached)}; code that reads the weight of such a layer "
+            "itself has had the float one until now, and gets the quantized one of a packed model",
+            stacklevel=3,
+        )
 
 
 def is_trained(model: nn.Module) -> bool:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
 from networks import images, net, quantized, train
 from torch import nn
+from torch.nn.utils import prune
 
 import adq
 from adq import ADQConfig, WeightConfig
-from adq.nn import PackedLayer, PackedWeight
+from adq.nn import PackedLayer, PackedWeight, QConv2d
 
 X = images(9)
 
@@ -183,6 +185,70 @@ def test_what_a_packed_model_refuses(model, tmp_path):
         packed.train()(images())
     with pytest.raises(ValueError, match="not quantized"):
         adq.pack_(net())
+
+
+class Own(QConv2d):
+    """A quantized layer of a class that adq does not know."""
+
+
+def change_class(layer: nn.Module) -> None:
+    layer.__class__ = Own
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+            "weight of layer 'body.2' is recomputed at each call",
+        ),
+        (lambda layer: prune.l1_unstructured(layer, "bias", 0.5), "bias of layer 'body.2' is recomputed at each call"),
+        (
+            nn.utils.parametrizations.weight_norm,
+            "weight of layer 'body.2' is recomputed .* remove the parametrization first",
+        ),
+        (change_class, "layer 'body.2' is a Own, of which there is no inference layer"),
+    ],
+)
+def test_all_layers_are_packed_or_none(model, change, message, tmp_path):
+    """And no file is written that could not be loaded."""
+    change(model.body[2])
+    expected, kinds = model(X), [type(module) for module in model.modules()]
+    with pytest.raises(ValueError, match=message):
+        adq.pack_(model.train())
+    assert model.training and [type(module) for module in model.modules()] == kinds
+    assert torch.equal(model.eval()(X), expected)
+    for packed in (False, True) if change is not change_class else ():
+        with pytest.raises(ValueError, match=message):
+            adq.save(model, tmp_path / "m.safetensors", packed=packed)
+    assert not list(tmp_path.iterdir())
+
+
+class Reading(nn.Module):
+    """Reads the weight of a layer that it does not call, as timm's EVA does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.read, self.last = nn.Linear(12, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.relu(self.first(x)) @ self.read.weight)
+
+
+def test_layers_that_calibration_never_reached_are_named(tmp_path):
+    x, path = torch.randn(6, 12), tmp_path / "m.safetensors"
+    uncalibrated = adq.quantize_(Reading())
+    with pytest.warns(UserWarning, match="never reached by the batches: read;"):
+        model = adq.calibrate_(adq.quantize_(Reading()), [x])
+    message = "never reached by calibration: read; code that reads the weight"
+    with pytest.warns(UserWarning, match=message):
+        adq.save(model, path, packed=True)
+    with pytest.warns(UserWarning, match=message):
+        adq.pack_(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adq.save(adq.load(path, Reading()), path, packed=True)  # it is so already
+        adq.pack_(uncalibrated)
 
 
 @pytest.mark.parametrize("weight", [{"update": "gradient"}, {"update": "step"}, {"snap": "int8"}, {"scale": "tensor"}])
