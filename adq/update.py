@@ -269,7 +269,9 @@ def _release(model: nn.Module, args: Any, output: Any) -> None:
         return
     for layer in (reference() for reference in _LAYERS_OF.get(model, ())):
         if layer is not None and not isinstance(layer.weight_quantizer, nn.Identity):
-            layer.weight_quantizer.prepared = None
+            prepared = layer.weight_quantizer.prepared
+            if prepared is not None and prepared.is_own():
+                layer.weight_quantizer.prepared = None
 
 
 OWN_HOOKS = (_prepare, _release)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import threading
 import weakref
 
 import pytest
@@ -137,24 +138,55 @@ def test_nothing_is_kept_after_a_forward_pass_also_one_that_fails():
     assert [q.prepared for q in quantizers] == [None] * 4
 
 
-def test_another_thread_may_end_its_forward_pass_at_any_moment():
-    class Released(adq.nn.WeightQuantizer):
-        """What was prepared is gone once it has been looked at."""
-
-        @property
-        def prepared(self):
-            return self.__dict__.pop("ready", None)
-
-        @prepared.setter
-        def prepared(self, value):
-            self.__dict__["ready"] = value
-
-    net = model()
+def test_each_thread_takes_what_it_prepared_itself(monkeypatch):
+    """A begins its pass, B begins one of its own, A ends, B ends."""
+    net = model().eval()
     expected = net(inputs())
-    quantizer = net.first.weight_quantizer
-    quantizer.__class__ = Released
-    quantizer.__dict__.pop("prepared", None)
-    assert torch.equal(net(inputs()), expected)
+    a_began, b_began, a_ended = threading.Event(), threading.Event(), threading.Event()
+    makers, found, wrong = {}, {}, []
+    operator = torch.ops.adq.foreach_codebook_quantize
+    of = adq.nn.weight.Prepared.of
+
+    def quantize(*args):
+        quantized = operator(*args)
+        makers.update((id(w_q), threading.current_thread()) for w_q in quantized)
+        found.setdefault("kept", []).extend(quantized)  # so that identities stay theirs
+        return quantized
+
+    def take(prepared, *args):
+        ready = of(prepared, *args)
+        if ready is not None and makers[id(ready)] is not threading.current_thread():
+            wrong.append(ready)
+        return ready
+
+    def wait(layer, args):
+        if threading.current_thread().name == "A":
+            a_began.set()
+            b_began.wait(10)
+        else:
+            b_began.set()
+            a_ended.wait(10)
+
+    def run():
+        if threading.current_thread().name == "B":
+            a_began.wait(10)
+        with torch.no_grad():
+            found[threading.current_thread().name] = net(inputs())
+        if threading.current_thread().name == "A":
+            found["left for B"] = net.last.weight_quantizer.prepared
+            a_ended.set()
+
+    monkeypatch.setattr(torch.ops.adq, "foreach_codebook_quantize", quantize)
+    monkeypatch.setattr(adq.nn.weight.Prepared, "of", take)
+    net.first.register_forward_pre_hook(wait)
+    threads = [threading.Thread(target=run, name=name) for name in "AB"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and found["left for B"] is not None
+    assert torch.equal(found["A"], expected) and torch.equal(found["B"], expected)
+    assert net.last.weight_quantizer.prepared is None
 
 
 def test_activation_checkpointing_recomputes_the_same():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -18,20 +19,28 @@ from adq.reference import decision_thresholds, snap_codebook
 
 @dataclass(frozen=True)
 class Prepared:
-    """A weight quantized ahead of its layer's forward pass, together with all others (:mod:`adq.update`)."""
+    """A weight quantized ahead of its layer's forward pass, together with all others (:mod:`adq.update`).
+
+    It is for the thread that prepared it: another one may run the same model, on a stream of its own.
+    """
 
     weight: Tensor
     state: tuple[int, int, int]
     w_q: Tensor
+    thread: int
 
     @classmethod
     def make(cls, weight: Tensor, codebook: Tensor, w_q: Tensor) -> Prepared:
         """Remember what ``w_q`` was made from."""
-        return cls(weight, cls._state(weight, codebook), w_q)
+        return cls(weight, cls._state(weight, codebook), w_q, get_ident())
+
+    def is_own(self) -> bool:
+        """Whether this thread has prepared it."""
+        return self.thread == get_ident()
 
     def of(self, weight: Tensor, codebook: Tensor) -> Tensor | None:
-        """``w_q``, unless it was made from another weight, or weight or codebook have changed since."""
-        same = weight is self.weight and self._state(weight, codebook) == self.state
+        """``w_q``, unless it is of another thread or weight, or weight or codebook have changed since."""
+        same = weight is self.weight and self.is_own() and self._state(weight, codebook) == self.state
         return self.w_q if same else None
 
     @staticmethod
@@ -150,7 +159,7 @@ class WeightQuantizer(nn.Module):
             return (learned_lookup(weight / self.scale, levels) * self.scale).to(weight.dtype)
         if self.config.update == "step":
             return learned_step(weight, self.scale, self.codebook).to(weight.dtype)
-        # a part that is compiled by itself looks up for itself; another thread may end its pass at any moment
+        # a part that is compiled by itself looks up for itself; another thread may begin a pass at any moment
         prepared = None if torch.compiler.is_compiling() else self.prepared
         ready = None if prepared is None else prepared.of(weight, self.codebook)
         return quantize_weight(weight, self.scale, self.codebook, ready)
