@@ -8,6 +8,7 @@ import importlib
 import math
 import weakref
 from dataclasses import dataclass, fields
+from types import SimpleNamespace
 
 import numpy as np
 import oracle
@@ -524,6 +525,30 @@ def test_tables_are_few_and_hold_no_tensor(cuda, on_cuda, monkeypatch):
     del nets, net
     gc.collect()
     assert not any(ref() is not None for ref in seen)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda w: w.view(20, 6).t(), lambda w: w[:, :10], lambda w: w.to(torch.bfloat16).repeat(1, 2)[:, ::2]]
+)
+def test_tables_are_not_taken_for_another_tensor_at_the_same_address(on_cuda, assert_identical, change):
+    net = network({"a": (lambda: normal(6, 20), 0)}, [4], [torch.float32])
+    w = net.weights[0]
+    net.quantize(on_cuda)
+    w.data = change(w.data)
+    expected = reference.foreach_codebook_quantize(net.weights, net.scales, net.codebooks)
+    assert_identical(net.quantize(on_cuda)[0], expected[0])
+
+
+def test_the_memory_of_a_table_is_held_for_the_stream_that_reads_it(cuda, monkeypatch):
+    layers = importlib.import_module("adq.backends.layers")
+    streams, captured = [], {}
+    found = (SimpleNamespace(data=SimpleNamespace(record_stream=streams.append)),)
+    monkeypatch.setattr(torch.cuda, "current_stream", str)
+    monkeypatch.setattr(layers, "_CAPTURED", captured)
+    for capturing in (False, True):
+        monkeypatch.setattr(layers, "is_capturing", lambda device, now=capturing: now)
+        layers._hold(found, torch.device("cuda", 0))
+    assert streams == ["cuda:0"] and list(captured.values()) == [found]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -1,7 +1,8 @@
 """The table of layers that the ``foreach`` kernels of :mod:`adq.kernels.foreach` read.
 
 It is worked out on the host from shapes alone, but for the addresses, and copied to the device once for a set of
-tensors. Tables are kept by addresses, shapes and strides, not by the tensors, which they do not keep alive.
+tensors. Tables are kept by addresses, and used for the same dtypes, shapes and strides: not by the tensors, which they
+do not keep alive.
 """
 
 from __future__ import annotations
@@ -9,12 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
+from operator import attrgetter, eq
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from adq import ops
+from adq.backends.capture import check_not_capturing, is_capturing
 from adq.kernels.foreach import FIELDS
 
 MOST_TABLES = 4096
@@ -175,14 +179,11 @@ _PLURALS = {
     "total": "totals",
     "output": "quantized",
 }
-_TABLES: dict[Any, tuple[Table, ...]] = {}
-_CAPTURED: dict[Any, tuple[Table, ...]] = {}
-"""Tables that a CUDA graph reads: never given up."""
-
-
-def _is_capturing(device: torch.device) -> bool:
-    with torch.cuda.device(device):
-        return torch.cuda.is_current_stream_capturing()
+_SHAPE, _DTYPE = attrgetter("shape"), attrgetter("dtype")
+_TABLES: dict[Hashable, tuple[list[list[Any]], tuple[Table, ...]]] = {}
+"""By addresses, which are quickly hashed: what else the tables depend on, and the tables."""
+_CAPTURED: dict[int, tuple[Table, ...]] = {}
+"""Tables that a CUDA graph reads, by their identity: never given up."""
 
 
 def tables(
@@ -204,29 +205,41 @@ def tables(
     Raises:
         RuntimeError: the layers are new, and a CUDA graph is being captured.
     """
-    described = tuple(
-        tuple((t.data_ptr(), t.dtype, t.shape, t.stride(), t.device) for t in group) for group in tensors.values()
-    )
-    key = lanes, options, tuple(snap), described
-    found = _TABLES.get(key) or _CAPTURED.get(key)
+    every = list(chain.from_iterable(tensors.values()))
     weights = tensors["weights"]
-    capturing = bool(weights) and weights[0].is_cuda and _is_capturing(weights[0].device)
-    if found is None:
+    device = weights[0].device if weights else torch.device("cpu")
+    key = lanes, options, tuple(snap), device, tuple(map(len, tensors.values())), tuple(map(Tensor.data_ptr, every))
+    # these differ where memory was freed and used again, or a tensor's data was set; of all but weights and results,
+    # ``check`` accepts one dtype, and one order in memory
+    laid = [*weights, *tensors.get("quantized", ())]
+    aspects: tuple[tuple[Any, list[Tensor]], ...] = (_SHAPE, every), (_DTYPE, laid), (Tensor.stride, laid)
+    known, found = _TABLES.get(key) or ([], ())
+    # one after the other: thousands of tuples at a time would start Python's garbage collector
+    if not known or not all(all(map(eq, map(of, some), old)) for (of, some), old in zip(aspects, known, strict=True)):
         check()
-        if capturing:
-            raise RuntimeError(
-                "adq: a CUDA graph is being captured, and these tensors have not been seen before: run the same step "
-                "on them once before the capture"
-            )
-        members: dict[torch.dtype, list[int]] = {}
-        for i, w in enumerate(weights):
-            members.setdefault(w.dtype, []).append(i)
-        found = tuple(_make(dtype, which, tensors, snap, lanes) for dtype, which in members.items())
+        check_not_capturing(device)
+        known, found = [list(map(of, some)) for of, some in aspects], _make_all(lanes, snap, tensors)
         while len(_TABLES) >= MOST_TABLES:
             _TABLES.pop(next(iter(_TABLES), None), None)
-        _TABLES[key] = found
-    elif _TABLES.pop(key, None) is not None:
-        _TABLES[key] = found  # the last one to be given up
-    if capturing:
-        _CAPTURED[key] = found
+    _TABLES.pop(key, None)
+    _TABLES[key] = known, found  # the last one to be given up
+    if device.type == "cuda":
+        _hold(found, device)
     return found
+
+
+def _make_all(lanes: int, snap: Sequence[bool], tensors: dict[str, Sequence[Tensor]]) -> tuple[Table, ...]:
+    members: dict[torch.dtype, list[int]] = {}
+    for i, w in enumerate(tensors["weights"]):
+        members.setdefault(w.dtype, []).append(i)
+    return tuple(_make(dtype, which, tensors, snap, lanes) for dtype, which in members.items())
+
+
+def _hold(found: tuple[Table, ...], device: torch.device) -> None:
+    """Keep the memory of tables that were given up from new tensors until the current stream has read them."""
+    if is_capturing(device):
+        _CAPTURED[id(found)] = found
+        return
+    stream = torch.cuda.current_stream(device)
+    for table in found:
+        table.data.record_stream(stream)  # another one than that of the thread that made it, maybe
