@@ -583,9 +583,9 @@ def model_device(model: nn.Module) -> torch.device:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """A batch of tensors in tuples, lists and mappings on another device."""
+    """A batch of tensors in tuples, lists and mappings on another device; what arrives on the CPU is there."""
     if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
+        return batch.to(device, non_blocking=device.type != "cpu")
     if isinstance(batch, Mapping):
         return {key: to_device(value, device) for key, value in batch.items()}
     if isinstance(batch, (tuple, list)):

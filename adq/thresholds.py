@@ -135,7 +135,8 @@ def resampled(thresholds: Thresholds, present: ActivationConfig, config: Activat
         return thresholds
     width, new_width = ACTIVATION_RANGE / present.steps, ACTIVATION_RANGE / config.steps
     interval = thresholds.interval.double().clamp_min(MIN_INTERVAL).expand(present.steps)
-    begins = thresholds.start.double() + interval.cumsum(0) - interval
+    ends = interval.cpu().cumsum(0).to(interval.device)  # that of a GPU is not deterministic
+    begins = thresholds.start.double() + ends - interval
     offset = thresholds.offset.double()
     new_offset = (offset / new_width).round() * new_width
     levels = torch.arange(config.steps + 1, dtype=torch.float64, device=offset.device)
