@@ -85,7 +85,13 @@ def step(members: Sequence[Member], rates: Tensor) -> None:
     for i, (weight, _) in enumerate(members):
         groups.setdefault((weight.device_mesh, weight.placements), []).append(i)
     for (mesh, placements), which in groups.items():
-        _step([members[i] for i in which], rates[which], mesh, placements)
+        _step([members[i] for i in which], _entries(rates, which), mesh, placements)
+
+
+def _entries(values: Tensor, which: Sequence[int]) -> Tensor:
+    """``values[which]``; an index that is a list would be copied to the device, and waited for."""
+    of_each = values.unbind()
+    return torch.stack([of_each[i] for i in which])
 
 
 def _step(members: list[Member], rates: Tensor, mesh: Any, placements: Sequence[Any]) -> None:
@@ -104,12 +110,17 @@ def _step(members: list[Member], rates: Tensor, mesh: Any, placements: Sequence[
     statistics, alike = cells.float().split(sizes), dict[Any, list[int]]()
     for i, quantizer in enumerate(quantizers):
         alike.setdefault((sizes[i], quantizer.config.snap, channels[i] > 0), []).append(i)
-    factors = torch.ones_like(rates)
+    factors: dict[int, Tensor] = {}
     for (_, snap, per_channel), which in alike.items():
-        factors[which] = _move_codebooks(
-            [quantizers[i] for i in which], [statistics[i] for i in which], rates[which], bool(snap), per_channel
+        moved = _move_codebooks(
+            [quantizers[i] for i in which],
+            [statistics[i] for i in which],
+            _entries(rates, which),
+            bool(snap),
+            per_channel,
         )
-    _move_scales(quantizers, channels, products, norms, rates, factors)
+        factors.update(zip(which, moved.unbind(), strict=True))
+    _move_scales(quantizers, channels, products, norms, rates, [factors[i] for i in range(len(members))])
 
 
 def _add_up(
@@ -162,7 +173,7 @@ def _move_scales(
     products: Tensor,
     norms: Tensor,
     rates: Tensor,
-    factors: Tensor,
+    factors: list[Tensor],
 ) -> None:
     """Towards the factors of least squared error, as :func:`adq.reference.least_squares_scale` has them, and into the
     units of the new codebooks."""
@@ -170,7 +181,8 @@ def _move_scales(
     if not scales:
         return
     rate, factor = (
-        torch.cat([values[i].expand(count) for i, count in enumerate(channels)]) for values in (rates, factors)
+        torch.cat([value.expand(count) for value, count in zip(values, channels, strict=True)])
+        for values in (rates.unbind(), factors)
     )
     old, fitted = torch.cat([scale.flatten() for scale in scales]), products.float() / norms.float()
     fitted = torch.where((fitted > 0) & (rate > 0), fitted, old)

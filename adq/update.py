@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from adq import sharded
+from adq.backends.capture import check_not_capturing
 
 if TYPE_CHECKING:
     from adq.nn.layers import QuantizedLayer
@@ -41,6 +42,8 @@ PEAK = "adq_peak_lr"
 _OPTIMIZER_FILE = register_optimizer_step_post_hook.__code__.co_filename
 
 Pace = float | Tensor
+Member = tuple[Tensor, "WeightQuantizer", Pace]
+"""A weight, its quantizer, and how fast its codebook follows it."""
 
 
 def register(layer: QuantizedLayer) -> None:
@@ -59,8 +62,9 @@ def _pace(group: dict[str, Any]) -> Pace:
     """Learning rate of a parameter group over its peak, at most 1; without a learning rate 1, of a rate of zero 0.
 
     The peak is ``max_lr``, where a scheduler or the user has put it, else the highest rate until now, which the group
-    keeps, and with it the optimizer's state dict. What schedulers record as ``initial_lr`` may be no rate at all but a
-    factor of theirs. Optimizers that find their rate themselves may have none.
+    keeps, and with it the optimizer's state dict; a step that a gradient scaler leaves to a fused optimizer to skip
+    counts. What schedulers record as ``initial_lr`` may be no rate at all but a factor of theirs. Optimizers that find
+    their rate themselves may have none.
     """
     rate, peak = group.get("lr"), group.get("max_lr")
     if rate is None:
@@ -74,10 +78,12 @@ def _pace(group: dict[str, Any]) -> Pace:
                 rate.dtype,
                 rate.shape,
             ):
+                check_not_capturing(rate.device)
                 peak = group[PEAK] = torch.full_like(rate, float(peak))
             torch.maximum(peak, rate, out=peak)  # in place: a captured graph goes on with it
-        peak = torch.as_tensor(peak, device=rate.device)
-        return torch.where(peak > 0, rate / peak, 0.0).clamp_max(1.0).float()
+        elif not isinstance(peak, Tensor) or peak.is_cpu:
+            peak = torch.full_like(rate, float(peak))  # a number goes to a device without waiting, a tensor does not
+        return torch.where(peak > 0, rate / peak, 0.0).clamp_max(1.0).float().reshape(())
     if peak is None:
         peak = group[PEAK] = max(float(group.get(PEAK, 0.0)), float(rate))
     return min(1.0, float(rate) / float(peak)) if float(peak) > 0.0 else 0.0
@@ -85,16 +91,18 @@ def _pace(group: dict[str, Any]) -> Pace:
 
 @cache  # for good: captured graphs read them
 def _constant_rates(rates: tuple[float, ...], device: torch.device) -> Tensor:
+    check_not_capturing(device)
     return torch.tensor(rates, dtype=torch.float32, device=device)
 
 
-def _update(layers: Iterable[QuantizedLayer], paces: dict[int, Pace] | None) -> None:
+def _update(layers: Iterable[QuantizedLayer], paces: dict[int, Pace] | None, taken: Tensor | None = None) -> None:
     """Count a step of the layers in training mode, and move the codebooks that follow their weights.
 
-    ``paces`` are by the layers' identities; None: all at full pace.
+    ``paces`` are by the layers' identities; None: all at full pace. ``taken``: bool ``[]``, whether the optimizer has
+    taken its step; None: it has. It is not read back: where it is false, rates are zero, and those change no bit.
     """
     counted: dict[torch.device, list[Tensor]] = {}
-    groups: dict[tuple[torch.device, Any], list[tuple[Tensor, WeightQuantizer]]] = {}
+    moving: dict[tuple[torch.device, bool], list[Member]] = {}
     done = set()  # layers that share a weight share a quantizer
     for layer in layers:
         quantizer = layer.weight_quantizer
@@ -106,17 +114,17 @@ def _update(layers: Iterable[QuantizedLayer], paces: dict[int, Pace] | None) -> 
         done.add(id(quantizer))
         counted.setdefault(quantizer.steps.device, []).append(quantizer.steps)
         if quantizer.config.update == "ema":
-            key = layer.weight.device, pace if quantizer.config.ema_follows_lr else 1.0
-            groups.setdefault(key, []).append((layer.weight.detach(), quantizer))
-    for steps in counted.values():
-        torch._foreach_add_(steps, 1)
-    for (device, pace), members in groups.items():
-        whole = [member for member in members if not sharded.is_sharded(member[0])]
-        if whole:
-            _step(device, pace, *zip(*whole, strict=True))
-        if len(whole) < len(members):
-            parts = [member for member in members if sharded.is_sharded(member[0])]
-            sharded.step(parts, _rates(device, pace, [quantizer for _, quantizer in parts]))
+            weight, pace = layer.weight.detach(), pace if quantizer.config.ema_follows_lr else 1.0
+            moving.setdefault((weight.device, sharded.is_sharded(weight)), []).append((weight, quantizer, pace))
+    for device, steps in counted.items():
+        torch._foreach_add_(steps, 1 if taken is None else [taken.to(device).long()] * len(steps))
+    for (device, in_parts), members in moving.items():
+        weights, quantizers, _ = zip(*members, strict=True)
+        rates, pace = _rates(device, members, taken)
+        if in_parts:
+            sharded.step([*zip(weights, quantizers, strict=True)], rates * pace)
+        else:
+            _step(weights, quantizers, rates, pace)
 
 
 def _learned(layer: QuantizedLayer) -> list[Tensor]:
@@ -130,19 +138,32 @@ def _learned(layer: QuantizedLayer) -> list[Tensor]:
     return [layer.weight] if name in layer._parameters or not parts else [*parts]
 
 
-def _rates(device: torch.device, pace: Pace, quantizers: Sequence[WeightQuantizer]) -> Tensor:
-    """How far each codebook moves, float32 ``[layers]``."""
+def _rates(device: torch.device, members: Sequence[Member], taken: Tensor | None) -> tuple[Tensor, float]:
+    """How far each codebook moves, float32 ``[members]``, and a factor on all of them; nothing waits for a device."""
+    _, quantizers, paces = zip(*members, strict=True)
     rates = _constant_rates(tuple(1.0 - quantizer.config.ema_decay for quantizer in quantizers), device)
-    return rates * (pace.to(device) if isinstance(pace, Tensor) else pace)
+    factor = paces[0]
+    if len(set(paces)) > 1:  # those of several parameter groups
+        rates, factor = _multiplied(rates, paces), 1.0
+    elif isinstance(factor, Tensor):
+        rates, factor = rates * factor, 1.0
+    return rates if taken is None else rates * taken.to(device), factor
 
 
-def _step(
-    device: torch.device, pace: Pace, weights: tuple[Tensor, ...], quantizers: tuple[WeightQuantizer, ...]
-) -> None:
-    """One EMA step of all codebooks of a device that move at the same pace."""
-    rates = _constant_rates(tuple(1.0 - quantizer.config.ema_decay for quantizer in quantizers), device)
-    if isinstance(pace, Tensor):
-        rates, pace = rates * pace.to(device), 1.0
+def _multiplied(rates: Tensor, paces: Sequence[Pace]) -> Tensor:
+    """Each rate by its pace; numbers and tensors of the CPU are arguments of a kernel."""
+    rates = rates.clone()
+    of_each = rates.unbind()
+    for kind in (float, Tensor):
+        pairs = [(rate, pace) for rate, pace in zip(of_each, paces, strict=True) if isinstance(pace, kind)]
+        if pairs:
+            some, factors = map(list, zip(*pairs, strict=True))
+            torch._foreach_mul_(some, factors)
+    return rates
+
+
+def _step(weights: tuple[Tensor, ...], quantizers: tuple[WeightQuantizer, ...], rates: Tensor, pace: float) -> None:
+    """One EMA step of all codebooks of a device, by ``rates * pace``."""
     torch.ops.adq.foreach_codebook_step_(
         weights,
         [quantizer.scale for quantizer in quantizers],
@@ -172,9 +193,7 @@ def step(model: nn.Module) -> None:
 @torch._disable_dynamo
 @torch.no_grad()
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    # a fused optimizer steps even when its gradient scaler has found an infinity, and then changes nothing
-    skipped = getattr(optimizer, "found_inf", None)
-    if not _LAYERS or (skipped is not None and bool(skipped)) or _is_inner_step(optimizer):
+    if not _LAYERS or _is_inner_step(optimizer):
         return
     with _LOCK:
         layers = list(_LAYERS)  # another thread may make or copy some meanwhile
@@ -184,10 +203,15 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
     parameter_of = {x: next((id(p) for p in _learned(x) if id(p) in place), None) for x in layers}
     held = sorted(((x, key) for x, key in parameter_of.items() if key is not None), key=lambda pair: place[pair[1]])
     pace_of = {i: _pace(groups[i]) for i in {group_of[key] for _, key in held}}
-    _update([x for x, _ in held], {id(x): pace_of[group_of[key]] for x, key in held})
-    for layer in layers:
-        if layer.training and not isinstance(layer.input_quantizer, nn.Identity):
-            layer.input_quantizer.trained |= id(layer.input_quantizer.start) in place
+    # a fused optimizer steps even when its gradient scaler has found an infinity, and then changes nothing
+    found_inf = getattr(optimizer, "found_inf", None)
+    taken = None if found_inf is None else (found_inf == 0).reshape(())
+    _update([x for x, _ in held], {id(x): pace_of[group_of[key]] for x, key in held}, taken)
+    inputs = [x.input_quantizer for x in layers if x.training and not isinstance(x.input_quantizer, nn.Identity)]
+    fresh = [quantizer for quantizer in inputs if not quantizer.trained and id(quantizer.start) in place]
+    if fresh and (taken is None or bool(taken)):  # read back only until they have moved once
+        for quantizer in fresh:
+            quantizer.trained = True
 
 
 def _is_inner_step(optimizer: torch.optim.Optimizer) -> bool:

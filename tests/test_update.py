@@ -110,9 +110,10 @@ def test_gradient_accumulation_is_one_step():
     assert steps(net) == [1, 1, 1]
 
 
+@pytest.mark.parametrize("weight", [{}, {"snap": "int8"}, {"scale": "tensor"}])
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_step_that_the_gradient_scaler_skips(fused):
-    net = model()
+def test_a_step_that_the_gradient_scaler_skips(fused, weight):
+    net = model(**weight)
     before = state(net)
     optimizer = sgd(net, fused=fused)
     scaler = torch.amp.GradScaler("cpu")
@@ -123,6 +124,7 @@ def test_a_step_that_the_gradient_scaler_skips(fused):
         scaler.update()
         assert steps(net) == [expected] * 3
         assert same(before, state(net)) == (expected == 0)
+        assert net[2].input_quantizer.trained == (expected == 1)
 
 
 def test_activation_checkpointing_recomputes_the_same_forward():
@@ -316,9 +318,7 @@ def test_the_pace_follows_the_learning_rate_to_zero(name, monkeypatch):
     net = model()
     paces = []
     original = update._step
-    monkeypatch.setattr(
-        update, "_step", lambda device, pace, *layers: (paces.append(pace), original(device, pace, *layers))
-    )
+    monkeypatch.setattr(update, "_step", lambda *args: (paces.append(args[-1]), original(*args)))
     optimizer = sgd(net, 0.3)
     scheduler = schedule(optimizer)
     for t in range(9):
@@ -349,6 +349,30 @@ def test_without_a_schedule_the_pace_is_full_and_can_be_unhooked():
         backward(net)
         optimizer.step()
         assert torch.equal(before, net[2].weight_quantizer.ema_count) == (net is rests)
+
+
+@pytest.mark.parametrize("make", [float, torch.tensor])
+def test_layers_of_several_rates_move_in_one_call_and_each_at_its_own_pace(make, monkeypatch):
+    calls = []
+    operator = torch.ops.adq.foreach_codebook_step_
+    counted = lambda *args: (calls.append(len(args[0])), operator(*args))  # noqa: E731
+    monkeypatch.setattr(torch.ops.adq, "foreach_codebook_step_", counted)
+    together, alone = model(), model()
+    groups = [
+        {"params": [layer.weight], "lr": make(lr)} for layer, lr in zip(together[::2], (0.3, 0.1, 0.2), strict=True)
+    ]
+    of_all = torch.optim.SGD(groups, lr=0.1)
+    of_each = [torch.optim.SGD([layer.weight], make(lr)) for layer, lr in zip(alone[::2], (0.3, 0.1, 0.2), strict=True)]
+    for net, optimizers in ((together, [of_all]), (alone, of_each)):
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        backward(net)
+        for factor in (1.0, 0.3, 0.7):
+            for group, own in zip(groups, (1.0, 0.9, 0.8), strict=True):
+                group["lr"] = group["lr"] * (factor * own)
+            for optimizer in optimizers:
+                optimizer.step()
+    assert calls == [3] * 3 + [1] * 9
+    assert same(state(together), state(alone))
 
 
 @pytest.mark.parametrize("mode", ["frozen", "gradient"])
