@@ -11,6 +11,7 @@ import torch
 from networks import LAYERS, assert_same_state, images, net, quantized, train
 from torch import Tensor, nn
 from torch.nn.utils import prune
+from torch.testing._internal.two_tensor import TwoTensor
 
 import adq
 from adq import ADQConfig, WeightConfig, convert
@@ -180,6 +181,14 @@ def test_overrides_of_layers_that_share_a_weight_must_agree(overrides, agree):
         (
             lambda layer: setattr(layer, "weight", nn.Parameter(torch.zeros(0, 8, 1, 1))),
             r"the weight is empty \(layer 'body.2'\)",
+        ),
+        (
+            lambda layer: setattr(layer, "weight", nn.Parameter(layer.weight.to(torch.complex64))),
+            r"the weight is complex64, .* override \(layer 'body.2'\)",
+        ),
+        (
+            lambda layer: setattr(layer, "weight", nn.Parameter(TwoTensor(layer.weight.data, layer.weight.data))),
+            r"the weight is of TwoTensor, .*override \(layer 'body.2'\)",
         ),
     ],
 )

@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from adq.codebook import Fit, fit
 from adq.config import WeightConfig
 from adq.functional import code_bits, learned_lookup, learned_step, quantize_weight
 from adq.nn.dtype import keeping_dtype
 from adq.reference import decision_thresholds, snap_codebook
+from adq.sharded import is_sharded
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,16 @@ class WeightQuantizer(nn.Module):
                 raise ValueError("adq: the weight is on the meta device; load the weights first, then call quantize_")
             if weight.dtype == torch.float64:
                 raise ValueError("adq: the weight is float64, adq computes in float32 at most; call model.float()")
+            if not weight.is_floating_point():
+                raise ValueError(
+                    f"adq: the weight is {str(weight.dtype).removeprefix('torch.')}, adq quantizes float weights; "
+                    "leave the layer as it is by an override"
+                )
+            if is_traceable_wrapper_subclass(weight) and not is_sharded(weight):
+                raise ValueError(
+                    f"adq: the weight is of {type(weight).__name__}, no plain tensor, and may be quantized already; "
+                    "leave the layer as it is by an override"
+                )
             fitted = fit(weight, config, self.axis)
             if not bool(fitted.codebook.any()):
                 raise ValueError(
