@@ -6,8 +6,8 @@ import operator
 import re
 import sys
 import warnings
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils.parametrize import is_parametrized
 from torch.optim.swa_utils import AveragedModel
 
 from adq.config import ADQConfig, LayerConfig, check_bits, merge_override, with_bits
@@ -29,6 +31,7 @@ from adq.update import prepare_together, unregister
 FilterFn = Callable[[nn.Module, str], bool]
 
 _FLOAT = LayerConfig(None, None)
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 
 def quantized_layers(model: nn.Module, *, every_name: bool = False) -> dict[str, QuantizedLayer]:
@@ -100,27 +103,33 @@ def choose_layers(model: nn.Module, config: ADQConfig, filter_fn: FilterFn | Non
     used: set[str] = set()
     found: dict[str, Choice] = {}
     for name, module in layers.items():
-        layer, by = LayerConfig(config.weight, config.activation), "weight and activation are None"
         if name not in chosen:
             found[name] = Choice(module, _FLOAT, "excluded by filter_fn")
             continue
+        layer, by = LayerConfig(config.weight, config.activation), "weight and activation are None"
         if name in (*names[:1], *names[-1:]):
             bits, by = config.first_last_bits, "first_last_bits is None"
             layer = _FLOAT if bits is None else with_bits(layer, bits)
-        of_weight: list[Any] = []
-        for key, override in config.overrides.items():
-            if _matches(key, name, module):
-                used.add(key)
-                layer, by = merge_override(layer, override), f"override {key!r}"
-                of_weight += [override["weight"]] if override and "weight" in override else []
+        layer, matching = _overridden(layer, name, module, config)
+        used.update(matching)
+        by = f"override {matching[-1]!r}" if matching else by
         if _is_output(module) and _is_float(found.get(_parent(name))):
             layer, by = _FLOAT, "its attention is in float"
-        found[name] = Choice(module, layer, by, tuple(of_weight))
+        overrides = [config.overrides[key] or {} for key in matching]
+        found[name] = Choice(module, layer, by, tuple(o["weight"] for o in overrides if "weight" in o))
     unused = [key for key in config.overrides if key not in used]
     if unused:
         raise ValueError(f"adq: overrides match no layer: {', '.join(unused)}; layers: {', '.join(names)}")
     _refuse_conflicts(found)
     return found
+
+
+def _overridden(layer: LayerConfig, name: str, module: nn.Module, config: ADQConfig) -> tuple[LayerConfig, list[str]]:
+    """A layer's configuration with the overrides that match it, later ones over earlier, and their keys."""
+    matching = [key for key in config.overrides if _matches(key, name, module)]
+    for key in matching:
+        layer = merge_override(layer, config.overrides[key])
+    return layer, matching
 
 
 def _refuse_conflicts(choices: Mapping[str, Choice]) -> None:
@@ -153,16 +162,61 @@ def _parent(name: str) -> str:
 
 def convertible(module: nn.Module | None) -> bool:
     """Whether a quantized layer can take the place of this module."""
-    if module is None or type(module) not in QUANTIZED:
-        return False
-    if isinstance(module, nn.MultiheadAttention) and QMultiheadAttention.problem(module):
-        return False
-    return has_own_weight(module)
+    return isinstance(module, tuple(QUANTIZED)) and obstacle(module) is None
 
 
-def has_own_weight(module: nn.Module) -> bool:
-    """Whether the weight is a parameter, and not recomputed at each call (``prune``, the old ``weight_norm``)."""
-    return QUANTIZED[type(module)].weight_name in module._parameters
+def obstacle(layer: Any) -> str | None:
+    """Why a layer of a kind that adq quantizes, or of a subclass, stays in float in any case; None if it need not."""
+    kind = type(layer)
+    if is_parametrized(layer):
+        return f"parametrizations recompute its {' and '.join(layer.parametrizations)} at each call"
+    if kind not in QUANTIZED:
+        base = next(base for base in kind.__mro__ if base in QUANTIZED)
+        if kind.forward is not base.forward:
+            return f"{kind.__name__} has a forward of its own"
+        return f"{kind.__name__} is a subclass of {base.__name__}, and only {base.__name__} itself is converted"
+    if isinstance(layer, nn.MultiheadAttention) and (problem := QMultiheadAttention.problem(layer)):
+        return problem
+    if QUANTIZED[kind].weight_name not in layer._parameters:  # prune, the old weight_norm
+        return "its weight is recomputed at each call"
+    return None
+
+
+def refuse_lazy(model: nn.Module) -> None:
+    """Raise ValueError if parameters have no shape yet, as those of ``nn.LazyLinear`` before its first batch."""
+    modules = model.named_modules()
+    lazy = [name for name, module in modules if isinstance(module, LazyModuleMixin) and _is_waiting(module)]
+    if lazy:
+        raise ValueError(f"adq: no weight yet, run one batch through the model first: {_listed(lazy)}")
+
+
+def _is_waiting(module: Any) -> bool:
+    """Whether a lazy module has its first batch still to come, which may change its class too."""
+    return module.cls_to_become is not None or module.has_uninitialized_params()
+
+
+def _refuse_replaced_forwards(layers: Mapping[str, nn.Module]) -> None:
+    """Raise ValueError if a layer's forward is an attribute of its own: it is called instead of the quantized one."""
+    replaced = [name for name, module in layers.items() if "forward" in vars(module)]
+    if replaced:
+        raise ValueError(
+            "adq: hooks of accelerate, or a patch, have replaced the forward of these layers, which would go on "
+            "computing in float; quantize before dispatching or patching, take the hooks off "
+            "(accelerate.hooks.remove_hook_from_submodules), or leave the layers in float by overrides or filter_fn: "
+            f"{_listed(replaced)}"
+        )
+
+
+def ways_out(unreached: Sequence[str]) -> str:
+    """What to do about layers that the batches do not reach, as those that run in training alone."""
+    overrides = f"overrides={{{unreached[0]!r}: None}}"
+    return f"give batches that reach them in evaluation mode, or leave them in float, as by {overrides}"
+
+
+def _listed(names: Iterable[str], most: int = 5) -> str:
+    """Names of layers, the first few of them."""
+    quoted = [repr(name) for name in names]
+    return ", ".join(quoted[:most]) + (f" and {len(quoted) - most} more" if len(quoted) > most else "")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -271,7 +325,9 @@ def quantize_(model: nn.Module, config: ADQConfig | None = None, filter_fn: Filt
     """Make a float model a quantized one, in place; codebooks are fitted to the weights at once.
 
     Conv1d/2d/3d, ConvTranspose1d/2d/3d, Linear and MultiheadAttention become quantized layers; subclasses of these stay
-    in float, and so does the output projection of an attention that does.
+    in float, and so does the output projection of an attention that does. If most of the weights do because of their
+    kinds, and no ``filter_fn`` is given, a warning says so.
+    Of a model inside ``torch.compile`` or ``DataParallel`` layers have the names that they have in the model itself.
     Parameters keep their identity and name, and new ones come for the activations, whose thresholds wait for
     :func:`calibrate_`: build the optimizer, and wrap the model for several processes, afterwards.
 
@@ -287,7 +343,8 @@ def quantize_(model: nn.Module, config: ADQConfig | None = None, filter_fn: Filt
     Raises:
         ValueError: nothing to quantize, or already quantized; an empty, all-zero or non-finite weight, or one of double
             precision; an override that matches nothing, or only one of two layers that share a weight (named); a
-            ``config`` of another kind; a model inside ``DistributedDataParallel``. The model is unchanged then.
+            ``config`` of another kind; a model inside ``DistributedDataParallel``; a lazy module that has not run; a
+            layer whose forward has been replaced on the object. The model is unchanged then.
     """
     config = config or ADQConfig()
     if not isinstance(config, ADQConfig):
@@ -297,14 +354,19 @@ def quantize_(model: nn.Module, config: ADQConfig | None = None, filter_fn: Filt
     refuse_distributed(model, "quantize_ adds parameters, so call it, and calibrate_, before wrapping the model")
     if quantized_layers(model):
         raise ValueError("adq: the model is quantized already; quantize_ takes a float model")
-    choices = choose_layers(model, config, filter_fn)
+    inner = unwrapped(model)
+    refuse_lazy(inner)
+    choices = choose_layers(inner, config, filter_fn)
     targets = {name: choice.config for name, choice in choices.items() if not choice.config.is_float}
     if not targets:
         raise ValueError("adq: nothing to quantize: no Conv, ConvTranspose or Linear layer was selected")
-    convert_layers_(model, targets)
+    with torch.inference_mode(False):  # what is made there can never be trained
+        convert_layers_(inner, targets)
     for choice in choices.values():
         if choice.config.is_float:
             note_reason(choice.module, choice.by)
+    if filter_fn is None:
+        _warn_of_kinds_in_float(inner, config, choices)
     return model
 
 
@@ -315,6 +377,42 @@ def refuse_distributed(model: nn.Module, instead: str) -> None:
             "adq: DistributedDataParallel averages the gradients of the parameters that it finds when it is made; "
             + instead
         )
+
+
+def _warn_of_kinds_in_float(model: nn.Module, config: ADQConfig, choices: Mapping[str, Choice]) -> None:
+    """Warn if kinds that adq does not convert hold most of the weights that the configuration would have quantized."""
+    wanted = LayerConfig(config.weight, config.activation)
+    quantized: dict[int, int] = {}
+    left: dict[int, int] = {}
+    kinds: Counter[str] = Counter()
+    for name, module, own in parameter_holders(model):
+        matrices = {id(parameter): parameter.numel() for parameter in own.values() if parameter.dim() > 1}
+        if name in choices:
+            quantized.update(matrices if choices[name].config.weight else {})
+        elif matrices and not isinstance(module, _EMBEDDINGS) and _overridden(wanted, name, module, config)[0].weight:
+            left.update(matrices)
+            cause = f" ({obstacle(module)})" if type(module) in QUANTIZED else ""
+            kinds[type(module).__name__ + cause] += 1
+    in_float, in_codes = sum(n for key, n in left.items() if key not in quantized), sum(quantized.values())
+    if in_float > in_codes:
+        warnings.warn(
+            f"adq: {in_float / (in_float + in_codes):.0%} of the weights stay in float, because adq does not convert "
+            f"what holds them: {', '.join(f'{n} {kind}' for kind, n in kinds.most_common())}; adq.summary names each",
+            stacklevel=3,
+        )
+
+
+def parameter_holders(model: nn.Module) -> Iterator[tuple[str, nn.Module, dict[str, nn.Parameter]]]:
+    """Modules with parameters of their own, by name, and these; a layer's are those of its parametrizations too."""
+    for name, module in model.named_modules():
+        if "parametrizations" in name.split("."):
+            continue
+        own = {key: parameter for key, parameter in module._parameters.items() if parameter is not None}
+        if is_parametrized(module):
+            parts: Any = module.parametrizations
+            own.update({f"parametrizations.{key}": parameter for key, parameter in parts.named_parameters()})
+        if own:
+            yield name, module, own
 
 
 def note_reason(module: nn.Module, reason: str) -> None:
@@ -334,6 +432,7 @@ def convert_layers_(model: nn.Module, layers: Mapping[str, LayerConfig], *, fitt
     With ``fitted=False`` codebooks are placeholders for a state dict that is loaded next (:func:`adq.load`).
     """
     modules = {name: model.get_submodule(name) for name in layers}
+    _refuse_replaced_forwards(modules)
     kinds = {name: type(module) for name, module in modules.items()}
     shared: dict[int, WeightQuantizer] = {}
     try:
@@ -642,10 +741,11 @@ def set_weight_bits(model: nn.Module, bits: Mapping[str, int]) -> None:
         if name not in known:
             raise ValueError(f"adq: no quantized layer {name!r}; layers: {', '.join(known)}")
         check_bits(width, f"bits of layer {name!r}")
-    changes = [
-        (quantizer, quantizer.fit_bits(bits[name], layer.weight))
-        for name, (layer, quantizer) in known.items()
-        if quantizer.bits != bits.get(name, quantizer.bits)
-    ]
-    for quantizer, (config, fitted) in changes:
-        quantizer.replace_(config, fitted)
+    with torch.inference_mode(False):  # as in quantize_
+        changes = [
+            (quantizer, quantizer.fit_bits(bits[name], layer.weight))
+            for name, (layer, quantizer) in known.items()
+            if quantizer.bits != bits.get(name, quantizer.bits)
+        ]
+        for quantizer, (config, fitted) in changes:
+            quantizer.replace_(config, fitted)

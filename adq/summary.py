@@ -15,13 +15,16 @@ from adq.codebook import sqnr
 from adq.convert import (
     activation_quantizers,
     float_tensors,
-    has_own_weight,
+    obstacle,
+    parameter_holders,
     quantized_layers,
     quantizer_prefixes,
+    refuse_lazy,
+    unwrapped,
     weight_quantizers,
 )
 from adq.nn.activation import ActivationQuantizer
-from adq.nn.layers import QUANTIZED, QMultiheadAttention, QuantizedLayer
+from adq.nn.layers import QUANTIZED, QuantizedLayer
 from adq.nn.packed import PackedWeight
 from adq.nn.weight import WeightQuantizer
 from adq.ops import packed_size
@@ -137,30 +140,18 @@ def _summarise(name: str, layer: QuantizedLayer, activation_bits: int | None, in
 
 
 def _left_in_float(model: nn.Module) -> dict[str, str]:
-    found = {}
-    for name, module in model.named_modules():
-        own = [key for key, parameter in module._parameters.items() if parameter is not None]
-        if not own or isinstance(module, (QuantizedLayer, WeightQuantizer, ActivationQuantizer)):
+    found: dict[str, str] = {}
+    for name, module, own in parameter_holders(model):
+        if isinstance(module, (QuantizedLayer, WeightQuantizer, ActivationQuantizer)):
             continue
         if isinstance(module, tuple(QUANTIZED)):
-            found[name] = _reason(module)
+            found[name] = obstacle(module) or str(getattr(module, "adq_in_float", "it was not asked for"))
         elif next(module.children(), None) is None:
             found[name] = f"{type(module).__name__} is no layer that adq quantizes"
         else:
             reason = f"a parameter of {type(module).__name__} itself"
             found.update({f"{name}.{key}".lstrip("."): reason for key in own})
     return found
-
-
-def _reason(layer: Any) -> str:
-    """Why a layer of a kind that adq quantizes is in float."""
-    if type(layer) not in QUANTIZED:
-        return f"{type(layer).__name__} has a forward of its own"
-    if isinstance(layer, nn.MultiheadAttention) and (problem := QMultiheadAttention.problem(layer)):
-        return problem
-    if not has_own_weight(layer):
-        return "its weight is recomputed at each call"
-    return getattr(layer, "adq_in_float", "it was not asked for")
 
 
 def float_bytes(model: nn.Module) -> int:
@@ -184,11 +175,13 @@ def summary(model: nn.Module) -> Summary:
         model: from :func:`adq.quantize_`.
 
     Raises:
-        ValueError: the model is not quantized.
+        ValueError: the model is not quantized, or has a lazy module that has not run.
     """
+    model = unwrapped(model)
     layers = quantized_layers(model)
     if not layers:
         raise ValueError("adq: the model is not quantized; call adq.quantize_(model) first")
+    refuse_lazy(model)
     refuse_sharded((layer.weight for layer in layers.values()), "a summary")
     activation, kept = activation_quantizers(model), float_tensors(model)
     rows = tuple(

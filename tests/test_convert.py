@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 
 import numpy as np
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from networks import LAYERS, assert_same_state, images, net, quantized, train
 from torch import Tensor, nn
 from torch.nn.utils import prune
@@ -115,10 +117,89 @@ class Reparametrised(nn.Conv2d):
 
 
 def test_layers_with_a_forward_of_their_own_stay_in_float():
-    model = nn.Sequential(Reparametrised(1, 2, 3), nn.Linear(4, 4), nn.Embedding(3, 4))
+    model = nn.Sequential(Reparametrised(1, 1, 3), nn.Linear(4, 4), nn.Embedding(3, 4))
     adq.quantize_(model)
     assert list(convert.quantized_layers(model)) == ["1"]
     assert type(model[0]) is Reparametrised
+
+
+def patch(layer: nn.Module) -> None:
+    layer.forward = layer.forward
+
+
+@pytest.mark.parametrize("replace", [patch, lambda layer: add_hook_to_module(layer, ModelHook())])
+def test_layers_whose_forward_has_been_replaced_are_refused(replace):
+    """It is an attribute of the object, and would be called instead of that of the new class."""
+    model = net()
+    replace(model.body[0]), replace(model.head)
+    with pytest.raises(ValueError, match=r"replaced the forward .* overrides or filter_fn: 'body\.0', 'head'"):
+        adq.quantize_(model)
+    assert not convert.quantized_layers(model)
+    adq.quantize_(model, ADQConfig(overrides={"body.0": None}), lambda module, name: name != "head")
+    assert list(convert.quantized_layers(model)) == ["stem", "body.2"]
+    assert adq.summary(model).left_in_float["body.0"] == "override 'body.0'"
+
+
+@pytest.mark.parametrize("lazy", [nn.LazyLinear(4), nn.LazyConv2d(4, 1), nn.LazyBatchNorm1d()])
+def test_lazy_modules_run_first(lazy):
+    model = nn.Sequential(nn.Linear(4, 4), lazy)
+    with pytest.raises(ValueError, match="no weight yet, run one batch through the model first: '1'"):
+        adq.quantize_(model)
+    model = adq.quantize_(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
+    model[1] = lazy
+    with pytest.raises(ValueError, match="no weight yet, .*: '1'"):
+        adq.summary(model)
+
+
+def test_a_lazy_layer_that_has_run_is_a_layer_like_others():
+    model = nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(4), nn.LazyLinear(4))
+    model(torch.zeros(1, 4))
+    assert list(convert.quantized_layers(adq.quantize_(model))) == ["0", "1", "2"]
+
+
+class Conv1D(nn.Module):
+    """As that of transformers: a linear layer of another class, with the weight transposed."""
+
+    def __init__(self, size: int = 4) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(size, size)), nn.Parameter(torch.ones(size))
+
+
+@pytest.mark.parametrize(
+    ("layers", "arguments", "said"),
+    [
+        ([Conv1D(), Conv1D()], {}, "67% of the weights stay in float, .*: 2 Conv1D; adq.summary"),
+        ([Conv1D(), nn.GRU(4, 4), Conv1D()], {}, "89% .*: 2 Conv1D, 1 GRU;"),
+        ([nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))], {}, "56% .*: 1 ParametrizedLinear;"),
+        ([Conv1D()], {}, None),
+        ([nn.Embedding(99, 4), nn.EmbeddingBag(99, 4), nn.LayerNorm(99)], {}, None),
+        ([Conv1D(9)], {"filter_fn": lambda module, name: True}, None),
+        ([Conv1D(9), nn.Linear(4, 4)], {"config": ADQConfig(overrides={"re:[23]": None})}, None),
+        ([nn.Linear(9, 9), nn.Linear(9, 9)], {"config": ADQConfig(overrides={"re:[23]": None})}, None),
+        ([Conv1D(9)], {"config": ADQConfig(weight=None)}, None),
+    ],
+)
+def test_a_network_of_kinds_that_stay_in_float_warns(layers, arguments, said):
+    model = nn.Sequential(nn.Linear(4, 4), *copy.deepcopy(layers))
+    model.insert(1, nn.Identity())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        adq.quantize_(model, **arguments)
+    assert len(caught) == (said is not None)
+    if said:
+        assert caught[0].filename == __file__
+        with pytest.warns(UserWarning, match=said):
+            warnings.warn_explicit(caught[0].message, UserWarning, __file__, 1)
+
+
+@torch.inference_mode()
+def test_a_model_that_was_quantized_in_inference_mode_trains():
+    with torch.inference_mode(False):
+        model = net()
+    adq.calibrate_(adq.quantize_(model), [images()])
+    adq.apply_allocation_(model, {"body.0": 2})
+    with torch.inference_mode(False):
+        assert train(model).body[0].weight_quantizer.steps == 3
 
 
 def test_transformer_encoders_do_not_slip_past_the_quantizers():
@@ -292,6 +373,7 @@ def test_set_weight_bits_is_all_or_nothing():
 def test_weights_that_are_recomputed_at_each_call_stay_in_float(recompute):
     model = net()
     recompute(model.body[0])
-    adq.quantize_(model)
+    with pytest.warns(UserWarning, match=r"77% .*: 1 Conv2d \(its weight is recomputed at each call\);"):
+        adq.quantize_(model)
     assert list(convert.quantized_layers(model)) == ["stem", "body.2", "head"]
     assert "body.0" in str(adq.summary(model)) and "recomputed at each call" in str(adq.summary(model))

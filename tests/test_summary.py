@@ -89,6 +89,20 @@ def test_what_is_left_in_float_and_why():
     }
 
 
+class Named(nn.Linear):
+    """The forward of ``nn.Linear``, under another name."""
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_why_subclasses_and_parametrized_layers_are_left_in_float(bias):
+    model = nn.Sequential(nn.Linear(4, 4), Named(4, 4), nn.Linear(4, 4, bias=bias), nn.Linear(9, 9))
+    nn.utils.parametrizations.weight_norm(model[2])
+    assert adq.summary(adq.quantize_(model)).left_in_float == {
+        "1": "Named is a subclass of Linear, and only Linear itself is converted",
+        "2": "parametrizations recompute its weight at each call",
+    }
+
+
 def test_attention_that_is_left_in_float_and_why():
     class Attention(nn.Module):
         def __init__(self) -> None:
