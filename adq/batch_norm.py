@@ -24,6 +24,7 @@ from adq.convert import (
     quantizers_enabled,
     refuse_packed,
     to_device,
+    unwrapped,
 )
 from adq.distributed import pool
 
@@ -46,7 +47,7 @@ class _Replaced:
 
 
 def _named_batch_norms(model: nn.Module) -> dict[str, BatchNorm]:
-    modules = model.named_modules()
+    modules = unwrapped(model).named_modules()
     return {name: norm for name, norm in modules if isinstance(norm, BatchNorm) and norm.running_mean is not None}
 
 

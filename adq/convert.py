@@ -37,9 +37,10 @@ _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 def quantized_layers(model: nn.Module, *, every_name: bool = False) -> dict[str, QuantizedLayer]:
     """The quantized layers of a model by qualified name, in order of registration.
 
-    With ``every_name`` a layer that is registered more than once stands under each of its names, else under the first.
+    Names are those in the :func:`unwrapped` model. With ``every_name`` a layer that is registered more than once stands
+    under each of its names, else under the first.
     """
-    modules = model.named_modules(remove_duplicate=not every_name)
+    modules = unwrapped(model).named_modules(remove_duplicate=not every_name)
     return {name: module for name, module in modules if isinstance(module, QuantizedLayer)}
 
 
@@ -313,8 +314,10 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
 def load_tensors_(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Load the tensors that are given, as those of the model's own version: files say nothing of versions.
 
-    Without one some modules refuse to load, and others take the tensors for those of their first version.
+    Without one some modules refuse to load, and others take the tensors for those of their first version. Names are
+    those in the :func:`unwrapped` model.
     """
+    model = unwrapped(model)
     versioned = OrderedDict(state)
     modules = model.named_modules(remove_duplicate=False)
     versioned._metadata = {name: {"version": m._version} for name, m in modules}  # type: ignore[attr-defined]
@@ -514,7 +517,7 @@ def float_tensors(model: nn.Module) -> set[int]:
     """Where the tensors lie that files hold in float; among them weights that a layer in float uses too."""
     named = quantized_layers(model, every_name=True)
     own = {f"{name}.{q.weight_name}".lstrip(".") for name, q in named.items() if _has_weight_quantizer(q)}
-    others = (value for key, value in model.state_dict().items() if key not in own)
+    others = (value for key, value in unwrapped(model).state_dict().items() if key not in own)
     return {value.data_ptr() for value in others if isinstance(value, Tensor)}  # what get_extra_state gives may be none
 
 

@@ -12,6 +12,7 @@ from adq.convert import (
     quantizer_prefixes,
     refuse_packed,
     unchanged_on_error,
+    unwrapped,
     weight_quantizers,
 )
 from adq.deploy import listed
@@ -77,8 +78,9 @@ def start_from_(model: nn.Module, start: nn.Module) -> nn.Module:
 def float_state(model: nn.Module) -> dict[str, Tensor]:
     """A quantized model's tensors without those of its quantizers, as a float checkpoint has them.
 
-    Packed weights are decoded.
+    Packed weights are decoded. Names are those in the unwrapped model.
     """
+    model = unwrapped(model)
     layers = quantized_layers(model, every_name=True)
     prefixes = {name: f"{name}." if name else "" for name in layers}
     own = (*quantizer_prefixes(layers), *(prefix + CODES for prefix in prefixes.values()))

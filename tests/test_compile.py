@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import adq
-from adq import ActivationConfig, ADQConfig, WeightConfig
+from adq import ActivationConfig, ADQConfig, WeightConfig, convert
 
 
 @pytest.fixture(autouse=True)
@@ -124,3 +124,14 @@ def test_a_part_compiled_by_itself_is_one_graph():
     assert counter.frame_count <= 2
     for one, other in zip(model.state_dict().values(), eager.state_dict().values(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_layers_of_a_compiled_model_have_their_own_names():
+    compiled = torch.compile(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)), backend="eager")
+    assert adq.calibrate_(adq.quantize_(compiled), [images(0)]) is compiled
+    assert (
+        list(convert.quantized_layers(compiled)) == [layer.name for layer in adq.summary(compiled).layers] == ["0", "2"]
+    )
+    adq.apply_allocation_(compiled, {"2": 4})
+    assert train(compiled, compiled)[-1].isfinite().all()
+    assert compiled._orig_mod[2].weight_quantizer.steps == 5

@@ -157,6 +157,22 @@ def test_a_lazy_layer_that_has_run_is_a_layer_like_others():
     assert list(convert.quantized_layers(adq.quantize_(model))) == ["0", "1", "2"]
 
 
+def test_names_in_a_wrapped_model_are_those_without_the_wrapper():
+    wrapped, plain, batch = nn.DataParallel(net()), quantized(), (images(), images())
+    assert adq.quantize_(wrapped) is wrapped
+    assert adq.calibrate_(wrapped, [batch]) is wrapped
+    assert list(convert.quantized_layers(wrapped)) == LAYERS
+    assert adq.summary(wrapped) == adq.summary(plain)
+    tables = [adq.sensitivity(m, [batch], lambda y, _: y.square().mean(), (2, 4)) for m in (wrapped, plain)]
+    assert tables[0] == tables[1]
+    allocation = adq.allocate(tables[0], adq.Budget(weight_bits=5))
+    for model in (wrapped, plain):
+        assert adq.apply_allocation_(model, allocation) is model
+    other = quantized(seed=1)
+    adq.start_from_(wrapped, other), adq.start_from_(plain, other)
+    assert_same_state(convert.unwrapped(wrapped), plain)
+
+
 class Conv1D(nn.Module):
     """As that of transformers: a linear layer of another class, with the weight transposed."""
 
