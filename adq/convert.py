@@ -697,27 +697,35 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 
 def batch_size(batch: Any) -> int:
-    """Samples of a batch as :func:`forward_batch` takes it: the length of its targets, if they are a tensor, else of
-    the first tensor among its inputs, which may have another dimension first, as sequences do.
+    """Samples of a batch as :func:`forward_batch` takes it.
+
+    Targets that are a tensor decide by their length: inputs may have another axis first, as sequences do. A list or
+    tuple counts by its own length, as one of images does, or by the one its tensors have in common, as the targets of
+    several tasks do; of these the length that targets and inputs agree on. Of a mapping it is what most values have.
 
     Raises:
-        ValueError: it has no tensor.
+        ValueError: it has neither tensors nor lists.
     """
-    parts = batch[1::-1] if isinstance(batch, (tuple, list)) else [batch]
-    if len(parts) == 2 and not isinstance(parts[0], Tensor):
-        parts = parts[1:]
-    for tensor in _tensors(parts):
-        if tensor.dim():
-            return len(tensor)
+    inputs, targets = (*batch, None)[:2] if isinstance(batch, (tuple, list)) and batch else (batch, None)
+    own, of_targets = _lengths(inputs), _lengths(targets)
+    if isinstance(targets, Tensor) and of_targets:
+        return of_targets[0]
+    for length in (*(length for length in of_targets if length in own), *of_targets, *own):
+        return length
     raise ValueError(f"adq: a batch of {type(batch).__name__} has no tensor among its inputs")
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (Mapping, tuple, list)):
-        for part in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(part)
+def _lengths(part: Any) -> list[int]:
+    """How many samples a part of a batch may have, the likeliest first."""
+    if isinstance(part, Tensor):
+        return [len(part)] if part.dim() else []
+    if isinstance(part, Mapping):
+        votes = Counter(length for value in part.values() for length in _lengths(value)[:1])
+        return sorted(votes, key=lambda length: (votes[length], length), reverse=True)
+    if not isinstance(part, (tuple, list)) or not part:
+        return []
+    shared = {len(value) for value in part if isinstance(value, Tensor) and value.dim()}
+    return [len(part), *shared] if len(shared) == 1 else [len(part)]
 
 
 def forward_batch(model: nn.Module, batch: Any) -> Any:

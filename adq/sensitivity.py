@@ -427,8 +427,12 @@ def _true_fisher_scores(
         labels = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator)[:, 0]
         return F.nll_loss(log_p, labels.to(log_p.device))
 
-    without = [b if isinstance(b, Mapping) else (b[0] if isinstance(b, (tuple, list)) else b, None) for b in batches]
-    return _fisher_scores(model, without, own_loss, widths, layers)
+    def paired(batch: Any) -> Any:  # targets that there are tell how many samples a batch has
+        if isinstance(batch, Mapping) or (isinstance(batch, (tuple, list)) and len(batch) > 1):
+            return batch
+        return batch[0] if isinstance(batch, (tuple, list)) else batch, None
+
+    return _fisher_scores(model, [paired(batch) for batch in batches], own_loss, widths, layers)
 
 
 @torch.enable_grad()

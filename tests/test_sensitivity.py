@@ -18,6 +18,7 @@ import adq
 from adq import ADQConfig, SensitivityTable, WeightConfig
 from adq.codebook import fit
 from adq.config import dump_yaml
+from adq.convert import batch_size
 from adq.sensitivity import LayerCost, reordered
 
 BITS = (2, 3, 5)
@@ -532,3 +533,73 @@ def test_sequences_count_by_their_targets():
     batch = torch.randn(5, 8, 4), torch.randn(8, 4)
     table = adq.sensitivity(model, [batch], lambda y, target: F.mse_loss(y.mean(0), target), (2,))
     assert [layer.macs for layer in table.layers] == [5 * 16, 5 * 16]
+
+
+N = torch.zeros(6, 8)
+ONE = torch.zeros(1, 8)
+
+
+@pytest.mark.parametrize(
+    ("batch", "samples"),
+    [
+        (N, 6),
+        ([N], 6),
+        ((N, torch.zeros(4)), 4),
+        ((N, torch.tensor(1.0)), 6),
+        ((N, None), 6),
+        ((N, [N, N]), 6),  # targets of two tasks
+        ((N, (torch.zeros(6), torch.zeros(6), 0.3)), 6),  # mixed up
+        ((N, [torch.zeros(3, 4), torch.zeros(2, 4)] * 3), 6),  # boxes of each image
+        ((N, {"class": torch.zeros(6), "box": torch.zeros(6, 4)}), 6),
+        (([torch.zeros(3, 5, 5), torch.zeros(3, 4, 4)], [{"boxes": ONE}] * 2), 2),
+        (([torch.zeros(3, 5, 5)] * 2, [ONE, ONE]), 2),
+        (([torch.zeros(3, 5, 5)] * 2,), 2),
+        (([N, N], torch.zeros(6)), 6),  # a model of two inputs
+        (([N, N], [torch.zeros(6)] * 3), 6),
+        (({"x": N}, None), 6),
+        ({"position_ids": ONE, "input_ids": N}, 6),
+        ({"position_ids": ONE, "input_ids": N, "labels": torch.zeros(6)}, 6),
+        ({"input_ids": ONE, "mask": ONE, "cache_position": torch.zeros(8)}, 1),
+        (UserDict(pixel_values=torch.zeros(2, 3, 5, 5), labels=[{"boxes": N}] * 2, scale=0.5), 2),
+    ],
+)
+def test_samples_of_a_batch(batch, samples):
+    assert batch_size(batch) == samples
+
+
+def test_a_batch_of_nothing_has_no_size():
+    for batch in ((), (None, None), {"x": 1}, torch.tensor(1.0)):
+        with pytest.raises(ValueError, match="has no tensor among its inputs"):
+            batch_size(batch)
+
+
+def test_images_of_a_list_count_singly():
+    class Stack(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+
+        def forward(self, images: list[Tensor]) -> Tensor:
+            return self.second(self.first(torch.stack(images))).mean((2, 3))
+
+    images = list(torch.randn(6, 3, 4, 4))
+    model, loss = adq.quantize_(Stack()), lambda y, _: y.square().mean()
+    listed, tensor = (
+        adq.sensitivity(model, [(images, targets)], loss, (2,), pinned=[]) for targets in ([{}] * 6, torch.zeros(6))
+    )
+    assert listed == tensor
+    assert [layer.macs for layer in listed.layers] == [16 * 12, 16 * 16]
+
+
+def test_drawn_labels_leave_the_samples_to_the_targets():
+    class Mean(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.mean(0)
+
+    torch.manual_seed(0)
+    model, x = adq.quantize_(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3), Mean())), torch.randn(5, 8, 4)
+    by_targets, by_inputs = (
+        by_name(adq.sensitivity(model, [batch], bits=(2,), estimator="true_fisher", pinned=[]))["0"][2]
+        for batch in ((x, torch.zeros(8)), (x,))
+    )
+    assert by_targets == pytest.approx(8 / 5 * by_inputs)
