@@ -19,6 +19,7 @@ from adq.convert import (
     quantized_layers,
     refuse_packed,
     to_device,
+    ways_out,
 )
 from adq.distributed import gather, in_order, world
 
@@ -133,8 +134,9 @@ def calibrate_(model: nn.Module, batches: Iterable[Any], *, batch_norm: bool = T
     unseen = [name for name, values in samples.items() if values is None]
     if unseen:
         warnings.warn(
-            f"adq: not calibrated, never reached by the batches: {', '.join(unseen)}; a layer whose weight is read by "
-            "another module, and which is not called itself, is not quantized there",
+            f"adq: not calibrated, never reached by the batches: {', '.join(unseen)}; they refuse to run in training: "
+            f"{ways_out(unseen)}; a layer whose weight is read by another module, and which is not called itself, is "
+            "not quantized there",
             stacklevel=2,
         )
     fitted = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
@@ -25,6 +27,7 @@ from adq.convert import (
     quantized_layers,
     quantizer_prefixes,
     to_device,
+    ways_out,
     weight_quantizers,
 )
 from adq.distributed import pool, world
@@ -187,6 +190,11 @@ def sensitivity(
         )
         for name, (layer, quantizer) in layers.items()
     )
+    unreached = [cost.name for cost in costs if not (cost.pinned or cost.macs or any(cost.scores.values()))]
+    if unreached:
+        warnings.warn(
+            f"adq: scored 0, never reached by the batches: {', '.join(unreached)}; {ways_out(unreached)}", stacklevel=2
+        )
     return SensitivityTable(estimator, costs, float_parameters(model))
 
 

@@ -137,10 +137,14 @@ class Detour(nn.Module):
 
 def test_an_unreached_layer_warns():
     model = adq.quantize_(Detour())
-    with pytest.warns(
-        UserWarning, match="not calibrated, never reached by the batches: unused; a layer whose weight is read"
-    ):
+    said = (
+        "not calibrated, never reached by the batches: unused; .* give batches that reach them in evaluation mode, or "
+        r"leave them in float, as by overrides=\{'unused': None\}; a layer whose weight is read"
+    )
+    with pytest.warns(UserWarning, match=said):
         adq.calibrate_(model, [torch.randn(3, 4)])
+    with pytest.raises(RuntimeError, match=r"'unused' is not calibrated; .* that reach .*overrides=\{'unused': None\}"):
+        model.unused(torch.randn(3, 4))
     assert [layer.input_quantizer.is_calibrated for layer in model.children()] == [True, False, True]
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -254,7 +254,9 @@ def test_a_layer_that_the_loss_does_not_reach_costs_nothing(estimator):
         def forward(self, x: Tensor) -> Tensor:
             return self.used(x)
 
-    table = adq.sensitivity(adq.quantize_(Part()), batches(), F.cross_entropy, (2,), estimator, pinned=[])
+    said = r"scored 0, never reached by the batches: unused; give batches .* overrides=\{'unused': None\}"
+    with pytest.warns(UserWarning, match=said):
+        table = adq.sensitivity(adq.quantize_(Part()), batches(), F.cross_entropy, (2,), estimator, pinned=[])
     assert by_name(table)["used"][2] > 0
     assert by_name(table)["unused"] == {2: 0.0}
     assert [layer.macs for layer in table.layers] == [15, 0]

@@ -72,7 +72,8 @@ class ActivationQuantizer(nn.Module):
         if not self._ready and (torch.compiler.is_compiling() or not self._read_calibrated()):
             raise RuntimeError(
                 f"adq: the activation quantizer of layer {self.name!r} is not calibrated; "
-                "call adq.calibrate_(model, batches) before training or evaluation"
+                "call adq.calibrate_(model, batches) before training or evaluation, with batches that reach the layer "
+                f"in evaluation mode, or leave it in float by overrides={{{self.name!r}: None}}"
             )
         return quantize_activation(
             x, self.start, self.interval, self.in_scale, self.out_scale, self.offset, self.config.steps
