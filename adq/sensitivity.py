@@ -127,7 +127,8 @@ def sensitivity(
     ``"true_fisher"``: as ``"fisher"``, with labels drawn from the network's own softmax: the Gauss-Newton diagonal.
     ``"kl"``: mean ``T^2`` KL(float || that layer alone quantized) of softmax(outputs / T), T = 2; ``layers x widths``
     passes, but of so little variance that 128 images do.
-    The last two take the outputs as logits [N, C] of a classifier and use neither targets nor ``loss_fn``.
+    The last two take the outputs, or their ``logits``, as those of a classifier, [N, C], and use neither targets nor
+    ``loss_fn``.
     ``"fisher"`` is the default: it takes any loss, costs one pass, and in ``adq sensitivity --study`` on a ResNet-20
     its sums are among the best two at ranking whole allocations once batch norms have followed (benchmarks/results).
     dw is the weight's change under a codebook of that width fitted as training would. Weights are not changed.
@@ -150,6 +151,7 @@ def sensitivity(
     Raises:
         ValueError: no quantized weights, no batches, unknown estimator or one without its loss, bad bits or names; a
             non-finite loss; outputs that are no logits, where the estimator needs them.
+        TypeError: outputs that ``loss_fn`` does not take.
     """
     layers = weight_quantizers(model)
     if not layers:
@@ -268,7 +270,16 @@ def _macs(model: nn.Module, batch: Any) -> dict[str, int]:
 
 def _loss(model: nn.Module, batch: Any, loss_fn: LossFn) -> Tensor:
     batch = to_device(batch, model_device(model))
-    loss = loss_fn(forward_batch(model, batch), _target(batch))
+    outputs, targets = forward_batch(model, batch), _target(batch)
+    try:
+        loss = loss_fn(outputs, targets)
+    except (AttributeError, KeyError, TypeError) as error:
+        if isinstance(outputs, Tensor):
+            raise
+        raise TypeError(
+            f"adq: loss_fn does not take what the model returns in evaluation mode, a {type(outputs).__name__}, "
+            f"which is no loss even where training gives one, as torchvision's detectors do: {error}"
+        ) from error
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         found = f"a tensor {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"adq: loss_fn must return one number, the mean over the batch, as a tensor; got {found}")
@@ -367,7 +378,13 @@ def _kl_scores(model: nn.Module, batches: list[Any], loss_fn: LossFn, widths: li
 
 
 def _log_softmax(outputs: Any, temperature: float = 1.0) -> Tensor:
-    """Log-probabilities float32 [N, C] of a classifier's logits, divided by a temperature."""
+    """Log-probabilities float32 [N, C] of a classifier's logits, divided by a temperature.
+
+    Logits are the outputs themselves, or their item or attribute ``logits``.
+    """
+    if isinstance(outputs, Mapping):
+        outputs = outputs.get("logits", outputs)
+    outputs = getattr(outputs, "logits", outputs)
     if not isinstance(outputs, Tensor) or not outputs.is_floating_point() or outputs.dim() != 2:
         found = f"{outputs.dtype} {list(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
         raise ValueError(

@@ -427,6 +427,36 @@ def test_estimators_on_logits_take_inputs_alone(estimator):
         assert adq.sensitivity(scored(), alone, bits=(2,), estimator=estimator) == expected
 
 
+class Answer(nn.Module):
+    """Logits as an attribute or an item of something else."""
+
+    def __init__(self, make) -> None:
+        super().__init__()
+        self.inner, self.make = float_net().float(), make
+
+    def forward(self, x: Tensor) -> object:
+        return self.make(self.inner(x))
+
+
+@pytest.mark.parametrize("estimator", ["true_fisher", "kl"])
+@pytest.mark.parametrize("make", [Output, lambda y: {"loss": y.sum(), "logits": y}, lambda y: UserDict(logits=y)])
+def test_estimators_on_logits_find_them_in_the_output(estimator, make):
+    expected = adq.sensitivity(scored(), batches(), bits=(2,), estimator=estimator)
+    found = adq.sensitivity(adq.quantize_(Answer(make)), batches(), bits=(2,), estimator=estimator)
+    assert [layer.scores for layer in found.layers] == [layer.scores for layer in expected.layers]
+
+
+def test_a_loss_of_another_output_than_the_one_in_evaluation():
+    """Torchvision's detectors give losses in training, and a list of detections in evaluation."""
+    model = adq.quantize_(Answer(lambda y: [{"boxes": y}]))
+    with pytest.raises(
+        TypeError, match="loss_fn does not take .* in evaluation mode, a list, .* no attribute 'values'"
+    ):
+        adq.sensitivity(model, batches(), lambda losses, _: sum(losses.values()), (2,))
+    with pytest.raises(AttributeError, match="no attribute 'loss'"):  # a mistake in the loss itself
+        adq.sensitivity(scored(), batches(), lambda y, _: y.loss, (2,))
+
+
 @pytest.mark.parametrize("estimator", ["loss", "fisher", "hessian"])
 def test_batches_without_targets_and_losses_that_are_no_number(estimator):
     for alone, found in (([x for x, _ in batches()], "Tensor"), ([(x,) for x, _ in batches()], "tuple of 1")):
