@@ -129,8 +129,9 @@ def sensitivity(
     passes, but of so little variance that 128 images do.
     The last two take the outputs, or their ``logits``, as those of a classifier, [N, C], and use neither targets nor
     ``loss_fn``.
-    ``"fisher"`` is the default: it takes any loss, costs one pass, and in ``adq sensitivity --study`` on a ResNet-20
-    its sums are among the best two at ranking whole allocations once batch norms have followed (benchmarks/results).
+    ``"fisher"`` is the default: it takes any differentiable loss of what the model returns in evaluation mode, costs
+    one pass, and in ``adq sensitivity --study`` on a ResNet-20 its sums are among the best two at ranking whole
+    allocations once batch norms have followed (benchmarks/results).
     dw is the weight's change under a codebook of that width fitted as training would. Weights are not changed.
     In a process group every process calls it, with the model not yet wrapped and its own share of the batches
     (:func:`adq.distributed.share`); all come to the table of one process with all batches, bit for bit.
@@ -277,8 +278,8 @@ def _loss(model: nn.Module, batch: Any, loss_fn: LossFn) -> Tensor:
         if isinstance(outputs, Tensor):
             raise
         raise TypeError(
-            f"adq: loss_fn does not take what the model returns in evaluation mode, a {type(outputs).__name__}, "
-            f"which is no loss even where training gives one, as torchvision's detectors do: {error}"
+            f"adq: loss_fn does not take what the model returns in evaluation mode, a {type(outputs).__name__} (some, "
+            f"as torchvision's detectors, return losses in training alone): {error}"
         ) from error
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         found = f"a tensor {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
