@@ -129,9 +129,9 @@ class Stop(Exception):
     """Ends a training loop in the middle."""
 
 
-def trainer(folder, accumulation=1, steps=None, said=None):
+def trainer(folder, accumulation=1, steps=None, said=None, images=128):
     """Training of a network with dropout, from the same start each time; stopped by :class:`Stop` after ``steps``."""
-    data = build_data(DataConfig("digits", batch_size=16, limit_train=128, limit_test=32))
+    data = build_data(DataConfig("digits", batch_size=16, limit_train=images, limit_test=32))
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation, step_scheduler_with_optimizer=False)
     set_seed(7)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, 10))
@@ -164,6 +164,24 @@ def test_resumed_inside_an_epoch_dropout_draws_the_same_numbers(tmp_path):
     assert (progress.epoch, progress.batch) == (0, 4)
     weights = resumed.run(progress).state_dict()
     assert all(torch.equal(weights[key], value) for key, value in whole.state_dict().items())
+
+
+@pytest.mark.parametrize(("batches", "of_last"), [(1, 1), (2, 2), (6, 2), (8, 4)])
+def test_an_epochs_last_step_is_as_long_as_its_own_batches_make_it(tmp_path, batches, of_last):
+    """Batches of the last step of four: they count for the whole of it, as do those of the steps before."""
+    training, factors = trainer(tmp_path, accumulation=4, images=16 * batches), []
+    training.accelerator.backward = lambda loss: factors.append(float(loss / found.pop()))
+    found = []
+    cross_entropy = training.loss
+
+    def loss(*batch):
+        found.append(cross_entropy(*batch).detach())
+        return found[-1]
+
+    training.loss = loss
+    training.run()
+    epoch = [1.0] * (batches - of_last) + [4.0 / of_last] * of_last
+    assert factors == epoch * 2
 
 
 def test_another_layout_goes_on_at_the_same_place_and_says_so(tmp_path):

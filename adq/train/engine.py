@@ -113,6 +113,22 @@ def move_schedule(schedule: LambdaLR, step: int) -> None:
     schedule.step()
 
 
+def layout_of(accelerator: Accelerator, train: DataLoader[Any]) -> Layout:
+    """How the images of a step are spread; ``train`` is a prepared loader."""
+    images = train.total_batch_size  # type: ignore[attr-defined]
+    return Layout(accelerator.num_processes, images, accelerator.gradient_accumulation_steps)
+
+
+def check_batches(accelerator: Accelerator, train: DataLoader[Any]) -> None:
+    """Raise ValueError if a prepared loader has fewer batches than there are processes."""
+    if not len(train):
+        layout = layout_of(accelerator, train)
+        raise ValueError(
+            f"adq: the training images do not make one batch of {layout.batch_size} for each of "
+            f"{layout.processes} processes; use a smaller --batch-size, or fewer processes"
+        )
+
+
 @dataclass
 class Totals:
     """Sums over the samples seen, kept on the device."""
@@ -205,17 +221,8 @@ class Trainer:
     compiled: bool = False
 
     def run(self, resume: Progress | None = None) -> nn.Module:
-        """Train to the end, from ``resume`` where given; returns the model, unwrapped.
-
-        Raises:
-            ValueError: there are fewer batches than processes.
-        """
+        """Train to the end, from ``resume`` where given; returns the model, unwrapped."""
         accelerator = self.accelerator
-        if not len(self.train):
-            raise ValueError(
-                f"adq: the training images do not make one batch of {self.layout.batch_size} for each of "
-                f"{self.layout.processes} processes; use a smaller --batch-size, or fewer processes"
-            )
         inner = build_optimizer(self.model, self.config)
         with warnings.catch_warnings():  # torch 2.14 has another name for it, which Accelerate does not know yet
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
@@ -244,8 +251,13 @@ class Trainer:
     @property
     def layout(self) -> Layout:
         """How the images of a step are spread."""
-        accelerator, images = self.accelerator, self.train.total_batch_size  # type: ignore[attr-defined]
-        return Layout(accelerator.num_processes, images, accelerator.gradient_accumulation_steps)
+        return layout_of(self.accelerator, self.train)
+
+    def _share(self, index: int) -> float:
+        """Factor of a batch's loss, of which Accelerate takes the part for a whole step: the last step of an epoch may
+        have fewer batches."""
+        whole, batches = self.accelerator.gradient_accumulation_steps, len(self.train)
+        return whole / min(whole, batches - index // whole * whole)
 
     def _resume(self, saved: Progress, schedule: Any) -> Progress:
         """Restore a checkpoint: exactly, or into another layout as near as that can be."""
@@ -284,7 +296,7 @@ class Trainer:
                     logits = model(images)
                     with accelerator.autocast():  # a teacher's forward pass belongs to the loss
                         loss = self.loss(logits, images, target)
-                    accelerator.backward(loss + self._dampening(schedule))
+                    accelerator.backward((loss + self._dampening(schedule)) * self._share(index))
                     if accelerator.sync_gradients and self.config.clip_grad_norm is not None:
                         accelerator.clip_grad_norm_(model.parameters(), self.config.clip_grad_norm)
                     optimizer.step()

@@ -48,7 +48,7 @@ from adq.train.config import FILES, ModelConfig, PhaseConfig, RunConfig, differe
 from adq.train.data import Data, build_data, check_classes, check_input
 from adq.train.data.decoding import BrokenImages
 from adq.train.display import Display
-from adq.train.engine import Trainer, build_accelerator, evaluate, seed_process
+from adq.train.engine import Trainer, build_accelerator, check_batches, evaluate, seed_process
 from adq.train.metrics import MetricsLog
 from adq.train.together import Departure, Preempted, ProcessLost, TrainingStopped, is_loss_of_process, together
 
@@ -297,8 +297,9 @@ class Run:
         model = self._create(data)
         check_layers(model, self.config)
         start, other = self._start_network(model), self._other_teacher(data)
-        self._start_folder()
         train, test = self.accelerator.prepare(data.train), data.test
+        check_batches(self.accelerator, train)
+        self._start_folder()
         model = self._float_phase(model, data, train, test)
         self._leave_if_told()
         teacher, accuracies = self._baseline(model, other, test)
