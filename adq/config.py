@@ -22,6 +22,7 @@ T = TypeVar("T")
 
 LEARNED_THRESHOLD_BITS = 5
 """Up to this width every activation interval is learned; above it one step serves all (uniform)."""
+NUMBER = r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+"
 
 
 def check_bits(bits: int, what: str) -> int:
@@ -250,7 +251,7 @@ def from_dict(kind: type[T], values: Any, base: T | None = None, where: str = ""
     """Build the dataclass ``kind`` from a mapping; fields not named keep ``base``'s value or the default.
 
     Raises ValueError for an unknown key, naming its place and the closest known one, for a value of the wrong type,
-    and for a number that is not finite.
+    and for a number that is not finite, unless it is infinity and the field's metadata has ``unlimited``.
     """
     if isinstance(values, kind):
         return values
@@ -258,8 +259,12 @@ def from_dict(kind: type[T], values: Any, base: T | None = None, where: str = ""
         raise ValueError(f"adq: {where or kind.__name__} must be a mapping, got {values!r}")
     _check_keys(kind, values, where)
     hints = typing.get_type_hints(kind)
+    unlimited = {item.name: math.inf for item in fields(kind) if item.metadata.get("unlimited")}  # type: ignore[arg-type]
     changes = {
-        key: _convert(hints[key], value, getattr(base, key, None), _place(where, key)) for key, value in values.items()
+        key: value
+        if value == unlimited.get(key, ...)
+        else _convert(hints[key], value, getattr(base, key, None), _place(where, key))
+        for key, value in values.items()
     }
     return replace(base, **changes) if base is not None else kind(**changes)  # type: ignore[type-var]
 
@@ -328,8 +333,8 @@ def _convert_items(hint: Any, values: Any, where: str) -> tuple[Any, ...]:
 
 
 def _number(value: Any) -> Any:
-    """What YAML takes for text, because it has no point: 1e-3."""
-    return float(value) if isinstance(value, str) and re.fullmatch(r"[+-]?\d+[eE][+-]?\d+", value) else value
+    """What YAML takes for text, because it has no point, or its exponent no sign: 1e-3, 1.0e3."""
+    return float(value) if isinstance(value, str) and re.fullmatch(NUMBER, value) else value
 
 
 def _is_plain(value: Any, kinds: tuple[type, ...]) -> bool:
@@ -338,13 +343,33 @@ def _is_plain(value: Any, kinds: tuple[type, ...]) -> bool:
     return isinstance(value, kinds) or (float in kinds and isinstance(value, int))
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML of which no mapping has a key twice; the standard wants it, and PyYAML takes the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            name = (key.tag, str(key.value))
+            if name in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} comes twice", key.start_mark
+                )
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+def parse_yaml(text: str) -> Any:
+    """What a YAML text holds; yaml.YAMLError for one that is not valid, or that has a key twice."""
+    return yaml.load(text, _Loader)
+
+
 def load_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file; FileNotFoundError or ValueError naming the file otherwise."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"adq: no such file: {path}")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = parse_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"adq: {path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):

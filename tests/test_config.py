@@ -110,7 +110,7 @@ def test_lists_become_tuples_of_the_right_kind():
     assert from_dict(Lists, {"mean": None}) == Lists()
 
 
-@pytest.mark.parametrize("text", ["1e-3", "-2E+4", "5e0"])
+@pytest.mark.parametrize("text", ["1e-3", "-2E+4", "5e0", "1.0e3", "-.5E3", "1.e3"])
 def test_numbers_that_yaml_takes_for_text(text):
     assert yaml.safe_load(text) == text
     assert from_dict(WeightConfig, {"ema_decay": "1e-1"}).ema_decay == 0.1
@@ -156,7 +156,12 @@ def test_wrong_keys_and_types_are_named(kind, values, message):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("bits: [", "config.yaml is not valid YAML"), ("- 1", "must hold a mapping, got list"), ("", "got NoneType")],
+    [
+        ("bits: [", "config.yaml is not valid YAML"),
+        ("a: {bits: 2}\nb: {bits: 2, 'bits': 3}", "config.yaml is not valid YAML: the key 'bits' comes twice"),
+        ("- 1", "must hold a mapping, got list"),
+        ("", "got NoneType"),
+    ],
 )
 def test_bad_yaml_file(tmp_path, text, message):
     path = tmp_path / "config.yaml"

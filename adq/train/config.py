@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from adq.config import ADQConfig, check_bits, dump_yaml, filled, from_dict, load_yaml
+from adq.config import ADQConfig, check_bits, dump_yaml, filled, from_dict, load_yaml, parse_yaml
 from adq.config import _check_choices as check_choices
 from adq.sensitivity import Estimator
 from adq.train.data import DataConfig
@@ -108,8 +109,8 @@ class AllocationConfig:
     """How bits are spread over the layers.
 
     Attributes:
-        weight_bits: budget, average bits over the quantized layers' weights; None keeps every layer at
-            ``quantization.weight.bits``.
+        weight_bits: budget, average bits over the quantized layers' weights; infinity for the least sum of scores,
+            None keeps every layer at ``quantization.weight.bits``.
         bits: widths to choose from.
         estimator: of :func:`adq.sensitivity`: one of its names.
         batches: calibration batches that the scores are taken over.
@@ -118,7 +119,7 @@ class AllocationConfig:
         file: an allocation to use as it is, instead of computing one.
     """
 
-    weight_bits: float | None = 3.0
+    weight_bits: float | None = field(default=3.0, metadata={"unlimited": True})
     bits: tuple[int, ...] = (2, 3, 4)
     estimator: Estimator = "fisher"
     batches: int = 8
@@ -277,7 +278,7 @@ def parse_assignment(text: str) -> dict[str, Any]:
     if not equals or not path:
         raise ValueError(f"adq: --set takes KEY=VALUE, got {text!r}")
     try:
-        nested: Any = yaml.safe_load(value)
+        nested: Any = parse_yaml(value)
     except yaml.YAMLError as error:
         raise ValueError(f"adq: --set {path}: {value!r} is not valid YAML: {error}") from error
     for key in reversed(path.split(".")):
@@ -299,9 +300,13 @@ def resolve(recipe: str | None, changes: Sequence[Mapping[str, Any]]) -> RunConf
 
     Raises:
         FileNotFoundError, ValueError: no such recipe or file; an unknown key (with the closest known one)
-            or a value of the wrong kind, each with its place.
+            or a value of the wrong kind, each with its place; a setting of a change that has no effect beside the
+            others of that change and what it changes.
     """
-    values = _merged(recipe, changes)
+    values = _without_seed(read_recipe(recipe or "digits"))
+    for change in changes:
+        values = merge(values, change)
+        _check_effect(change, values)
     try:
         config = from_dict(RunConfig, values)
     except TypeError as error:  # keys of YAML that are no text
@@ -313,19 +318,49 @@ def resolve(recipe: str | None, changes: Sequence[Mapping[str, Any]]) -> RunConf
 
 def spell_out(recipe: str | None, changes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What :func:`resolve` makes, as a mapping, of settings that need not be right before more are given."""
-    values = _merged(recipe, changes)
+    values = reduce(merge, changes, _without_seed(read_recipe(recipe or "digits")))
     made = filled(RunConfig, values)
     return made if "data.seed" in flatten(values) else merge(made, {"data": {"seed": made["seed"]}})
 
 
-def _merged(recipe: str | None, changes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    values = read_recipe(recipe or "digits")
+def _without_seed(values: dict[str, Any]) -> dict[str, Any]:
+    """A recipe without a seed of the data that is that of the run: it follows."""
     data = values.get("data")
-    if isinstance(data, dict) and data.get("seed") == values.get("seed", 0):  # as every run writes it
-        values = {**values, "data": {key: value for key, value in data.items() if key != "seed"}}
-    for change in changes:
-        values = merge(values, change)
+    if isinstance(data, dict) and "seed" in values and data.get("seed") == values["seed"]:  # as every run writes it
+        return {**values, "data": {key: value for key, value in data.items() if key != "seed"}}
     return values
+
+
+def _check_effect(change: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """Raise ValueError if a change, with which the settings are ``values``, says something that has no effect.
+
+    Defaults may be said; so may the recipe, and changes before this one, say what it leaves no effect.
+    """
+    defaults = flatten(dataclasses.asdict(RunConfig()))
+    idle = _idle({**defaults, **flatten(values)})
+    for key, value in flatten(change).items():
+        why = next((why for place, why in idle.items() if f"{key}.".startswith(f"{place}.")), None)
+        if why is not None and value is not None and value != defaults.get(key):
+            raise ValueError(f"adq: {key} has no effect: {why}")
+
+
+def _idle(now: Mapping[str, Any]) -> dict[str, str]:
+    """Settings that have no effect beside the others, each with the reason."""
+    idle = {}
+    if now["allocation.file"] is not None:
+        idle["allocation.weight_bits"] = idle["allocation.order"] = "allocation.file names the bits of each layer"
+    elif now["allocation.weight_bits"] is None:
+        idle["allocation.order"] = "without a budget, allocation.weight_bits, every layer has the same bits"
+    if now["distillation.alpha"] == 0:
+        idle["distillation.teacher"] = idle["distillation.temperature"] = "distillation.alpha=0 leaves the teacher out"
+    updates = {v for k, v in now.items() if k.startswith("quantization.") and k.endswith("weight.update")}
+    if "ema" not in updates:
+        reason = "no EMA moves the codebooks, quantization.weight.update does not let it"
+        idle["quantization.weight.ema_decay"] = idle["quantization.weight.ema_follows_lr"] = reason
+    for phase in ("float", "qat"):
+        if now[f"{phase}.optimizer"] == "adamw":
+            idle[f"{phase}.momentum"] = f"it is of SGD, and {phase}.optimizer is adamw"
+    return idle
 
 
 FILES = ("model.weights", "start", "allocation.file", "distillation.teacher.weights")
