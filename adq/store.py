@@ -9,7 +9,7 @@ import secrets
 import shutil
 import socket
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -157,6 +157,30 @@ def write_text(path: str | Path, text: str) -> None:
     """Write a text file: to a temporary name, then renamed."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def check_writable(*paths: str | Path) -> None:
+    """Make the folders of files that are written later, when much has been measured for them.
+
+    Raises:
+        OSError: now, where one of them could not be written then.
+    """
+    for path in (Path(os.path.realpath(path)) for path in paths):
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder; choose another file to write")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe = path.parent / f".{_unique()}.tmp"
+        probe.touch()
+        probe.unlink()
+
+
+def write_or_show(path: str | Path, text: str, show: Callable[[str], object]) -> None:
+    """:func:`write_text` of what took long to measure: where that fails, it is shown before the error is raised."""
+    try:
+        write_text(path, text)
+    except OSError:
+        show(text)
+        raise
 
 
 _LOCKED: set[TextIO] = set()

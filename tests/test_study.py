@@ -199,14 +199,14 @@ def test_bad_options_are_refused(weights, tmp_path, arguments, message):
 # ---- runs that were trained --------------------------------------------------------------------------
 
 
-def finished(folder, bits, top1, **changes):
-    """A run folder as a finished run leaves it."""
+def finished(folder, bits, top1, found=None, **changes):
+    """A run folder as a finished run leaves it; ``found`` goes into its result."""
     folder.mkdir(parents=True)
     config = resolve("digits", [{"output": str(folder), **changes}])
     write_text(folder / "config.yaml", dump_yaml(to_dict(config)))
     write_text(folder / "allocation.yaml", dump_yaml(adq.Allocation(bits, 3.0, 3.1).to_dict()))
-    result = {"model": "digits_cnn", "average_bits_quantized": fmean(bits.values())}
-    result |= {"float_top1": 95.0, "calibrated_top1": top1 - 2.0, "quantized_top1": top1}
+    result = {"model": "digits_cnn", "data": "digits", "average_bits_quantized": fmean(bits.values())}
+    result |= {"float_top1": 95.0, "calibrated_top1": top1 - 2.0, "quantized_top1": top1, **(found or {})}
     write_text(folder / "result.json", json.dumps(result))
     return folder
 
@@ -285,6 +285,19 @@ def test_runs_that_were_trained_are_ranked(known):
             lambda f, runs: [*runs, finished(f / "r", {"a": 4, "b": 2}, 94.0, qat={"lr": 0.5})],
             "r was trained with another qat.lr than .*one",
         ),
+        (
+            lambda f, runs: [*runs, finished(f / "r", {"a": 4, "b": 2}, 94.0, engine={"accumulation": 4})],
+            "r was trained with another engine.accumulation than .*one",
+        ),
+        (
+            lambda f, runs: [*runs, finished(f / "r", {"a": 4, "b": 2}, 94.0, {"float_top1": 94.0})],
+            "r was trained with another float network than .*one",
+        ),
+        (
+            lambda f, runs: [finished(f / f"r{i}", {"a": 4, "b": i}, 94.0, {"data": "letters"}) for i in (2, 3, 4)],
+            "no scores for .*r2: the data 'letters', not 'digits'",
+        ),
+        (lambda f, runs: [*runs, f / "study" / ".." / "one"], "a run counts once, and .*one and .*one are one folder"),
         (lambda f, runs: [*runs, f], "holds no finished run: there is no result.json"),
     ],
 )
@@ -297,11 +310,82 @@ def test_runs_that_cannot_be_compared_are_refused(known, change, message):
     assert (study / "study.json").read_text() == before
 
 
+def test_a_study_that_names_its_weights_takes_runs_of_these_alone(known):
+    study, _ = known
+    content = json.loads((study / "study.json").read_text())
+    (study / "study.json").write_text(json.dumps({**content, "weights": "here/net.safetensors"}))
+    bits = ({"a": 4, "b": 2}, {"a": 2, "b": 4}, {"a": 3, "b": 3})
+    for name in ("net", "other"):
+        runs = [
+            finished(study.parent / name / f"{i}", b, 94.0, model={"weights": f"there/{name}.safetensors"})
+            for i, b in enumerate(bits)
+        ]
+        outcome = add(study, *runs)
+        assert outcome.exit_code == (name == "other"), outcome.output
+    assert "float weights there/other.safetensors, not here/net.safetensors" in " ".join(outcome.output.split())
+
+
+def test_runs_of_one_name_are_told_apart(known, monkeypatch):
+    study, _ = known
+    runs = [
+        finished(study.parent / name / "run", {"a": 4 - i, "b": 2 + i}, 94.0, engine={"mixed_precision": precision})
+        for i, (name, precision) in enumerate((("x", "no"), ("y", "bf16"), ("z", "no")))
+    ]
+    monkeypatch.chdir(runs[0])
+    outcome = add(study, ".", *runs[1:])
+    assert outcome.exit_code == 0, outcome.output
+    found = json.loads((study / "study.json").read_text())["trained"]
+    assert sorted(point["runs"] for point in found["points"]) == [["x/run"], ["y/run"], ["z/run"]]
+    assert "trained in different precisions: bf16, no." in (study / "study.md").read_text()
+
+
 def test_trained_runs_need_a_study_and_nothing_else(known, tmp_path):
     study, runs = known
     assert "takes --study DIR and nothing else" in run("--trained", runs[0]).output
     assert "takes --study DIR and nothing else" in run("--study", study, "--trained", runs[0], "--root", "x").output
     assert "No such file" in add(tmp_path / "none", *runs).output
+
+
+def test_what_cannot_be_written_is_said_before_anything_is_measured(weights, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("adq.train.score.sensitivity", None)
+    monkeypatch.setattr(Subject, "measure", None)
+    common = "--weights", weights, *sets(SMALL)
+    for options in (
+        ["--output", tmp_path],
+        ["--allocation", tmp_path],
+        ["--output", tmp_path / "file" / "table.yaml"],
+        ["--study", tmp_path / "file"],
+    ):
+        outcome = run(*common, *options)
+        assert isinstance(outcome.exception, SystemExit) and "error: " in outcome.output, options
+
+
+def test_no_table_is_lost(weights, tmp_path, monkeypatch):
+    common = "--weights", weights, "--set", "allocation.batches=1"
+    monkeypatch.setattr("adq.train.score.allocate", None)
+    assert "estimator: fisher" in run(*common).output
+
+    def full(*arguments):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr("adq.store.write_text", full)
+    outcome = run(*common, "--output", tmp_path / "table.yaml")
+    assert outcome.exit_code == 1
+    assert "estimator: fisher" in outcome.output and "error: the disk is full" in outcome.output
+
+
+def test_scored_is_the_network_in_the_memory_format_of_training(weights, monkeypatch):
+    seen = []
+
+    def look(model, *arguments):
+        seen.append(model.conv2.weight.is_contiguous(memory_format=torch.channels_last))
+        raise ValueError
+
+    monkeypatch.setattr("adq.train.score.sensitivity", look)
+    for wanted in ("false", "true"):
+        run("--weights", weights, "--set", f"engine.channels_last={wanted}")
+    assert seen == [False, True]
 
 
 def test_an_allocation_needs_a_budget(weights, tmp_path):

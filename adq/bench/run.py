@@ -22,6 +22,7 @@ from adq.bench.environment import environment, slug
 from adq.bench.report import FILES, case_lines, summary_line, write, write_json
 from adq.bench.results import Figure, Results, Row
 from adq.bench.timing import Clock, EventClock, HostClock, SynchronisedClock, race
+from adq.store import check_writable
 
 PARTS: dict[str, Callable[[Setting], Iterator[Case]]] = {
     "operators": operators.cases,
@@ -199,7 +200,11 @@ def run(setting: Setting, parts: Sequence[str], output: Path, echo: Callable[[st
         parts: of :data:`PARTS` and ``"check"``; the check runs first.
         output: folder of bench.json, bench.csv, table.txt and the figures.
         echo: shows a line of progress.
+
+    Raises:
+        OSError: before anything is measured: a file of the results cannot be written.
     """
+    check_writable(*(output / name for name in FILES))
     results = Results(environment(setting.device))
     begin = time.monotonic()
     spent = 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
@@ -15,18 +16,19 @@ from adq.config import dump_yaml
 from adq.convert import quantize_
 from adq.progressive import start_from_
 from adq.sensitivity import SensitivityTable, reordered, sensitivity
-from adq.store import write_text
+from adq.store import check_writable, write_or_show
 from adq.train.config import RunConfig
 from adq.train.data import build_data
 from adq.train.run import check_files, check_layers, float_network
 
 
-def score(config: RunConfig, output: Path | None, allocation: Path | None) -> str:
-    """Score, allocate where a budget is given, write the files asked for; returns the text to show.
+def score(config: RunConfig, output: Path | None, allocation: Path | None, show: Callable[[str], object]) -> None:
+    """Score, then allocate where a budget is given; each is written to its file, or shown if there is none.
 
     Scored is what ``adq train`` scores: the float network, or the ``start``.
 
     Raises:
+        OSError: before anything is scored: a file cannot be written.
         FileNotFoundError: a file of the configuration is not there.
         ValueError: no float weights are given; they would be random; an allocation is asked for without a budget, or
             one is given; what :func:`adq.train.run.check_layers` refuses.
@@ -39,7 +41,7 @@ def score(config: RunConfig, output: Path | None, allocation: Path | None) -> st
         raise ValueError("adq: sensitivity scores layers to allocate bits itself; it takes no allocation.file")
     check_files(config)
     data = build_data(config.data)
-    model = float_network(config.model, data)
+    model = float_network(config.model, data, config.engine.channels_last)
     check_layers(model, config)
     start = None if config.start is None else load(config.start, copy.deepcopy(model))
     quantize_(model, config.quantization)
@@ -48,19 +50,20 @@ def score(config: RunConfig, output: Path | None, allocation: Path | None) -> st
     model.to(Accelerator(cpu=config.engine.device == "cpu").device)
     chosen = config.allocation
     batches = islice(data.calibration, chosen.batches)
+    check_writable(*(path for path in (output, allocation) if path is not None))
     table = sensitivity(model, batches, nn.functional.cross_entropy, chosen.bits, chosen.estimator)
-    shown = _shown(table, output)  # written before anything is made of it
+    _hand_over(table, output, show)  # before anything is made of it
     if chosen.weight_bits is None:
-        return shown
+        return
     if chosen.order != "ranked":
         table = reordered(table, chosen.order, config.seed)
-    return shown + _shown(allocate(table, Budget(weight_bits=chosen.weight_bits)), allocation)
+    _hand_over(allocate(table, Budget(weight_bits=chosen.weight_bits)), allocation, show)
 
 
-def _shown(result: SensitivityTable | Allocation, path: Path | None) -> str:
-    """Its YAML or, where that is written to a file, a line that says so."""
+def _hand_over(result: SensitivityTable | Allocation, path: Path | None, show: Callable[[str], object]) -> None:
+    """Show its YAML or, where that is written to a file, a line that says so."""
     text = dump_yaml(result.to_dict())
-    if path is None:
-        return text
-    write_text(path, text)
-    return f"wrote {path}\n"
+    if path is not None:
+        write_or_show(path, text, show)
+        text = f"wrote {path}\n"
+    show(text)

@@ -8,7 +8,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,14 +27,14 @@ from adq.calibrate import calibrate_
 from adq.convert import evaluating, quantize_, quantizers_enabled, weight_quantizers
 from adq.distill import DistillationLoss
 from adq.sensitivity import Estimator, SensitivityTable, reordered, sensitivity
-from adq.store import write_text
+from adq.store import check_writable, write_or_show, write_text
 from adq.train.config import RunConfig
 from adq.train.data import Data, build_data
 from adq.train.engine import build_accelerator, build_optimizer
 from adq.train.run import check_layers, float_network
 from adq.train.study_figures import draw_allocations, draw_heatmaps, draw_scatter
 
-STUDY = "study.json"
+STUDY, TABLE = "study.json", "study.md"
 TRUTH = "truth"
 TARGETS = ("loss", "accuracy", "kl")
 HELD_OUT_BATCH = 64
@@ -43,21 +43,24 @@ Batches = list[tuple[Tensor, Tensor]]
 Scores = Mapping[str, Mapping[int, float]]
 
 
-def study(config: RunConfig, folder: Path) -> dict[str, Any]:
+def study(config: RunConfig, folder: Path, show: Callable[[str], object] = print) -> dict[str, Any]:
     """Measure every estimator against held-out images; writes ``study.json``, ``study.md`` and figures.
 
     Args:
         config: as of ``adq sensitivity``; ``study`` says how much, ``allocation`` the widths, batches and budget.
         folder: to write to.
+        show: gets ``study.json`` if it cannot be written after all.
 
     Returns:
         What ``study.json`` holds: ``float``, ``truth``, ``estimators``, ``epoch``, ``additivity``.
 
     Raises:
+        OSError: before anything is measured: the folder cannot be written.
         ValueError: no float weights, an allocation instead of a budget, a budget that no allocation meets, no layer
             whose width is free, too few training images for disjoint draws.
     """
     subject = Subject.build(config)
+    check_writable(folder / STUDY, folder / TABLE)
     with subject.quantized({}):
         base = subject.measure()
     truth = subject.truth(base)
@@ -65,6 +68,7 @@ def study(config: RunConfig, folder: Path) -> dict[str, Any]:
     estimators = {name: subject.estimator(name, truth, epoch["seconds"]) for name in get_args(Estimator)}
     result = {
         "model": config.model.name,
+        "weights": config.model.weights,
         "data": subject.data.name,
         "images": len(base.loss),
         "widths": list(config.allocation.bits),
@@ -77,8 +81,8 @@ def study(config: RunConfig, folder: Path) -> dict[str, Any]:
         "epoch": epoch,
         "additivity": subject.additivity(base, truth, estimators),
     }
-    write_text(folder / STUDY, json.dumps(result, indent=1) + "\n")
-    write_text(folder / "study.md", markdown(result))
+    write_or_show(folder / STUDY, json.dumps(result, indent=1) + "\n", show)
+    write_text(folder / TABLE, markdown(result))
     draw_heatmaps(folder / "heatmaps.png", result)
     draw_scatter(folder / "scatter.png", result)
     draw_allocations(folder / "allocations.png", result)
@@ -381,7 +385,8 @@ def markdown(result: Mapping[str, Any]) -> str:
             "## Runs of one recipe and one budget that were trained with different bits",
             _trained_table(result["trained"]),
             "Falls of top-1 below the float network, means over the runs with the same bits. The rank correlation of "
-            f"the falls before and after training is {_text(result['trained']['stages'])}.",
+            f"the falls before and after training is {_text(result['trained']['stages'])}."
+            + _precisions(result["trained"].get("precisions", [])),
             _ranks_table(
                 result["trained"]["spearman"],
                 {"calibrated": "with the fall before training", "trained": "with the fall after it"},
@@ -462,6 +467,10 @@ def _additivity_table(result: Mapping[str, Any]) -> str:
 def _ranks_table(ranks: Mapping[str, Mapping[str, float | None]], titles: Mapping[str, str]) -> str:
     header = ["rank correlation of the sum of", *(f"`{name}`" for name in next(iter(ranks.values())))]
     return _table(header, [[title, *map(_text, ranks[kind].values())] for kind, title in titles.items()])
+
+
+def _precisions(found: Sequence[str]) -> str:
+    return f" They were trained in different precisions: {', '.join(found)}." if len(found) > 1 else ""
 
 
 def _trained_table(trained: Mapping[str, Any]) -> str:
