@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ import yaml
 pytest.importorskip("accelerate", reason="adq train needs the extra 'train'")
 pytest.importorskip("sklearn", reason="the digits need scikit-learn")
 
+from matplotlib.axes import Axes
 from typer.testing import CliRunner
 
 from adq.config import dump_yaml
@@ -405,6 +407,26 @@ def test_told_to_stop_while_a_row_ends_no_other_begins(tmp_path, weights, monkey
     assert not list(tmp_path.glob("runs/frozen*"))
 
 
+def test_told_to_stop_between_two_rows_no_other_begins(tmp_path, weights, monkeypatch):
+    class Ended(Run):
+        def execute(self):
+            pass
+
+    def told(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(ablation, "Run", Ended)
+    monkeypatch.setattr(ablation, "report", told)
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        with pytest.raises(Preempted):
+            ablate(write(tmp_path, weights, seeds=[0]), tmp_path)
+        assert signal.getsignal(signal.SIGTERM) is not before
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not list(tmp_path.glob("runs/frozen*"))
+
+
 def test_two_processes_share_the_rows_and_run_none_twice(tmp_path, weights, capsys):
     file = write(tmp_path, weights, seeds=[0])
     process = command("ablate", "--config", file, "--output", tmp_path)
@@ -513,6 +535,38 @@ def test_names_are_drawn_as_they_are(tmp_path):
     assert label("costs $5_") == r"costs \$5_" and label("_one") == " _one"
     for name in ("ablation", "pareto"):
         assert (tmp_path / f"{name}.png").stat().st_size > 0
+
+
+@pytest.fixture
+def bars(monkeypatch):
+    """Arguments of every call of matplotlib's ``errorbar``."""
+    found, errorbar = [], Axes.errorbar
+
+    def noted(axis, x, y, **style):
+        found.append((x, y, style))
+        return errorbar(axis, x, y, **style)
+
+    monkeypatch.setattr(Axes, "errorbar", noted)
+    return found
+
+
+def test_a_row_of_other_seeds_stands_beside_the_reference_as_at_equal_ones(tmp_path, bars):
+    rows = collect(tmp_path, made_up(tmp_path, {"a": [90, 92], "b": [90.5], "c": [91, 92]}))["rows"]
+    ablation_report.draw_rows(tmp_path / "a.png", rows, "a")
+    assert [(x, style["markerfacecolor"]) for x, _, style in bars] == [
+        (91, ablation_report.ORANGE),
+        (91.5, "white"),
+        (91.5, ablation_report.BLUE),
+    ]
+
+
+def test_one_seed_has_no_bar_on_a_curve(tmp_path, bars):
+    fields = {name: {"curve": "one"} for name in ("a", "bb")}
+    rows = collect(tmp_path, made_up(tmp_path, {"a": [90, 92], "bb": [91]}, **fields))["rows"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ablation_report.draw_curves(tmp_path / "a.png", rows)
+    assert [[math.isnan(error) for error in style["yerr"]] for _, _, style in bars] == [[False, True]] * 2
 
 
 def test_curves_of_networks_with_other_float_accuracies_have_lines_of_their_own(tmp_path, monkeypatch):

@@ -9,12 +9,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from typer.testing import CliRunner
 
 from adq.bench import (
     check,
     comparisons,
     distributed,
+    figures,
     fit,
     integer,
     layers,
@@ -356,6 +358,24 @@ def test_wrong_options_are_named(options, message, tmp_path):
     arguments = {"device": "cpu", "only": None, "output": tmp_path, "quick": True, **options}
     with pytest.raises(ValueError, match=message):
         main(**arguments, echo=print)
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_anything_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr("adq.bench.run.run_checks", None)
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        main("cpu", "check", tmp_path / "file", True, print)
+
+
+def test_the_longest_bars_text_is_inside_the_frame():
+    shown = [
+        Row("peers", "a case of a long name, beside peers", f"peer {x}", ms=1.0, times_adq=x) for x in (1.3, 2210.4)
+    ]
+    canvas = figures.peers(Results({}, shown))
+    FigureCanvasAgg(canvas).draw()
+    (axis,) = canvas.axes
+    assert [text.get_text() for text in axis.texts] == [" 1.3x", " 2,210x"]
+    assert all(text.get_window_extent().x1 < axis.get_window_extent().x1 for text in axis.texts)
 
 
 def test_full_settings_measure_at_least_64_mb():

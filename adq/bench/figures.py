@@ -123,12 +123,13 @@ def peers(results: Results) -> Canvas | None:
     _logarithmic(axis)
     axis.axvline(1.0, color=BLACK, linewidth=1.2)
     for place, (row, value) in enumerate(zip(rows, values, strict=True)):
-        text = f" {value:.3g}x"
+        text = f" {value:.3g}x" if value < 1000 else f" {value:,.0f}x"
         axis.text(max(value, 1.0), place, text, va="center", fontsize=8, color=BLACK)
         target = bounds.get((row.case, row.contender))
         if target is not None and target.bound:
             axis.plot(target.bound, place, color=ORANGE, marker="|", markersize=12, markeredgewidth=2)
-    axis.set_xlim(min(0.8, *values) * 0.8, 2.5 * max(values))
+    low, high = 0.8 * min(0.8, *values), max(1.0, *values)
+    axis.set_xlim(low, high * (high / low) ** 0.2)  # a sixth of the axis is for the text of the longest bar
     axis.set_xlabel("time over adq's, logarithmic; right of the line adq is faster")
     axis.set_title("Alternatives on the same data", pad=26)
     marks = Patch(color=BLUE, label="slower than adq"), Patch(color=GREY, label="faster"), _mark(ORANGE, "|", "target")

@@ -32,7 +32,7 @@ from adq.train.ablation_report import (
 from adq.train.config import RunConfig, resolve
 from adq.train.display import Display
 from adq.train.run import Run, RunFolder, check_files, check_layers
-from adq.train.together import Preempted
+from adq.train.together import Departure, Preempted
 
 POLL_SECONDS = 2.0
 FEW_CLASSES, MANY_CLASSES = 2, 1000
@@ -231,7 +231,16 @@ def run_jobs(jobs: Sequence[Job], ablation: Ablation, output: Path, display: Dis
     """Run what no other process runs or has run; comes back for the rest until nothing is left.
 
     A job that failed is run again, unless it was another process that saw it fail since this one began.
+
+    Raises:
+        Preempted: a signal told the process to stop, in a row or between two; what is finished is in the table.
     """
+    with Departure() as departure:
+        _run_all(jobs, ablation, output, display, departure)
+        report(ablation, output)
+
+
+def _run_all(jobs: Sequence[Job], ablation: Ablation, output: Path, display: Display, departure: Departure) -> None:
     failed_before = {job.label: job.failed_at for job in jobs}
     owners: dict[str, str] = {}
     pending = list(jobs)
@@ -246,36 +255,39 @@ def run_jobs(jobs: Sequence[Job], ablation: Ablation, output: Path, display: Dis
                     owners[job.label] = owner
                 elif not job.finished and job.failed_at in (None, failed_before[job.label]):
                     display.say(f"[{job.label}] begins; {sum(job.finished for job in jobs)} of {len(jobs)} are done")
-                    run_job(job)
+                    run_job(job, departure)
                     report(ablation, output)
                 elif job.finished:
                     prune(job.folder)
+            _leave_if_told(departure, display)
         if len(held) == len(pending):
             time.sleep(POLL_SECONDS)
         pending = held
-    report(ablation, output)
 
 
-def run_job(job: Job) -> None:
+def _leave_if_told(departure: Departure, display: Display) -> None:
+    """Between two rows."""
+    if departure.signal is not None:
+        display.say(f"stopped by {departure.heard}; go on with the same command")
+        raise Preempted
+
+
+def run_job(job: Job, departure: Departure) -> None:
     """One run, resumed where it stands, then pruned; what goes wrong is written to the run folder, not raised.
 
     Raises:
-        Preempted: a signal told the process to stop, even where the run came to its end or failed before it could.
+        Preempted: a signal told the process to stop, and the run has saved.
     """
     display = JobDisplay(job.label)
     job.error.unlink(missing_ok=True)
     _forget_last_run(job.config.engine.compile)
-    run: Run | None = None
     try:
-        run = Run(job.config, resume=True, display=display)
-        run.execute()
+        Run(job.config, resume=True, display=display, departure=departure).execute()
         prune(job.folder)
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {str(error).removeprefix('adq: ')}".split())
         write_text(job.error, f"{reason}\n\n{traceback.format_exc()}")
         display.say(f"failed: {reason}")
-    if run is not None and run.departure.signal is not None:
-        raise Preempted
 
 
 def _forget_last_run(compiled: bool) -> None:

@@ -126,10 +126,10 @@ def _settings(ablation: Ablation, row: Row, seed: int, folder: RunFolder) -> dic
     of_file = spell_out(ablation.base, [ablation.set, row.set, {"seed": seed}])
     flat, weights = flatten(to_dict(saved)), flatten(of_file).get("model.weights")
     changed = [key for key in differences(saved, of_file) if key != "model.weights" or weights]
-    return {"precision": _precision(folder, saved), "besides": {key: flat[key] for key in changed if key in flat}}
+    return {"precision": precision_of(folder, saved), "besides": {key: flat[key] for key in changed if key in flat}}
 
 
-def _precision(folder: RunFolder, saved: RunConfig) -> str:
+def precision_of(folder: RunFolder, saved: RunConfig) -> str:
     """That of its epochs: a run may have gone on in another one, and its configuration is that of the end."""
     rows = MetricsLog(folder.metrics).rows()
     found = dict.fromkeys(row["mixed_precision"] for row in rows if "mixed_precision" in row)
@@ -255,6 +255,8 @@ def _spread(value: float | None) -> str:
 def draw_rows(path: Path, rows: Sequence[Mapping[str, Any]], reference: str | None) -> None:
     """Mean and standard deviation of every row, its seeds as small dots, the reference as a vertical line.
 
+    A row of other seeds than the reference stands where its mean would be by the difference at equal seeds.
+
     Args:
         path: PNG to write.
         rows: of :func:`collect`, each with a result.
@@ -263,22 +265,25 @@ def draw_rows(path: Path, rows: Sequence[Mapping[str, Any]], reference: str | No
     lines = _lines(rows)
     figure, axis = load_pyplot().subplots(figsize=(9, 1.2 + 0.27 * len(lines)), layout="constrained")
     low = _left_limit([row["quantized_top1"] for row in rows])
+    line = next((row for row in rows if row["name"] == reference), None)
+    if line is not None:
+        axis.axvline(line["quantized_top1"], color=ORANGE, linestyle="--", linewidth=1, zorder=1)
+    paired = {row["name"]: line["quantized_top1"] + row["difference"] for row in rows if line and _is_paired(row, line)}
     for y, (_, row) in enumerate(lines):
         if row is not None:
-            color = ORANGE if row["name"] == reference else BLUE
-            _draw_row(axis, y, row, color, low)
-            if row["name"] == reference:
-                axis.axvline(row["quantized_top1"], color=color, linestyle="--", linewidth=1, zorder=1)
+            _draw_row(axis, y, row, paired.get(row["name"]), ORANGE if row is line else BLUE, low)
     axis.set_yticks(range(len(lines)), [label(text) for text, _ in lines])
     for tick, (_, row) in zip(axis.get_yticklabels(), lines, strict=True):
         tick.set_fontweight("bold" if row is None else "normal")
     axis.tick_params(axis="y", length=0)
     axis.set_ylim(len(lines) - 0.4, -0.6)
     if low is not None:
-        high = max(result["quantized_top1"] for row in rows for result in row["seeds"].values())
+        seeds = [result["quantized_top1"] for row in rows for result in row["seeds"].values()]
+        high = max(*seeds, *paired.values())
         axis.set_xlim(low, high + 0.1 * (high - low))
     axis.grid(axis="x", alpha=0.3)
-    axis.set_xlabel("top-1 %: mean and standard deviation; small dots are seeds")
+    note = "hollow, with a sign: of other seeds than the reference, at its mean plus the difference at equal seeds"
+    axis.set_xlabel("top-1 %: mean and standard deviation; small dots are seeds" + (f"\n{note}" if paired else ""))
     write_png(figure, path)
 
 
@@ -291,15 +296,23 @@ def _lines(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, Mapping[str, An
     return lines
 
 
-def _draw_row(axis: Any, y: int, row: Mapping[str, Any], color: str, low: float | None) -> None:
+def _is_paired(row: Mapping[str, Any], reference: Mapping[str, Any]) -> bool:
+    """Whether means of the two are of other seeds, some of them in common."""
+    return row["difference"] is not None and set(row["seeds"]) != set(reference["seeds"])
+
+
+def _draw_row(axis: Any, y: int, row: Mapping[str, Any], paired: float | None, color: str, low: float | None) -> None:
+    """A row, hollow at ``paired`` where this is given."""
     seeds = [result["quantized_top1"] for result in row["seeds"].values()]
-    mean, std = row["quantized_top1"], row["quantized_top1_std"]
-    axis.errorbar(mean, y, xerr=std, fmt="o", color=color, markersize=7, capsize=4, zorder=2)
+    std, face = row["quantized_top1_std"], color if paired is None else "white"
+    mean = row["quantized_top1"] if paired is None else paired
+    text = f"{mean:.2f}{_spread(std)}" if paired is None else f"{row['difference']:+.2f}"
+    axis.errorbar(mean, y, xerr=std, fmt="o", color=color, markerfacecolor=face, markersize=7, capsize=4, zorder=2)
     axis.plot(seeds, [y + 0.25] * len(seeds), "o", color=GREY, markersize=2.5, zorder=3)
     across = axis.get_yaxis_transform()
     if low is not None and mean < low:
         axis.plot(0.01, y, "<", color=color, markersize=8, transform=across)
-    axis.text(1.01, y, f"{mean:.2f}{_spread(std)}", transform=across, va="center", fontsize=9)
+    axis.text(1.01, y, text, transform=across, va="center", fontsize=9)
 
 
 def _left_limit(means: Sequence[float]) -> float | None:
@@ -330,10 +343,11 @@ def draw_curves(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     for axis, (key, unit, quantity) in zip(axes, panels, strict=True):
         for curve in dict.fromkeys(row["curve"] for row in rows):
             points = sorted((row for row in rows if row["curve"] == curve), key=lambda row: row[key])
+            errors = [math.nan if row["quantized_top1_std"] is None else row["quantized_top1_std"] for row in points]
             lines = axis.errorbar(
                 [unit * row[key] for row in points],
                 [row["quantized_top1"] for row in points],
-                yerr=[row["quantized_top1_std"] or 0.0 for row in points],
+                yerr=None if all(map(math.isnan, errors)) else errors,
                 fmt="o-",
                 capsize=4,
                 label=label(curve),

@@ -128,4 +128,5 @@ def draw_history(path: Path, rows: list[dict[str, Any]], float_top1: float) -> N
     bottom.plot(epochs, [row["train_loss"] for row in rows], color=BLUE, marker="o", markersize=3)
     bottom.set_ylabel("training loss")
     bottom.set_xlabel("epoch")
+    bottom.xaxis.get_major_locator().set_params(integer=True)
     _write(figure, path)

@@ -201,9 +201,16 @@ class Run:
         config: everything it is told.
         resume: go on from the folder's last checkpoint; without one, start.
         display: where progress is shown.
+        departure: tells when to leave before the end; None for one of its own.
     """
 
-    def __init__(self, config: RunConfig, resume: bool = False, display: Display | None = None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        resume: bool = False,
+        display: Display | None = None,
+        departure: Departure | None = None,
+    ) -> None:
         engine = config.engine
         self.accelerator = build_accelerator(
             engine,
@@ -215,7 +222,7 @@ class Run:
                 InitProcessGroupKwargs(timeout=timedelta(seconds=engine.timeout)),
             ],
         )
-        self.departure = Departure(engine.timeout)
+        self.departure = departure or Departure(engine.timeout)
         main = self.accelerator.is_main_process
         self.display = display or Display()
         self.display.active = main

@@ -67,7 +67,8 @@ def is_loss_of_process(error: Exception) -> bool:
 class Departure:
     """When to leave: SIGTERM, SIGINT, or a failure, on any process.
 
-    As a context manager it listens for the signals; outside the main thread, where Python cannot, it does not.
+    As a context manager, which may lie within itself, it listens for the signals; outside the main thread, where Python
+    cannot, it does not.
     A SIGINT that comes a second or more after another signal interrupts at once.
 
     With several processes every call of :meth:`agreed` starts a reduction of two flags in a gloo group of its own,
@@ -78,24 +79,25 @@ class Departure:
         timeout: seconds after which a process that does not answer counts as lost.
     """
 
-    def __init__(self, timeout: float) -> None:
+    def __init__(self, timeout: float = 600.0) -> None:
         self.signal: str | None = None
         self.failure: str | None = None
         several = world()[1] > 1
         self._group: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) if several else None
         self._pending: tuple[Any, torch.Tensor] | None = None
-        self._handlers: dict[int, Any] = {}
+        self._handlers: list[dict[int, Any]] = []
         self._heard = 0.0
 
     def __enter__(self) -> Departure:
-        if threading.current_thread() is threading.main_thread():
-            self._handlers = {number: signal.signal(number, self._hear) for number in (signal.SIGTERM, signal.SIGINT)}
+        listens = threading.current_thread() is threading.main_thread()
+        numbers = (signal.SIGTERM, signal.SIGINT) if listens else ()
+        self._handlers.append({number: signal.signal(number, self._hear) for number in numbers})
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if self._group is not None and kind in (None, Preempted):
             dist.destroy_process_group(self._group)
-        for number, handler in self._handlers.items():
+        for number, handler in self._handlers.pop().items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
