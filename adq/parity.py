@@ -208,11 +208,13 @@ def compare(
         images: how many must be identical.
 
     Raises:
-        ValueError: fewer images than that, a batch that is a mapping, or of inputs of several lengths, or of none
-            where the example has one entry an image.
+        ValueError: no images are asked for, or fewer there than that; a batch that is a mapping, or of inputs of
+            several lengths, or of none where the example has one entry an image.
         RuntimeError: the answer differs on an image where rounding does not decide, or on more than 2 %; or a
             difference is not finite.
     """
+    if images < 1:
+        raise ValueError(f"adq: the check takes 1 image or more, got {images}; without batches there is no check")
     device = model_device(model)
     same, undecided, largest, of_values = 0, 0, torch.zeros(()), False
     with evaluating(model):

@@ -39,6 +39,9 @@ def test_the_same_model_passes_on_as_many_images_as_asked_for(model):
 def test_too_few_images(model):
     with pytest.raises(ValueError, match="wants 97 images with the same top-1, the data has 96"):
         parity.compare(model, model, [True], "a runtime", BATCHES, 97)
+    for none in (0, -3):
+        with pytest.raises(ValueError, match=f"takes 1 image or more, got {none}"):
+            parity.compare(model, model, [True], "a runtime", BATCHES, none)
 
 
 def test_images_of_the_same_batch_take_the_place_of_those_left_out(model, monkeypatch):

@@ -1,6 +1,7 @@
 """The main job as a user runs it: files, figures, resume after kill -9, and errors in plain words."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -19,7 +20,11 @@ from adq.config import dump_yaml
 pytest.importorskip("accelerate", reason="adq train needs the extra 'train'")
 pytest.importorskip("sklearn", reason="the digits need scikit-learn")
 
-from adq.train.config import PhaseConfig, recipe_names, resolve
+from typer.testing import CliRunner
+
+from adq.train import figures
+from adq.train.cli import app
+from adq.train.config import PhaseConfig, parse_assignment, recipe_names, resolve
 from adq.train.engine import build_schedule
 from adq.train.run import RunFolder
 
@@ -246,6 +251,7 @@ def test_quantization_starts_from_another_quantized_network(finished):
             "dampening grows as the learning rate falls",
         ),
         (["--set", "distillation.teacher={name: x"], "--set distillation.teacher: '{name: x' is not valid YAML"),
+        (["--set", "qat={lr: 1, lr: 2}"], "the key 'lr' comes twice"),
         (["--config", "missing.yaml"], "no such file: missing.yaml"),
         (["--config", "cifar"], "no recipe 'cifar'"),
         (["--output", "whole"], "whole holds a run already; pass --resume"),
@@ -258,6 +264,88 @@ def test_what_is_wrong_is_said_in_one_line(finished, arguments, message):
     assert code == 1
     assert message in text
     assert "Traceback" not in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["eval", "--set", "engine.mixed_precision=bf16", "--set", "model.name=x", "--set", "data.workers=0"],
+            "as it is saved, in float32, and takes no engine.mixed_precision, model.name",
+        ),
+        (
+            ["export", "out", "--images", "9", "--root", "r", "--set", "seed=1", "--shape", "1,8,8", "--no-check"],
+            "--to packed has no runtime to check, and takes no --root, --config, --images, --set, --no-check, --shape",
+        ),
+        (["export", "out", "--to", "torch", "--shape", "1,8,8"], "and without --no-check takes no --shape"),
+        (["export", "out", "--to", "torch", "--shape", "1,8,8", "--no-check"], "--no-check takes no --config"),
+        (["export", "out", "--to", "torch", "--set", "qat.lr=1"], "as it is saved, and takes no qat.lr"),
+        (["export", "out", "--to", "coreml", "--images", "5"], "and not run: it takes no --images"),
+        (["export", "out", "--to", "torch", "--images", "0"], "--images must be at least 1, got 0"),
+    ],
+)
+def test_what_would_do_nothing_is_refused(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m.safetensors").touch()
+    command, *options = arguments
+    outcome = CliRunner().invoke(app, [command, "m.safetensors", *options, "--config", "digits"])
+    assert outcome.exit_code != 0
+    assert message in " ".join(outcome.output.split())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ([{"allocation": {"weight_bits": 2.2, "file": "a.yaml"}}], "allocation.weight_bits .* allocation.file names"),
+        ([{"allocation": {"file": "a.yaml"}}, {"allocation": {"order": "random"}}], "allocation.order has no effect"),
+        ([{"allocation": {"weight_bits": None, "order": "reversed"}}], "allocation.order .* without a budget"),
+        (
+            [{"distillation": {"alpha": 0, "temperature": 4.0}}],
+            "temperature has .* leaves the teacher out",
+        ),
+        ([{"distillation": {"alpha": 0.0, "teacher": {"name": "x", "weights": "y"}}}], "distillation.teacher.name has"),
+        ([{"quantization": {"weight": {"update": "frozen", "ema_decay": 0.5}}}], "ema_decay .* no EMA moves"),
+        ([{"float": {"optimizer": "adamw", "momentum": 0.5}}], "float.momentum .* it is of SGD"),
+    ],
+)
+def test_a_setting_without_effect_is_refused_where_it_is_given(changes, message):
+    with pytest.raises(ValueError, match=message):
+        resolve("digits", changes)
+
+
+def test_settings_may_be_left_without_effect_by_later_ones(tmp_path):
+    own = {"weight": {"update": "frozen", "ema_decay": 0.5}, "overrides": {"conv2": {"weight": {"update": "ema"}}}}
+    changes = [
+        {"allocation": {"weight_bits": 2.2, "order": "random"}, "distillation": {"temperature": 4.0}},
+        {"allocation": {"file": "a.yaml"}, "distillation": {"alpha": 0.0}, "qat": {"optimizer": "adamw"}},
+        {"qat": {"momentum": 0.9}, "quantization": own},
+    ]
+    made = resolve("digits", changes)
+    (tmp_path / "run.yaml").write_text(dump_yaml(made))
+    assert resolve(str(tmp_path / "run.yaml"), [{"seed": made.seed}]) == made
+
+
+def test_a_budget_may_be_infinite(tmp_path):
+    made = resolve("digits", [parse_assignment("allocation.weight_bits=.inf")])
+    (tmp_path / "run.yaml").write_text(dump_yaml(made))
+    assert resolve(str(tmp_path / "run.yaml"), []).allocation.weight_bits == math.inf
+    for wrong in ("-.inf", ".nan"):
+        with pytest.raises(ValueError, match="allocation.weight_bits must be a finite number"):
+            resolve("digits", [parse_assignment(f"allocation.weight_bits={wrong}")])
+
+
+def test_epochs_are_whole_numbers_on_the_axis(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "_write", lambda figure, path: drawn.append(figure))
+    rows = [{"epoch": i + 1, "test_top1": 90.0, "train_loss": 1.0} for i in range(20)]
+    figures.draw_history(tmp_path / "training.png", rows, 91.0)
+    assert all(float(tick).is_integer() for tick in drawn[0].axes[1].get_xticks())
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_recipe_without_a_seed_may_fix_that_of_the_data(tmp_path, seed):
+    (tmp_path / "recipe.yaml").write_text(f"data: {{seed: {seed}}}")
+    assert resolve(str(tmp_path / "recipe.yaml"), [{"seed": 5}]).data.seed == seed
 
 
 def test_the_seed_of_the_data_follows_that_of_the_run_unless_given():

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial, reduce
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +21,7 @@ from adq.executorch import export_executorch
 from adq.onnx import export_onnx
 from adq.parity import ExportReport
 from adq.program import export_aoti, export_program
-from adq.train.config import RunConfig, merge, parse_assignment, recipe_names, resolve
+from adq.train.config import RunConfig, flatten, merge, parse_assignment, recipe_names, resolve
 
 app = typer.Typer(
     no_args_is_help=False,
@@ -37,6 +38,8 @@ EXPORTS: dict[str, Callable[..., ExportReport]] = {
     "coreml": export_coreml,
 }
 """What ``adq export --to`` writes for runtimes."""
+CHECKED = 1000
+DEVICE = "engine.device"
 
 Set = Annotated[
     list[str] | None, typer.Option("--set", help="Any field of the configuration, KEY=VALUE, e.g. qat.lr=0.01.")
@@ -77,6 +80,24 @@ def _nested(**values: Any) -> dict[str, Any]:
         if value is not None:
             nested = merge(nested, parse_assignment_value(path.split("__"), value))
     return nested
+
+
+def _changes(set_: list[str] | None, **values: Any) -> dict[str, Any]:
+    """What a command line changes: its options, as :func:`_nested` takes them, and what ``--set`` says over them."""
+    return reduce(merge, map(parse_assignment, set_ or []), _nested(**values))
+
+
+def _refuse(where: str, **options: Any) -> None:
+    """Raise ValueError that names which of these options are given, where none of them does anything."""
+    given = [f"--{name.rstrip('_').replace('_', '-')}" for name, value in options.items() if value]
+    if given:
+        raise ValueError(f"{where} takes no {', '.join(given)}")
+
+
+def _refuse_changes(where: str, changes: dict[str, Any], does: Callable[[str], bool]) -> None:
+    """Raise ValueError that names the fields of the configuration which are changed where they do nothing."""
+    if idle := [key for key in flatten(changes) if not does(key)]:
+        raise ValueError(f"{where}, and takes no {', '.join(idle)}")
 
 
 def parse_assignment_value(path: list[str], value: Any) -> dict[str, Any]:
@@ -120,7 +141,8 @@ def train(
 ) -> None:
     """Float network, calibration, sensitivity, allocation, QAT, evaluation: the whole job."""
     with _plain_errors():
-        options = _nested(
+        changes = _changes(
+            set_,
             data__name=data,
             data__root=root,
             model__name=model,
@@ -137,13 +159,10 @@ def train(
             engine__device=device,
             engine__mixed_precision=mixed_precision,
         )
-        resolved = resolve(config, [options, *(parse_assignment(text) for text in set_ or [])])
+        resolved = resolve(config, [changes])
         from adq.train.run import Run
 
         Run(resolved, resume=resume).execute()
-
-
-_OF_RUNS = ("--root", "--weights", "--seeds", "--only", "--set")
 
 
 @app.command("ablate")
@@ -164,17 +183,14 @@ def ablate_(
         from adq.train.ablate import ablate, parse_seeds, report_only
 
         if report:
-            options = zip(_OF_RUNS, (root, weights, seeds, only, set_), strict=True)
-            if given := [name for name, value in options if value]:
-                raise ValueError(f"adq: --report reads what has been run, and takes no {', '.join(given)}")
+            _refuse(
+                "--report reads what has been run, and", root=root, weights=weights, seeds=seeds, only=only, set_=set_
+            )
             report_only(config, output)
             failed = 0
         else:
-            changes = [
-                _nested(data__root=root, model__weights=weights),
-                *(parse_assignment(text) for text in set_ or []),
-            ]
-            failed = ablate(config, output, changes, parse_seeds(seeds) if seeds else None, only)
+            changes = _changes(set_, data__root=root, model__weights=weights)
+            failed = ablate(config, output, [changes], parse_seeds(seeds) if seeds else None, only)
     typer.echo(f"{output / 'table.md'}" + (f"; {failed} failed" if failed else ""))
     if failed:
         raise typer.Exit(1)
@@ -202,10 +218,13 @@ def evaluate_(
 
         file = model_file(model)
         recipe = config or (str(model / "config.yaml") if model.is_dir() else None)
-        changes = [_nested(data__name=data, data__root=root), *(parse_assignment(text) for text in set_ or [])]
+        changes = _changes(set_, data__name=data, data__root=root)
         if recipe is None and data is None:
             raise ValueError("no images to evaluate on: give a run folder, --data or --config")
-        resolved = resolve(recipe, changes)
+        resolved = resolve(recipe, [changes])
+        _refuse_changes(
+            "adq eval runs the model as it is saved, in float32", changes, lambda key: _of_data(key) or key == DEVICE
+        )
         network = load(file)
         bundle = build_data(resolved.data)
         check_classes(network, bundle)
@@ -269,7 +288,8 @@ def sensitivity_(
             return
         from adq.train.score import score
 
-        options = _nested(
+        changes = _changes(
+            set_,
             data__name=data,
             data__root=root,
             model__name=model,
@@ -277,16 +297,16 @@ def sensitivity_(
             allocation__weight_bits=weight_bits,
             allocation__estimator=estimator,
         )
-        resolved = resolve(config, [options, *(parse_assignment(text) for text in set_ or [])])
+        resolved = resolve(config, [changes])
         if study is None:
-            typer.echo(score(resolved, output, allocation), nl=False)
+            score(resolved, output, allocation, partial(typer.echo, nl=False))
             return
         if estimator or output or allocation:
             raise ValueError("--study measures every estimator; it takes no --estimator, --output or --allocation")
         from adq.train.study import markdown
         from adq.train.study import study as measure
 
-        typer.echo(f"{markdown(measure(resolved, study))}\nwrote {study}")
+        typer.echo(f"{markdown(measure(resolved, study, typer.echo))}\nwrote {study}")
 
 
 @app.command()
@@ -306,7 +326,9 @@ def export(
     data: DataName = None,
     root: Root = None,
     config: Config = None,
-    images: Annotated[int, typer.Option(help="Images on which the runtime must give the same top-1.")] = 1000,
+    images: Annotated[
+        int | None, typer.Option(help=f"Images on which the runtime must give the same top-1. Default: {CHECKED}.")
+    ] = None,
     no_check: Annotated[bool, typer.Option("--no-check", help="Write it unchecked; needs --shape.")] = False,
     shape: Annotated[str | None, typer.Option(help="With --no-check: shape of one input, e.g. 3,32,32.")] = None,
     set_: Set = None,
@@ -320,12 +342,23 @@ def export(
             raise ValueError(f"--to must be one of {', '.join(kinds)}, got {to!r}")
         if fold_batch_norm and to != "packed":
             raise ValueError(f"--fold-batch-norm is for --to packed, not {to}")
+        if images is not None and images < 1:
+            raise ValueError(f"--images must be at least 1, got {images}; --no-check writes it unchecked")
+        of_check: dict[str, Any] = {"data": data, "root": root, "config": config, "images": images, "set_": set_}
+        if to not in EXPORTS:
+            _refuse(f"--to {to} has no runtime to check, and", **of_check, no_check=no_check, shape=shape)
+        elif no_check:
+            _refuse("--no-check", **of_check)
+        else:
+            _refuse(f"--to {to} is checked on images, whose shape it has, and without --no-check", shape=shape)
+        if to == "coreml":
+            _refuse("--to coreml is read back, and not run: it", images=images)
         file = model_file(model)
         if output.resolve() == file.resolve():
             raise ValueError(f"{output} is the model itself; choose another file to write")
         if to in EXPORTS:
             recipe = config or (str(model / "config.yaml") if model.is_dir() else None)
-            changes = [_nested(data__name=data, data__root=root), *(parse_assignment(text) for text in set_ or [])]
+            changes = _changes(set_, data__name=data, data__root=root)
             if no_check:
                 typer.echo(EXPORTS[to](load(file), output, torch.zeros(1, *_sides(shape))))
             elif recipe is None and data is None:
@@ -334,7 +367,9 @@ def export(
                     "or write it unchecked with --no-check"
                 )
             else:
-                typer.echo(_checked(EXPORTS[to], file, output, resolve(recipe, changes), images))
+                resolved = resolve(recipe, [changes])
+                _refuse_changes("adq export checks the model as it is saved", changes, _of_data)
+                typer.echo(_checked(EXPORTS[to], file, output, resolved, images or CHECKED))
             return
         save(load(file), output, packed=to == "packed", fold_batch_norm=fold_batch_norm)
         typer.echo(f"{output}: {output.stat().st_size:,} bytes, from {file.stat().st_size:,}")
@@ -354,6 +389,11 @@ def _checked(
     if export is export_coreml:  # it reads the package back; nothing here runs it
         return export(network, output, example)
     return export(network, output, example, chain(bundle.test, bundle.calibration), images)
+
+
+def _of_data(key: str) -> bool:
+    """Whether a field, dotted, says which images, and how they are read."""
+    return key.partition(".")[0] == "data"
 
 
 def _sides(shape: str | None) -> list[int]:
