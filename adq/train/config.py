@@ -190,7 +190,7 @@ class EngineConfig:
     Attributes:
         device: ``auto`` (a GPU where there is one) or ``cpu``.
         mixed_precision: ``no``, ``bf16`` or ``fp16`` autocast.
-        accumulation: micro-batches per optimizer step.
+        accumulation: micro-batches per optimizer step; the last step of an epoch is over those that are left.
         channels_last: NHWC memory format.
         compile: run the training steps through ``torch.compile``.
         checkpoint_steps: also write a checkpoint every so many optimizer steps inside an epoch; 0: at the end of
