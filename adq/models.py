@@ -319,7 +319,7 @@ def load_float_weights(model: nn.Module, path: str | Path) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"no weight file at {path}" + (": it is a folder" if path.is_dir() else ""))
     state = _strip_prefixes(_read_state(path), model.state_dict().keys())
-    if any("weight_quantizer." in key for key in state.keys() - model.state_dict().keys()):
+    if any(f".{key}".endswith(".weight_quantizer.codebook") for key in state.keys() - model.state_dict().keys()):
         raise ValueError(
             f"{path}: the weights of a quantized model, as adq.save writes them; load it by adq.load(path, model), or "
             "let adq train begin from it (--set start=FILE)"
