@@ -280,6 +280,7 @@ def run_job(job: Job, departure: Departure) -> None:
     """
     display = JobDisplay(job.label)
     job.error.unlink(missing_ok=True)
+    departure.failure = None  # that of another row
     _forget_last_run(job.config.engine.compile)
     try:
         Run(job.config, resume=True, display=display, departure=departure).execute()
