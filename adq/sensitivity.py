@@ -26,6 +26,7 @@ from adq.convert import (
     quantized_layers,
     quantizer_prefixes,
     to_device,
+    unwrapped,
     ways_out,
     weight_quantizers,
 )
@@ -238,7 +239,7 @@ def _dealt(layer: LayerCost, giver: LayerCost) -> LayerCost:
 
 def float_parameters(model: nn.Module) -> int:
     """Parameters of the network proper that files hold in float: biases, norms, unquantized layers."""
-    in_float = float_tensors(model)
+    model, in_float = unwrapped(model), float_tensors(model)
     weights = [layer.weight for layer, _ in weight_quantizers(model).values()]
     quantized = {id(weight) for weight in weights if weight.data_ptr() not in in_float}
     own = quantizer_prefixes(quantized_layers(model, every_name=True))
