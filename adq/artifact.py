@@ -34,19 +34,19 @@ from adq.convert import (
     refuse_distributed,
     refuse_packed,
     refuse_recomputed,
-    unchanged_on_error,
     unwrapped,
     warn_unreached,
 )
-from adq.deploy import listed
 from adq.fold import attach_, fold_batch_norm_, fold_problem, folded_norms, is_folded
 from adq.functional import code_bits, unpack
+from adq.messages import listed
 from adq.models import rebuild
 from adq.nn.activation import ActivationQuantizer
 from adq.nn.layers import QUANTIZED
 from adq.nn.packed import CODES, PackedWeight
 from adq.nn.weight import WeightQuantizer
 from adq.ops import packed_size
+from adq.restore import unchanged_on_error
 from adq.sharded import refuse_sharded
 from adq.store import replacing
 

@@ -16,16 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
-from adq.convert import (
-    evaluating,
-    forward_batch,
-    is_trained,
-    model_device,
-    quantizers_enabled,
-    refuse_packed,
-    to_device,
-    unwrapped,
-)
+from adq.batches import forward_batch, model_device, to_device
+from adq.convert import evaluating, is_trained, quantizers_enabled, refuse_packed, unwrapped
 from adq.distributed import pool
 
 Statistics = tuple[Tensor, Tensor]

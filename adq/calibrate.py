@@ -11,16 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from adq.batch_norm import correct_batch_norm_, float_network
-from adq.convert import (
-    activation_quantizers,
-    forward_batch,
-    is_trained,
-    model_device,
-    quantized_layers,
-    refuse_packed,
-    to_device,
-    ways_out,
-)
+from adq.batches import forward_batch, model_device, to_device
+from adq.convert import activation_quantizers, is_trained, quantized_layers, refuse_packed, ways_out
 from adq.distributed import gather, in_order, world
 
 SAMPLES_PER_BATCH = 2**15

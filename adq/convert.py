@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 import re
 import sys
 import warnings
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
@@ -21,6 +19,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.optim.swa_utils import AveragedModel
 
 from adq.config import ADQConfig, LayerConfig, check_bits, merge_override, with_bits
+from adq.messages import listed
 from adq.nn.activation import ActivationQuantizer
 from adq.nn.layers import QUANTIZED, QMultiheadAttention, QuantizedLayer
 from adq.nn.packed import PACKED, PackedLinear, PackedWeight, pack_layer_
@@ -186,9 +185,9 @@ def obstacle(layer: Any) -> str | None:
 def refuse_lazy(model: nn.Module) -> None:
     """Raise ValueError if parameters have no shape yet, as those of ``nn.LazyLinear`` before its first batch."""
     modules = model.named_modules()
-    lazy = [name for name, module in modules if isinstance(module, LazyModuleMixin) and _is_waiting(module)]
+    lazy = [repr(name) for name, module in modules if isinstance(module, LazyModuleMixin) and _is_waiting(module)]
     if lazy:
-        raise ValueError(f"adq: no weight yet, run one batch through the model first: {_listed(lazy)}")
+        raise ValueError(f"adq: no weight yet, run one batch through the model first: {listed(lazy, ', ')}")
 
 
 def _is_waiting(module: Any) -> bool:
@@ -198,13 +197,13 @@ def _is_waiting(module: Any) -> bool:
 
 def _refuse_replaced_forwards(layers: Mapping[str, nn.Module]) -> None:
     """Raise ValueError if a layer's forward is an attribute of its own: it is called instead of the quantized one."""
-    replaced = [name for name, module in layers.items() if "forward" in vars(module)]
+    replaced = [repr(name) for name, module in layers.items() if "forward" in vars(module)]
     if replaced:
         raise ValueError(
             "adq: hooks of accelerate, or a patch, have replaced the forward of these layers, which would go on "
             "computing in float; quantize before dispatching or patching, take the hooks off "
             "(accelerate.hooks.remove_hook_from_submodules), or leave the layers in float by overrides or filter_fn: "
-            f"{_listed(replaced)}"
+            f"{listed(replaced, ', ')}"
         )
 
 
@@ -212,12 +211,6 @@ def ways_out(unreached: Sequence[str]) -> str:
     """What to do about layers that the batches do not reach, as those that run in training alone."""
     overrides = f"overrides={{{unreached[0]!r}: None}}"
     return f"give batches that reach them in evaluation mode, or leave them in float, as by {overrides}"
-
-
-def _listed(names: Iterable[str], most: int = 5) -> str:
-    """Names of layers, the first few of them."""
-    quoted = [repr(name) for name in names]
-    return ", ".join(quoted[:most]) + (f" and {len(quoted) - most} more" if len(quoted) > most else "")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -237,78 +230,6 @@ def replace_module_(model: nn.Module, name: str, module: nn.Module) -> None:
     for other, present in list(model.named_modules(remove_duplicate=False)):
         if present is old:
             model.set_submodule(other, module)
-
-
-_CONTAINERS: tuple[type[Any], ...] = (OrderedDict, dict, list, set, deque)
-
-
-def _contents(container: Any, kind: type[Any]) -> list[Any]:
-    """What a container holds, keys and values in turn, whatever a subclass makes of reading it."""
-    return list(chain.from_iterable(kind.items(container)) if issubclass(kind, dict) else kind.__iter__(container))
-
-
-def _refill(container: Any, kind: type[Any], then: list[Any]) -> None:
-    """Have a container hold what it held then, if it does not, whatever a subclass makes of changing it."""
-    now = _contents(container, kind)
-    if len(now) == len(then) and all(map(operator.is_, now, then)):
-        return
-    kind.clear(container)
-    if issubclass(kind, dict):
-        for key, value in zip(then[::2], then[1::2], strict=True):
-            kind.__setitem__(container, key, value)
-    else:
-        (kind.update if kind is set else kind.extend)(container, then)
-
-
-def _held(values: Iterable[Any]) -> list[tuple[Any, type[Any], list[Any]]]:
-    """The containers among these values, and in these, each with its kind and what it holds."""
-    found: dict[int, tuple[Any, type[Any], list[Any]]] = {}
-    left = list(values)
-    while left:
-        value = left.pop()
-        kind = next((kind for kind in _CONTAINERS if isinstance(value, kind)), None)
-        if kind is not None and id(value) not in found:
-            found[id(value)] = value, kind, _contents(value, kind)
-            left += found[id(value)][2]
-        elif isinstance(value, tuple):
-            left += tuple.__iter__(value)
-    return list(found.values())
-
-
-def attributes_restorer(model: nn.Module) -> Callable[[], None]:
-    """What gives every module its class and attributes of now back, and containers among these, and in these, what they
-    hold now.
-    """
-    before = [(module, type(module), dict(vars(module))) for module in model.modules()]
-    held = _held(value for _, _, attributes in before for value in attributes.values())
-
-    def restore() -> None:
-        for value, container, then in held:
-            _refill(value, container, then)
-        for module, kind, attributes in before:
-            if type(module) is not kind:
-                module.__class__ = kind
-                unregister(module)
-            vars(module).clear()
-            vars(module).update(attributes)
-
-    return restore
-
-
-@contextmanager
-def unchanged_on_error(model: nn.Module) -> Iterator[None]:
-    """A model as it was, modules and values, if what is done to it fails."""
-    restore = attributes_restorer(model)
-    tensors = [(t, t.detach().clone(), t.requires_grad) for t in (*model.parameters(), *model.buffers())]
-    try:
-        yield
-    except BaseException:
-        restore()
-        for tensor, value, requires_grad in tensors:
-            tensor.detach().copy_(value)
-            if tensor.requires_grad != requires_grad:
-                tensor.requires_grad_(requires_grad)
-        raise
 
 
 def load_tensors_(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -675,68 +596,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def model_device(model: nn.Module) -> torch.device:
-    """Device of the first parameter or buffer, CPU if there is none."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        return tensor.device
-    return torch.device("cpu")
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """A batch of tensors in tuples, lists and mappings on another device; what arrives on the CPU is there."""
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=device.type != "cpu")
-    if isinstance(batch, Mapping):
-        return {key: to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        values = [to_device(value, device) for value in batch]
-        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
-    return batch
-
-
-def batch_size(batch: Any) -> int:
-    """Samples of a batch as :func:`forward_batch` takes it.
-
-    Targets that are a tensor decide by their length: inputs may have another axis first, as sequences do. A list or
-    tuple counts by its own length, as one of images does, or by the one its tensors have in common, as the targets of
-    several tasks do; of these the length that targets and inputs agree on. Of a mapping it is what most values have.
-
-    Raises:
-        ValueError: it has neither tensors nor lists.
-    """
-    inputs, targets = (*batch, None)[:2] if isinstance(batch, (tuple, list)) and batch else (batch, None)
-    own, of_targets = _lengths(inputs), _lengths(targets)
-    if isinstance(targets, Tensor) and of_targets:
-        return of_targets[0]
-    for length in (*(length for length in of_targets if length in own), *of_targets, *own):
-        return length
-    raise ValueError(f"adq: a batch of {type(batch).__name__} has no tensor among its inputs")
-
-
-def _lengths(part: Any) -> list[int]:
-    """How many samples a part of a batch may have, the likeliest first."""
-    if isinstance(part, Tensor):
-        return [len(part)] if part.dim() else []
-    if isinstance(part, Mapping):
-        votes = Counter(length for value in part.values() for length in _lengths(value)[:1])
-        return sorted(votes, key=lambda length: (votes[length], length), reverse=True)
-    if not isinstance(part, (tuple, list)) or not part:
-        return []
-    shared = {len(value) for value in part if isinstance(value, Tensor) and value.dim()}
-    return [len(part), *shared] if len(shared) == 1 else [len(part)]
-
-
-def forward_batch(model: nn.Module, batch: Any) -> Any:
-    """Run a model on the inputs of a batch: a tensor, ``(inputs, ...)``, or a mapping of keyword arguments.
-
-    A compiled one runs as it is written: graphs compiled before know nothing of the caller's hooks.
-    """
-    with torch.compiler.set_stance("force_eager"):
-        if isinstance(batch, Mapping):
-            return model(**batch)
-        return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
 
 
 def set_weight_bits(model: nn.Module, bits: Mapping[str, int]) -> None:

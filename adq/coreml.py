@@ -15,9 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from adq.convert import to_device, unwrapped
-from adq.deploy import check_layers, first_line, layer_problem, listed, positional
+from adq.batches import to_device
+from adq.convert import unwrapped
+from adq.deploy import check_layers, layer_problem, positional
 from adq.functional import unpack
+from adq.messages import first_line, listed
 from adq.nn.layers import QConvTranspose3d, QuantizedLayer
 from adq.nn.packed import CODES, PackedWeight
 from adq.parity import ExportReport

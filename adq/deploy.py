@@ -18,11 +18,13 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from adq.convert import attributes_restorer, quantized_layers
+from adq.convert import quantized_layers
+from adq.messages import listed
 from adq.nn.activation import ActivationQuantizer
 from adq.nn.layers import QuantizedLayer
 from adq.nn.weight import WeightQuantizer
 from adq.reference import grid_step
+from adq.restore import attributes_restorer
 from adq.update import OWN_HOOKS
 
 
@@ -280,24 +282,6 @@ def layer_problem(layer: QuantizedLayer) -> str | None:
     if problem is None and isinstance(activation, ActivationQuantizer):
         problem = activation_problem(activation)
     return problem
-
-
-def listed(problems: list[str], most: int = 5) -> str:
-    """Problems as one line, cut after ``most``."""
-    more = f" and {len(problems) - most} more" if len(problems) > most else ""
-    return "; ".join(problems[:most]) + more
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says first, with what a colon at its end announces or the first item of a list that follows; of one
-    that says nothing, its name.
-    """
-    said: list[str] = []
-    for line in filter(None, map(str.strip, str(error).splitlines())):
-        if said and not said[-1].endswith(":") and not (len(said) == 1 and line.startswith("- ")):
-            break
-        said.append(line)
-    return " ".join(said) or type(error).__name__
 
 
 def positional(example_inputs: Any, nested: bool = True) -> tuple[Any, ...]:

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adq.convert import to_device, unwrapped
-from adq.deploy import check_layers, first_line, layer_problem, positional
+from adq.batches import to_device
+from adq.convert import unwrapped
+from adq.deploy import check_layers, layer_problem, positional
+from adq.messages import first_line
 from adq.nn.layers import QConv3d, QConvTranspose3d, QuantizedLayer
 from adq.parity import ExportReport, in_batch, part, write_checked
 from adq.portable import portable

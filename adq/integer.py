@@ -20,7 +20,8 @@ from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
-from adq.convert import quantized_layers, replace_module_, to_device, unwrapped
+from adq.batches import to_device
+from adq.convert import quantized_layers, replace_module_, unwrapped
 from adq.deploy import (
     HOOKS,
     IN_PLACE,
@@ -30,11 +31,11 @@ from adq.deploy import (
     integer_levels,
     is_read,
     layer_problem,
-    listed,
     note_,
     positional,
     trace_layers,
 )
+from adq.messages import listed
 from adq.nn.activation import ActivationQuantizer
 from adq.nn.integer import (
     Affine,

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from adq.convert import unwrapped
-from adq.deploy import check_layers, first_line, integer_levels
+from adq.deploy import check_layers, integer_levels
+from adq.messages import first_line
 from adq.nn.activation import ActivationQuantizer
 from adq.nn.packed import PackedWeight
 from adq.ops import ACTIVATION_RANGE

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from adq.artifact import packed_bytes
-from adq.convert import activation_quantizers, evaluating, model_device, to_device
+from adq.batches import model_device, to_device
+from adq.convert import activation_quantizers, evaluating
 from adq.deploy import positional
 from adq.store import replacing
 from adq.summary import float_bytes

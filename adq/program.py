@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from adq.convert import unwrapped
-from adq.deploy import check_layers, first_line
+from adq.deploy import check_layers
+from adq.messages import first_line
 from adq.parity import ExportReport, as_inputs, write_checked
 from adq.portable import portable
 

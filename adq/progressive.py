@@ -11,13 +11,13 @@ from adq.convert import (
     quantized_layers,
     quantizer_prefixes,
     refuse_packed,
-    unchanged_on_error,
     unwrapped,
     weight_quantizers,
 )
-from adq.deploy import listed
 from adq.fold import is_folded
+from adq.messages import listed
 from adq.nn.packed import CODES
+from adq.restore import unchanged_on_error
 from adq.sharded import refuse_sharded
 
 

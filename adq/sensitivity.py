@@ -15,17 +15,14 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from adq.batch_norm import float_network
+from adq.batches import batch_size, forward_batch, model_device, to_device
 from adq.config import check_bits
 from adq.convert import (
     activation_quantizers,
-    batch_size,
     float_tensors,
-    forward_batch,
     is_trained,
-    model_device,
     quantized_layers,
     quantizer_prefixes,
-    to_device,
     unwrapped,
     ways_out,
     weight_quantizers,

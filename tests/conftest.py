@@ -91,9 +91,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         half = given.get("backend") == "triton" and given.get("dtype") in DTYPES[1:]
         return half and any(given[name] not in few for name, few in FEW.items() if name in given)
 
-    dropped = [item for item in items if repeats(item)]
+    kept: list[pytest.Item] = []
+    dropped: list[pytest.Item] = []
+    for item in items:
+        (dropped if repeats(item) else kept).append(item)
     config.hook.pytest_deselected(items=dropped)
-    items[:] = [item for item in items if not repeats(item)]
+    items[:] = kept
 
 
 @pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))

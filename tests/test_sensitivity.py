@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 import adq
 from adq import ADQConfig, SensitivityTable, WeightConfig
+from adq.batches import batch_size
 from adq.codebook import fit
 from adq.config import dump_yaml
-from adq.convert import batch_size
 from adq.sensitivity import LayerCost, reordered
 
 BITS = (2, 3, 5)

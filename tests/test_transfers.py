@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import adq
 from adq import sharded, update
 from adq.backends import capture
-from adq.convert import to_device
+from adq.batches import to_device
 from adq.thresholds import Thresholds, resampled
 
 

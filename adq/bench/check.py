@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from adq import reference
+from adq.batches import to_device
 from adq.bench.case import Setting
 from adq.bench.data import activations, convolution
 from adq.bench.peers import kept_bytes
-from adq.convert import to_device
 from adq.functional import threshold_quantize
 from adq.ops import packed_size
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from adq import layout
+from adq.batches import to_device
 from adq.bench.case import COPY, Build, Call, Setting
 from adq.codebook import quantile_codebook
-from adq.convert import to_device
 from adq.kmeans import Spectrum
 from adq.reference import decision_thresholds
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
-from adq.convert import model_device, to_device
+from adq.batches import model_device, to_device
 from adq.dampening import dampening_loss
 from adq.distributed import average_batch_norm_, gather, pool, world
 from adq.nn.activation import ActivationQuantizer
