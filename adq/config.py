@@ -313,8 +313,9 @@ def _convert(hint: Any, value: Any, base: Any, where: str) -> Any:
             return from_dict(typing.cast(type, member), value, base=base, where=where)
         if typing.get_origin(member) is Mapping and not isinstance(value, Mapping):
             raise ValueError(f"adq: {where} must be a mapping, got {value!r}")
-    if members and typing.get_origin(members[0]) is tuple:
-        return _convert_items(typing.get_args(members[0])[0], value, where)
+    items = next((typing.get_args(member)[0] for member in members if typing.get_origin(member) is tuple), None)
+    if items is not None and (len(members) == 1 or isinstance(value, (list, tuple))):
+        return _convert_items(items, value, where)
     plain = tuple(member for member in members if member in (int, float, str, bool))
     if float in plain and str not in plain:
         value = _number(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -114,6 +115,41 @@ def fit_thresholds(values: Tensor, config: ActivationConfig) -> Thresholds:
     if not bool((fitted.in_scale + fitted.out_scale).isfinite()):
         raise ValueError(f"adq: inputs of up to {(peak * unit).item():.3g} have no thresholds in float32")
     return fitted
+
+
+def averaged(several: Sequence[Thresholds]) -> Thresholds:
+    """The mean of thresholds of one width: of the inputs at which the level changes, and of the output scale.
+
+    Args:
+        several: of equal shapes; the first says what is uniform and where the tensors are.
+
+    Raises:
+        ValueError: zero is on different levels.
+    """
+    first = several[0]
+    if len(several) == 1:
+        return first
+    zeros = [thresholds.offset.tolist() for thresholds in several]
+    if any(zero != zeros[0] for zero in zeros):
+        raise ValueError("adq: thresholds have no mean: of the quantizers to average zero is on different levels")
+
+    def mean(values: Iterable[Tensor]) -> Tensor:
+        return torch.stack([value.to(first.start.device) for value in values]).mean(0)
+
+    scales = [thresholds.in_scale.double() for thresholds in several]
+    in_scale = 1 / mean(1 / scale for scale in scales)
+
+    def in_inputs(values: Iterable[Tensor]) -> Tensor:
+        return in_scale * mean(value.double() / scale for value, scale in zip(values, scales, strict=True))
+
+    interval = in_inputs(thresholds.interval.clamp_min(MIN_INTERVAL) for thresholds in several)
+    return Thresholds(
+        start=in_inputs(thresholds.start for thresholds in several).float(),
+        interval=first.interval if first.interval.numel() == 1 else interval.float(),  # of uniform ones it is constant
+        in_scale=in_scale.float(),
+        out_scale=mean(thresholds.out_scale.double() for thresholds in several).float(),
+        offset=first.offset,
+    )
 
 
 def resampled(thresholds: Thresholds, present: ActivationConfig, config: ActivationConfig) -> Thresholds:

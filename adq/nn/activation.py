@@ -12,7 +12,7 @@ from adq.config import ActivationConfig
 from adq.functional import quantize_activation
 from adq.nn.dtype import keeping_dtype
 from adq.ops import ACTIVATION_RANGE
-from adq.thresholds import Thresholds, fit_thresholds, num_intervals, resampled, uniform_bits
+from adq.thresholds import Thresholds, averaged, fit_thresholds, num_intervals, resampled, uniform_bits
 
 _FITTED = ("start", "interval", "in_scale", "out_scale", "offset")
 
@@ -131,10 +131,15 @@ class ActivationQuantizer(nn.Module):
         self.trained = False
 
     @torch.no_grad()
-    def take_over_(self, other: ActivationQuantizer) -> None:
-        """Follow the curve that another quantizer, of any width, has learned."""
-        learned = Thresholds(*(getattr(other, name).detach() for name in _FITTED))
-        self.assign_(resampled(learned, other.config, self.config))
+    def take_over_(self, *others: ActivationQuantizer) -> None:
+        """Follow the curve that another quantizer, of any width, has learned, or the mean of several; ValueError names
+        the layer."""
+        learned = [(Thresholds(*(getattr(other, name).detach() for name in _FITTED)), other.config) for other in others]
+        try:
+            mean = averaged([resampled(thresholds, config, self.config) for thresholds, config in learned])
+        except ValueError as error:
+            raise ValueError(f"{error} (layer {self.name!r})") from error
+        self.assign_(mean)
         self.trained = True
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:

@@ -228,14 +228,15 @@ class RunConfig:
         seed: of everything random in training; ``data.seed``, where given, is that of order and augmentation.
         start: run folder, or file of :func:`adq.save`: quantization starts from that network, trained at more bits
             say, instead of the float network; from a packed file, from the quantized weights. Widths are this
-            configuration's (:func:`adq.start_from_`); the float network stays baseline and teacher.
+            configuration's (:func:`adq.start_from_`); the float network stays baseline and teacher. Of a list of them
+            the mean, batch norms taken over as many training batches as calibration has.
     """
 
     seed: int = 0
     output: str | None = None
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
-    start: str | None = None
+    start: str | tuple[str, ...] | None = None
     float: PhaseConfig = field(default_factory=PhaseConfig)
     quantization: ADQConfig = field(default_factory=ADQConfig)
     allocation: AllocationConfig = field(default_factory=AllocationConfig)
@@ -256,6 +257,13 @@ class RunConfig:
             raise ValueError("adq: qat.label_smoothing is of cross entropy, which distillation.alpha=1 leaves out")
         if self.float.dampening:
             raise ValueError("adq: float.dampening: weights in float have no codewords; set qat.dampening")
+        if self.start == ():
+            raise ValueError("adq: start is an empty list; name networks, or null")
+
+    @property
+    def starts(self) -> tuple[str, ...]:
+        """``start`` as a list of files."""
+        return () if self.start is None else (self.start,) if isinstance(self.start, str) else self.start
 
 
 def recipe_names() -> list[str]:
@@ -378,12 +386,18 @@ def differences(first: RunConfig | Mapping[str, Any], second: RunConfig | Mappin
     a, b = (flatten(yaml.safe_load(dump_yaml(config))) for config in (first, second))
     for values in (a, b):
         for key in FILES:
-            file = Path(values[key]) if values.get(key) is not None else None
-            if file is not None and file.name not in OWN_NAMES and (key != "start" or file.suffix == ".safetensors"):
-                values[key] = file.name
+            named = values.get(key)
+            values[key] = [_identity(key, file) for file in named] if isinstance(named, list) else _identity(key, named)
     changed = sorted(key for key in {*a, *b} if a.get(key) != b.get(key) or (key in a) != (key in b))
     elsewhere = ("output", "data.root", "data.index", "data.workers")
     return [key for key in changed if key not in elsewhere and not key.startswith("engine.")]
+
+
+def _identity(key: str, file: str | None) -> str | None:
+    """What tells a named file from another."""
+    if file is None or Path(file).name in OWN_NAMES or (key == "start" and Path(file).suffix != ".safetensors"):
+        return file
+    return Path(file).name
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

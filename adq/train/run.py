@@ -31,9 +31,17 @@ from adq.allocate import (
 )
 from adq.artifact import MODEL, PACKED_MODEL, load, model_file, save
 from adq.batch_norm import correct_batch_norm_, reestimate_batch_norm_
+from adq.batches import model_device, to_device
 from adq.calibrate import calibrate_
 from adq.config import dump_yaml, from_dict, load_yaml, to_dict
-from adq.convert import activation_quantizers, choose_layers, load_tensors_, quantize_, weight_quantizers
+from adq.convert import (
+    activation_quantizers,
+    choose_layers,
+    load_tensors_,
+    quantize_,
+    quantized_layers,
+    weight_quantizers,
+)
 from adq.distill import DistillationLoss
 from adq.distributed import from_main, share, share_of
 from adq.nn.layers import QUANTIZED
@@ -130,10 +138,10 @@ def choose_folder(config: RunConfig, resume: bool, taken: Sequence[Path] = ()) -
 def check_files(config: RunConfig) -> None:
     """Raise FileNotFoundError or ValueError for files and folders that are named and not there."""
     named = flatten(to_dict(config))
-    for key, file in ((key, named.get(key)) for key in FILES):
-        if file is None or Path(file).is_file() or (key == "start" and model_file(file).is_file()):
-            continue
-        raise FileNotFoundError(f"adq: no such file: {file}")
+    files = [named.get(key) for key in FILES if key != "start"] + [model_file(file) for file in config.starts]
+    for file in files:
+        if file is not None and not Path(file).is_file():
+            raise FileNotFoundError(f"adq: no such file: {file}")
     if config.data.root is not None:
         _ = config.data.folder
 
@@ -184,6 +192,47 @@ def float_network(config: ModelConfig, data: Data, channels_last: bool = False) 
     check_classes(model, data)
     check_input(model, data, config.name)
     return model.to(memory_format=torch.channels_last) if channels_last else model
+
+
+def start_network(config: RunConfig, model: nn.Module, data: Data, device: torch.device) -> nn.Module | None:
+    """What quantization starts from instead of the float network ``model``, if the recipe names files.
+
+    Of several it is their mean, whose weights no codebook has been fitted to yet: they are in float, and batch norms
+    re-estimated for them.
+
+    Raises:
+        ValueError: what :func:`adq.start_from_` refuses, with the files.
+    """
+    if not config.starts:
+        return None
+    starts = [load(file, copy.deepcopy(model)) for file in config.starts]
+    scored = config.allocation.file is None and config.allocation.weight_bits is not None
+    if scored and config.allocation.estimator == "hessian" and activation_quantizers(starts[0]):
+        raise ValueError(
+            "adq: allocation.estimator=hessian takes second derivatives, which the learned thresholds of "
+            f"{', '.join(config.starts)} do not have; choose another estimator"
+        )
+    try:  # on a copy, so that what cannot be is said before the float network is trained
+        trial = copy.deepcopy(model)
+        load_tensors_(trial, float_state(starts[0]))  # its own weights may be zeros until they are trained
+        start_from_(quantize_(trial, config.quantization), *starts)
+    except ValueError as error:
+        raise ValueError(f"{error} ({', '.join(config.starts)})") from error
+    if len(starts) == 1:
+        return starts[0]
+    for _, quantizer in weight_quantizers(trial).values():
+        quantizer.enabled = False
+    if not activation_quantizers(starts[0]):
+        for layer in quantized_layers(trial).values():  # as in the starts; they are calibrated afterwards
+            layer.input_quantizer = nn.Identity()
+    return reestimate_(trial.to(device), data, len(data.calibration), epoch=0)
+
+
+def reestimate_(model: nn.Module, data: Data, batches: int, epoch: int) -> nn.Module:
+    """Batch-norm statistics over the first training batches of an epoch, a share of them on every process."""
+    data.sampler.resume(epoch, 0)
+    images = (to_device(batch, model_device(model))[0] for batch in islice(share(data.train), batches))
+    return reestimate_batch_norm_(model, images)
 
 
 def known_layers(allocation: Allocation, path: str, layers: Iterable[str]) -> Allocation:
@@ -303,7 +352,8 @@ class Run:
         data = replace(data, test=share(data.test), calibration=share(data.calibration))
         model = self._create(data)
         check_layers(model, self.config)
-        start, other = self._start_network(model), self._other_teacher(data)
+        start = start_network(self.config, model, data, self.accelerator.device)
+        other = self._other_teacher(data)
         train, test = self.accelerator.prepare(data.train), data.test
         check_batches(self.accelerator, train)
         self._start_folder()
@@ -331,26 +381,6 @@ class Run:
     def _create(self, data: Data) -> nn.Module:
         set_seed(self.config.seed)
         return float_network(self.config.model, data, self.config.engine.channels_last)
-
-    def _start_network(self, model: nn.Module) -> nn.Module | None:
-        """What quantization starts from instead of the float network, if the recipe names a file."""
-        if self.config.start is None:
-            return None
-        start = load(self.config.start, copy.deepcopy(model))
-        allocation = self.config.allocation
-        scored = allocation.file is None and allocation.weight_bits is not None
-        if scored and allocation.estimator == "hessian" and activation_quantizers(start):
-            raise ValueError(
-                "adq: allocation.estimator=hessian takes second derivatives, which the learned thresholds of "
-                f"{self.config.start} do not have; choose another estimator"
-            )
-        try:  # on a copy, so that what cannot be is said before the float network is trained
-            trial = copy.deepcopy(model)
-            load_tensors_(trial, float_state(start))  # its own weights may be zeros until they are trained
-            start_from_(quantize_(trial, self.config.quantization), start)
-        except ValueError as error:
-            raise ValueError(f"{error} ({self.config.start})") from error
-        return start
 
     def _other_teacher(self, data: Data) -> nn.Module | None:
         """What the quantized network learns from instead of the float network, if the recipe names one."""
@@ -496,16 +526,14 @@ class Run:
         return model
 
     def _reestimate(self, model: nn.Module, data: Data, config: PhaseConfig) -> None:
-        """Batch-norm statistics over the first batches of one more epoch, a share of them on every process."""
-        device, wanted = self.accelerator.device, config.reestimate_batches
+        """Batch-norm statistics over the first batches of one more epoch."""
+        wanted = config.reestimate_batches
         if wanted > len(data.train):
             self.display.say(
                 f"batch norms are re-estimated over the {len(data.train)} batches of an epoch, not {wanted}"
             )
         if wanted:
-            data.sampler.resume(config.epochs, 0)
-            batches = islice(share(data.train), share_of(wanted))
-            reestimate_batch_norm_(model, (images.to(device) for images, _ in batches))
+            reestimate_(model, data, share_of(wanted), epoch=config.epochs)
 
     def _result(self, model: nn.Module, data: Data, accuracies: dict[str, float]) -> dict[str, Any]:
         report = summary(model)

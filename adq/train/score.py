@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -11,7 +10,6 @@ from accelerate import Accelerator
 from torch import nn
 
 from adq.allocate import Allocation, Budget, allocate
-from adq.artifact import load
 from adq.config import dump_yaml
 from adq.convert import quantize_
 from adq.progressive import start_from_
@@ -19,7 +17,7 @@ from adq.sensitivity import SensitivityTable, reordered, sensitivity
 from adq.store import check_writable, write_or_show
 from adq.train.config import RunConfig
 from adq.train.data import build_data
-from adq.train.run import check_files, check_layers, float_network
+from adq.train.run import check_files, check_layers, float_network, start_network
 
 
 def score(config: RunConfig, output: Path | None, allocation: Path | None, show: Callable[[str], object]) -> None:
@@ -43,11 +41,12 @@ def score(config: RunConfig, output: Path | None, allocation: Path | None, show:
     data = build_data(config.data)
     model = float_network(config.model, data, config.engine.channels_last)
     check_layers(model, config)
-    start = None if config.start is None else load(config.start, copy.deepcopy(model))
+    device = Accelerator(cpu=config.engine.device == "cpu").device
+    start = start_network(config, model, data, device)
     quantize_(model, config.quantization)
     if start is not None:
         start_from_(model, start)
-    model.to(Accelerator(cpu=config.engine.device == "cpu").device)
+    model.to(device)
     chosen = config.allocation
     batches = islice(data.calibration, chosen.batches)
     check_writable(*(path for path in (output, allocation) if path is not None))
