@@ -310,6 +310,15 @@ def test_rows_may_come_from_another_machine():
         assert differences(*(resolve("digits", [change]) for change in changes)) == [key]  # every run has one
     changes = [parse_assignment(f"start={study}/runs/2.81-3-bits-seed0") for study in ("a", "b")]  # every study has one
     assert differences(*(resolve("digits", [change]) for change in changes)) == ["start"]
+    lists = (
+        "[here/a.safetensors, b.safetensors]",
+        "[/there/a.safetensors, b.safetensors]",
+        "[b.safetensors, a.safetensors]",
+    )
+    same, moved, another = (resolve("digits", [one, parse_assignment(f"start={files}")]) for files in lists)
+    assert differences(same, moved) == []
+    assert differences(same, another) == ["start"]
+    assert differences(same, resolve("digits", [one, parse_assignment("start=here/a.safetensors")])) == ["start"]
 
 
 @pytest.mark.parametrize(

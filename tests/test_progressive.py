@@ -17,7 +17,7 @@ from adq import ActivationConfig, ADQConfig, WeightConfig
 from adq.convert import activation_quantizers, quantizers_enabled, set_weight_bits
 from adq.functional import threshold_quantize
 from adq.ops import MIN_INTERVAL
-from adq.thresholds import Thresholds, resampled
+from adq.thresholds import Thresholds, averaged, resampled
 
 from .networks import Block, assert_same_state, images, net
 
@@ -100,6 +100,32 @@ def test_outputs_differ_by_half_a_level_of_the_old_and_one_of_the_new_width(bits
     assert abs(zero_level - round(zero_level)) < 1e-4
 
 
+def test_the_mean_of_thresholds_by_hand():
+    """Levels change at the inputs 0.1, 0.35, 0.45 and at 0.4, 0.5, 0.6 (scales 2 and 5); an interval below the least
+    counts as the least."""
+    one, scale = table(0.2, [0.5, 0.2, 0.3]), 5 * ONE
+    other = Thresholds(2 * ONE, torch.tensor([0.5, 0.5, -1.0]), scale, 0.7 * ONE, 0 * ONE)
+    mean = averaged([one, other])
+    in_inputs = torch.cat([mean.start, mean.interval]) / mean.in_scale
+    least = MIN_INTERVAL / 5
+    expected = torch.tensor([(0.1 + 0.4) / 2, (0.25 + 0.1) / 2, (0.1 + 0.1) / 2, (0.15 + least) / 2])
+    torch.testing.assert_close(in_inputs, expected, rtol=1e-6, atol=1e-7)
+    assert mean.out_scale.item() == pytest.approx(0.6) and mean.offset.item() == 0.0
+    assert all(value.dtype == torch.float32 for value in vars(mean).values())
+
+
+@pytest.mark.parametrize("intervals", [1, 7])
+def test_the_mean_of_equal_thresholds_is_what_they_are(intervals):
+    generator = np.random.default_rng(intervals)
+    one = Thresholds(
+        *(torch.tensor(generator.uniform(0.01, 3, n), dtype=torch.float32) for n in (1, intervals, 1, 1, 1))
+    )
+    mean = averaged([copy.deepcopy(one) for _ in range(3)])
+    for name, value in vars(one).items():
+        torch.testing.assert_close(getattr(mean, name), value, rtol=2e-7, atol=0)
+    assert intervals > 1 or torch.equal(mean.interval, one.interval)  # of a uniform one it says the width
+
+
 # ---- networks ----------------------------------------------------------------------------------------
 
 
@@ -151,6 +177,51 @@ def test_from_a_plain_network_come_its_float_weights_and_statistics():
     assert model.stem.input_quantizer.interval.numel() == 1  # 8 bits
     assert all(torch.equal(tensor, before[name]) for name, tensor in start.state_dict().items())
     assert model.body[0].weight.data_ptr() != start.body[0].weight.data_ptr()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("bits", [4, 3])
+def test_from_several_networks_comes_their_mean(packed, bits):
+    first = trained()
+    second = fast_thresholds(copy.deepcopy(first), 10)
+    starts = [adq.pack_(first), second] if packed else [first, second]
+    alone = [adq.start_from_(fresh(activation=ActivationConfig(bits)), start) for start in starts]
+    model = adq.start_from_(fresh(activation=ActivationConfig(bits)), *starts)
+    for name in ("stem.weight", "body.0.weight", "head.bias", "norm.weight", "norm.running_mean"):
+        one, two = (network.state_dict()[name].double() for network in alone)
+        assert not torch.equal(one, two)
+        torch.testing.assert_close(model.state_dict()[name], ((one + two) / 2).float(), rtol=0, atol=0)
+    assert torch.equal(model.norm.num_batches_tracked, alone[0].norm.num_batches_tracked)
+
+    def edges(network: nn.Module) -> torch.Tensor:
+        q = network.body[0].input_quantizer
+        return torch.cat([q.start, q.interval.clamp_min(MIN_INTERVAL)]).double().cumsum(0) / q.in_scale.double()
+
+    expected = (edges(alone[0]) + edges(alone[1])) / 2
+    assert (edges(alone[0]) - expected).abs().max() > 1e-3
+    torch.testing.assert_close(edges(model), expected, rtol=1e-5, atol=1e-6)
+    assert int(model.stem.weight_quantizer.steps) == 1
+    adq.reestimate_batch_norm_(model, [images(seed, 16) for seed in range(4)])
+    fast_thresholds(model, 2)
+
+
+def test_several_starts_of_which_one_does_not_fit_change_nothing():
+    model, start = fresh(), trained()
+    before, other = copy.deepcopy(model), copy.deepcopy(start)
+    other.body[0].input_quantizer.offset.add_(2 / 15)
+    unlike = {
+        "zero is on different levels .layer 'body.0'": other,
+        "only one quantizes the input of body.0; ": trained(activation=None),
+        "of another architecture": trained(Block),
+        "takes quantized models": net(),
+    }
+    for message, bad in unlike.items():
+        for starts in ([start, bad], [bad, start]):
+            with pytest.raises(ValueError, match=message):
+                adq.start_from_(model, *starts)
+    with pytest.raises(TypeError, match="at least one start"):
+        adq.start_from_(model)
+    assert_same_state(model, before)
 
 
 def test_the_curve_holds_what_calibration_loses():
@@ -238,8 +309,8 @@ def folded() -> nn.Module:
 @pytest.mark.parametrize(
     ("model", "start", "message"),
     [
-        (net, trained, "takes two quantized models"),
-        (fresh, net, "takes two quantized models"),
+        (net, trained, "takes quantized models"),
+        (fresh, net, "takes quantized models"),
         (lambda: adq.pack_(trained()), trained, "a model to train needs float weights"),
         (fresh, folded, "no batch norms any more"),
         (fresh, fresh, "the start is not calibrated"),

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import adq
 from adq.config import dump_yaml, load_yaml, to_dict
+from adq.convert import quantizers_enabled
 from adq.sensitivity import SensitivityTable
 from adq.store import write_text
 
@@ -424,13 +425,19 @@ def test_the_start_is_scored_where_there_is_one(weights, tmp_path):
     adq.save(start, tmp_path / "start.safetensors")
     common = "--weights", weights, "--output", tmp_path / "table.yaml", "--set", "allocation.batches=1"
     found = []
-    for arguments in ([], ["--set", f"start={tmp_path / 'start.safetensors'}"]):
+    file = tmp_path / "start.safetensors"
+    for arguments in ([], ["--set", f"start={file}"], ["--set", f"start=[{file}, {file}]"]):
         outcome = run(*common, *arguments)
         assert outcome.exit_code == 0, outcome.output
         found.append(SensitivityTable.from_dict(load_yaml(tmp_path / "table.yaml")))
     model = adq.start_from_(adq.quantize_(network(), config.quantization), start)
     batches = list(itertools.islice(data.calibration, 1))
     assert found[1] == adq.sensitivity(model, batches, F.cross_entropy, config.allocation.bits) != found[0]
+    data = build_data(config.data)
+    data.sampler.resume(0, 0)
+    with quantizers_enabled(model, weights=False, activations=None):  # of the mean: over training batches
+        adq.reestimate_batch_norm_(model, (x for x, _ in itertools.islice(data.train, len(data.calibration))))
+    assert found[2] == adq.sensitivity(model, batches, F.cross_entropy, config.allocation.bits) != found[1]
     for arguments, message in (
         (common, "no such file: missing"),
         (["--weights", weights, "--study", tmp_path], "no start"),

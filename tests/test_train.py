@@ -29,6 +29,8 @@ from adq.train.engine import build_schedule
 from adq.train.run import RunFolder
 
 SHORT = ["--float-epochs", "2", "--epochs", "2", "--set", "engine.checkpoint_steps=4"]
+for phase, epochs in (("float", 1), ("qat", 2)):
+    SHORT += ["--set", f"{phase}.average_epochs={epochs}", "--set", f"{phase}.reestimate_batches=9"]
 
 
 def command(folder, *arguments):
@@ -176,6 +178,7 @@ def test_quantization_starts_from_another_quantized_network(finished):
     weights = str(folder / "whole" / "float.safetensors")
     common = ["train", "--weights", weights, "--epochs", "0", "--set", "quantization.weight.bits=2"]
     starts = {"float": None, "plain": "whole", "packed": "whole/model-packed.safetensors"}
+    starts["mean"] = "[whole, whole/model.safetensors, whole/model-packed.safetensors]"
     for name, start in starts.items():
         options = [] if start is None else ["--set", f"start={start}"]
         output = f"from {name}"
@@ -184,15 +187,17 @@ def test_quantization_starts_from_another_quantized_network(finished):
     whole = load(folder / "whole")
     networks = {name: load(folder / f"from {name}") for name in starts}
     assert torch.equal(networks["plain"].conv2.weight, whole.conv2.weight)
-    assert torch.equal(networks["packed"].conv2.weight, whole.conv2.quantized_weight())
+    packed = whole.conv2.quantized_weight()
+    assert torch.equal(networks["packed"].conv2.weight, packed)
+    torch.testing.assert_close(networks["mean"].conv2.weight, (2 * whole.conv2.weight + packed) / 3)
     levels = {name: network.conv2.weight_quantizer.levels.numel() for name, network in networks.items()}
     assert levels == dict.fromkeys(starts, 4) and whole.conv2.weight_quantizer.levels.numel() > 4
     results = {name: json.loads((folder / f"from {name}" / "result.json").read_text()) for name in starts}
     assert len({result["float_top1"] for result in results.values()}) == 1
     assert results["float"]["calibrated_top1"] not in {results[name]["calibrated_top1"] for name in ("plain", "packed")}
     learned = whole.conv2.input_quantizer
-    for name in ("plain", "packed"):
-        assert torch.equal(networks[name].conv2.input_quantizer.interval, learned.interval)
+    for name in ("plain", "packed", "mean"):
+        torch.testing.assert_close(networks[name].conv2.input_quantizer.interval, learned.interval, rtol=2e-7, atol=0)
     assert not torch.equal(networks["float"].conv2.input_quantizer.interval, learned.interval)
 
 
@@ -205,6 +210,9 @@ def test_quantization_starts_from_another_quantized_network(finished):
         (["--set", "quantization.weight=null"], "quantization.weight leaves all of them in float"),
         (["--set", "distillation.teacher={name: digits_cnn, weights: missing.pt}"], "no such file: missing.pt"),
         (["--set", "start=missing.safetensors"], "no such file: missing.safetensors"),
+        (["--set", "start=[whole, missing.safetensors]"], "no such file: missing.safetensors"),
+        (["--set", "start=[]"], "start is an empty list"),
+        (["--set", "start=[whole, folded.safetensors]"], "training needs them (whole, folded.safetensors)"),
         (
             ["--set", "start=whole", "--set", "allocation.estimator=hessian"],
             "takes second derivatives, which the learned thresholds of whole do not have",

@@ -10,7 +10,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from adq.distributed import from_main, world
 from adq.store import check_seal, publish_directory, read_seal, seal_directory
 from adq.train.together import SharedError, together
 
+MEAN = "mean.safetensors"
 Sums = tuple[float, int, int]
 """Loss, correct answers and samples."""
 
@@ -137,8 +138,17 @@ class Checkpoints:
             raise SharedError(f"no checkpoint in {self.folder} can be used, all are damaged: {', '.join(damaged)}")
         return None
 
-    def save(self, accelerator: Accelerator, model: nn.Module, progress: Progress, metrics_size: int) -> None:
+    def save(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        progress: Progress,
+        metrics_size: int,
+        mean: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Write a checkpoint aside, rename it into place, then drop old ones. Every process calls this.
+
+        ``mean`` is a state of :class:`adq.train.averaging.WeightMean`, the same on every process.
 
         Raises:
             SharedError: it could not be written, on every process with the same message; those written
@@ -150,6 +160,8 @@ class Checkpoints:
         def begin() -> None:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
+            if mean is not None:
+                save_file(dict(mean), temporary / MEAN)
 
         def write() -> None:
             accelerator.save_state(str(temporary), safe_serialization=True)
@@ -187,6 +199,11 @@ class Checkpoints:
                 shutil.rmtree(trash, ignore_errors=True)
                 os.rename(old.path, trash)  # at once: what has a checkpoint's name is whole
                 shutil.rmtree(trash, ignore_errors=True)
+
+    def mean(self, progress: Progress) -> dict[str, Tensor]:
+        """The mean of the weights that was saved with a checkpoint."""
+        assert progress.path is not None  # it was found in the folder
+        return load_file(progress.path / MEAN)
 
     def restore(self, accelerator: Accelerator, model: nn.Module, progress: Progress, layout: Layout) -> None:
         """Bring model, optimizer, schedule, scaler and random states back to a checkpoint.

@@ -67,6 +67,9 @@ class PhaseConfig:
         reestimate_batches: after the last epoch, replace batch-norm running statistics by their means over so many
             training batches; 0 keeps the running averages. An epoch's worth, or none: on CIFAR-10 statistics from 40
             batches lay 0.3 % below those from 390 (benchmarks/results, cifar10-batch-norm).
+        average_epochs: end with the mean of the weights over the steps of so many last epochs (SWA, arXiv 1803.05407),
+            codebooks fitted to it anew; 0: with the last weights. It needs ``reestimate_batches``, and pays where the
+            learning rate has not fallen to zero.
     """
 
     epochs: int = 20
@@ -82,6 +85,7 @@ class PhaseConfig:
     clip_grad_norm: float | None = None
     dampening: float = 0.0
     reestimate_batches: int = 0
+    average_epochs: int = 0
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -91,9 +95,16 @@ class PhaseConfig:
             raise ValueError(f"clip_grad_norm must be positive, or null for no limit, got {self.clip_grad_norm}")
         if self.dampening and self.schedule == "constant":
             raise ValueError("dampening grows as the learning rate falls, and schedule: constant keeps it")
-        for name in ("epochs", "reestimate_batches"):
+        for name in ("epochs", "reestimate_batches", "average_epochs"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if 0 < self.epochs < self.average_epochs:
+            raise ValueError(f"average_epochs is of the last of {self.epochs} epochs, got {self.average_epochs}")
+        if self.average_epochs and not self.reestimate_batches:
+            raise ValueError(
+                "average_epochs ends with weights that no step had, and batch-norm statistics of others; set "
+                "reestimate_batches"
+            )
         for name in ("lr", "threshold_lr", "scale_lr", "weight_decay", "warmup_epochs", "momentum", "dampening"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")

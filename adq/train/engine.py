@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from adq.dampening import dampening_loss
 from adq.distributed import average_batch_norm_, gather, pool, world
 from adq.nn.activation import ActivationQuantizer
 from adq.nn.weight import WeightQuantizer
+from adq.train.averaging import WeightMean
 from adq.train.checkpoint import Checkpoints, Layout, Progress, Sums
 from adq.train.config import EngineConfig, PhaseConfig
 from adq.train.data import EpochSampler
@@ -219,6 +220,11 @@ class Trainer:
     departure: Departure
     checkpoint_steps: int = 0
     compiled: bool = False
+    mean: WeightMean | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        if self.config.average_epochs:
+            self.mean = WeightMean(self.model)
 
     def run(self, resume: Progress | None = None) -> nn.Module:
         """Train to the end, from ``resume`` where given; returns the model, unwrapped."""
@@ -241,6 +247,8 @@ class Trainer:
         # without its autocast: what is evaluated last is what is saved
         trained: nn.Module = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         accelerator.free_memory()
+        if self.mean is not None:
+            self.mean.apply_()
         return trained
 
     @property
@@ -263,6 +271,8 @@ class Trainer:
         """Restore a checkpoint: exactly, or into another layout as near as that can be."""
         accelerator, updates = self.accelerator, self.updates
         self.checkpoints.restore(accelerator, self.model, saved, self.layout)
+        if self.mean is not None:
+            self.mean.restore(self.checkpoints.mean(saved))
         if saved.layout == self.layout:
             return saved
         progress = saved.in_layout(self.layout)
@@ -304,6 +314,8 @@ class Trainer:
                 totals.add(loss, logits, target)
                 if accelerator.sync_gradients and not optimizer.step_was_skipped:
                     schedule.step()
+                    if self.mean is not None and epoch >= self.config.epochs - self.config.average_epochs:
+                        self.mean.update()
                 checked = index % exact_check == 0 or index == last
                 if checked:
                     self._check(totals.loss, images, epoch, index)
@@ -378,7 +390,8 @@ class Trainer:
         if bad:
             self.departure.fail(f"{bad} holds NaN or infinity at epoch {progress.epoch + 1}")
         self._told_to_leave(now=True)
-        self.checkpoints.save(self.accelerator, self.model, progress, self.metrics.size())
+        mean = None if self.mean is None else self.mean.state()
+        self.checkpoints.save(self.accelerator, self.model, progress, self.metrics.size(), mean)
 
     def _check(self, total_loss: Tensor, images: Tensor, epoch: int, index: int) -> None:
         if not math.isfinite(total_loss.item()):
