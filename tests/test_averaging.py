@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel
 
 import adq
 from adq import ActivationConfig, ADQConfig, WeightConfig
@@ -62,6 +63,23 @@ def test_it_is_the_mean_of_all_parameters_and_has_codebooks_of_its_own(update, t
         assert torch.equal(quantizer.levels, expected.levels) and torch.equal(quantizer.scale, expected.scale)
         assert int(quantizer.steps) == 7
     steps(model.train(), other, [8])  # and it can be trained on
+
+
+def test_an_average_that_torch_keeps_gets_codebooks_of_its_own_as_a_start():
+    model = model_of()
+    mean, averaged = WeightMean(model), AveragedModel(model)
+    for seed in range(4):
+        steps(model, mean, [seed])
+        averaged.update_parameters(model)
+    started = adq.start_from_(model_of(), averaged.module)
+    stale = averaged.module.stem.weight_quantizer.levels
+    mean.apply_()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(dict(started.named_parameters())[name], parameter, rtol=1e-5, atol=1e-6)
+    for layer in ("stem", "body.0", "head"):
+        found, expected = (network.get_submodule(layer).weight_quantizer.levels for network in (started, model))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(stale, model.stem.weight_quantizer.levels, rtol=1e-4, atol=1e-5)
 
 
 def test_nothing_taken_in_changes_nothing():

@@ -24,6 +24,7 @@ from adq.store import check_seal
 from adq.train.checkpoint import Checkpoints
 
 SETTINGS = ("engine.checkpoint_steps=2", "data.limit_train=192", "data.limit_test=64", "data.calibration_images=64")
+SETTINGS += ("qat.average_epochs=2", "qat.reestimate_batches=3")
 TINY = ["train", "--float-epochs", "1", "--epochs", "2", "--batch-size", "32"]
 TINY += [word for setting in SETTINGS for word in ("--set", setting)]
 LONG = ["train", "--float-epochs", "100000", *TINY[3:]]
