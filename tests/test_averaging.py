@@ -41,7 +41,7 @@ def steps(model: nn.Module, mean: WeightMean, seeds) -> list[dict[str, torch.Ten
 
 @pytest.mark.parametrize("update", ["ema", "frozen", "gradient", "step"])
 def test_it_is_the_mean_of_all_parameters_and_has_codebooks_of_its_own(update, tmp_path):
-    model = model_of(update)
+    model = model_of(update).to(memory_format=torch.channels_last)
     mean = WeightMean(model)
     seen = steps(model, mean, range(5))
     save_file(mean.state(), tmp_path / "mean.safetensors")
@@ -51,6 +51,7 @@ def test_it_is_the_mean_of_all_parameters_and_has_codebooks_of_its_own(update, t
     last = copy.deepcopy(model.state_dict())
     other.apply_()
     fitted = adq.quantize_(net(), ADQConfig(weight=WeightConfig(bits=3, update=update), first_last_bits=8))
+    fitted.to(memory_format=torch.channels_last)
     fitted.load_state_dict({k: v for k, v in model.state_dict().items() if "quantizer" not in k})
     for name, parameter in model.named_parameters():
         if "weight_quantizer" in name:

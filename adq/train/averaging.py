@@ -49,11 +49,15 @@ class WeightMean:
             quantizer.replace_(*quantizer.fit_bits(quantizer.bits, layer.weight))
 
     def state(self) -> dict[str, Tensor]:
-        """What :meth:`restore` takes."""
-        return {f"mean.{name}": tensor for name, tensor in self._mean.items()} | {COUNT: torch.tensor(self.steps)}
+        """What :meth:`restore` takes, contiguous: safetensors saves no other tensors."""
+        mean = {f"mean.{name}": tensor.contiguous() for name, tensor in self._mean.items()}
+        return mean | {COUNT: torch.tensor(self.steps)}
 
+    @torch.no_grad()
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a state."""
         self.steps = int(state[COUNT])
         present = dict(self.model.named_parameters()) if self.steps else {}
-        self._mean = {name: state[f"mean.{name}"].to(parameter, copy=True) for name, parameter in present.items()}
+        self._mean = {
+            name: torch.empty_like(parameter).copy_(state[f"mean.{name}"]) for name, parameter in present.items()
+        }
