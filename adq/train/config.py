@@ -60,6 +60,8 @@ class PhaseConfig:
         schedule: ``cosine`` or ``linear`` decay to zero, or ``constant``.
         warmup_epochs: linear rise at the start, over half of all epochs at most.
         label_smoothing: of cross entropy.
+        mixup: parameter of the Beta distribution by which the images of a batch, and their targets, are mixed in pairs
+            (arXiv 1710.09412); a teacher sees the same mixtures (arXiv 2106.05237). 0: none.
         clip_grad_norm: largest gradient norm, None for no limit.
         dampening: factor of :func:`adq.dampening_loss` where the learning rate has fallen to zero; it grows from zero
             as the rate falls from its peak, which a constant one never does. 0: none. Of quantization-aware training
@@ -82,6 +84,7 @@ class PhaseConfig:
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_epochs: float = 1.0
     label_smoothing: float = 0.0
+    mixup: float = 0.0
     clip_grad_norm: float | None = None
     dampening: float = 0.0
     reestimate_batches: int = 0
@@ -105,7 +108,16 @@ class PhaseConfig:
                 "average_epochs ends with weights that no step had, and batch-norm statistics of others; set "
                 "reestimate_batches"
             )
-        for name in ("lr", "threshold_lr", "scale_lr", "weight_decay", "warmup_epochs", "momentum", "dampening"):
+        for name in (
+            "lr",
+            "threshold_lr",
+            "scale_lr",
+            "weight_decay",
+            "warmup_epochs",
+            "momentum",
+            "dampening",
+            "mixup",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 

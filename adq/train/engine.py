@@ -34,6 +34,7 @@ CHECK_EVERY = 20
 """On a GPU the loss is read back, and checked, every so many micro-batches; on a CPU at each one."""
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def build_accelerator(config: EngineConfig, **options: Any) -> Accelerator:
@@ -143,8 +144,10 @@ class Totals:
         return cls(torch.zeros((), device=device), torch.zeros((), device=device, dtype=torch.int64))
 
     def add(self, loss: Tensor, logits: Tensor, target: Tensor) -> None:
+        """Take a batch in; of a mixture the image with the larger part counts."""
+        classes = target if target.dim() == 1 else target.argmax(1)
         self.loss += loss.detach().float() * len(target)
-        self.correct += (logits.detach().argmax(1) == target).sum()
+        self.correct += (logits.detach().argmax(1) == classes).sum()
         self.samples += len(target)
 
     def of_processes(self) -> tuple[Sums, ...]:
@@ -203,6 +206,7 @@ class Trainer:
         checkpoints, metrics, display: where things go.
         departure: tells when to leave before the end.
         checkpoint_steps: optimizer steps between checkpoints inside an epoch, 0 for none.
+        mix: what makes of a batch the mixtures to train on, and their targets as probabilities.
         compiled: run the model through ``torch.compile``.
     """
 
@@ -219,6 +223,7 @@ class Trainer:
     display: Display
     departure: Departure
     checkpoint_steps: int = 0
+    mix: Mix | None = None
     compiled: bool = False
     mean: WeightMean | None = field(init=False, default=None)
 
@@ -302,6 +307,8 @@ class Trainer:
         last = len(self.train) - 1
         with self.display.epoch(self.phase, epoch, self.config.epochs, last + 1, start, totals.samples) as bar:
             for index, (images, target) in self._batches(epoch, start, pace):
+                if self.mix is not None:
+                    images, target = self.mix(images, target)
                 with accelerator.accumulate(model):
                     logits = model(images)
                     with accelerator.autocast():  # a teacher's forward pass belongs to the loss

@@ -56,7 +56,7 @@ from adq.train.config import FILES, ModelConfig, PhaseConfig, RunConfig, differe
 from adq.train.data import Data, build_data, check_classes, check_input
 from adq.train.data.decoding import BrokenImages
 from adq.train.display import Display
-from adq.train.engine import Trainer, build_accelerator, check_batches, evaluate, seed_process
+from adq.train.engine import Mix, Trainer, build_accelerator, check_batches, evaluate, seed_process
 from adq.train.metrics import MetricsLog
 from adq.train.together import Departure, Preempted, ProcessLost, TrainingStopped, is_loss_of_process, together
 
@@ -233,6 +233,16 @@ def reestimate_(model: nn.Module, data: Data, batches: int, epoch: int) -> nn.Mo
     data.sampler.resume(epoch, 0)
     images = (to_device(batch, model_device(model))[0] for batch in islice(share(data.train), batches))
     return reestimate_batch_norm_(model, images)
+
+
+def mixture(config: PhaseConfig, classes: int) -> Mix:
+    """What mixes batches of images with targets below ``classes``."""
+    try:
+        from torchvision.transforms.v2 import MixUp
+    except ImportError as error:
+        raise ImportError("adq: mixup needs torchvision 0.16 or newer: pip install 'adq[train]'") from error
+    mix: Mix = MixUp(alpha=config.mixup, num_classes=classes)
+    return mix
 
 
 def known_layers(allocation: Allocation, path: str, layers: Iterable[str]) -> Allocation:
@@ -415,11 +425,11 @@ class Run:
         return self.progress if self.progress is not None and self.progress.phase == phase else None
 
     def _trainer(self, phase: str, model: nn.Module, loss: Any, data: Data, train: Any, test: Any) -> Trainer:
-        engine = self.config.engine
+        engine, config = self.config.engine, getattr(self.config, phase)
         return Trainer(
             accelerator=self.accelerator,
             phase=phase,
-            config=getattr(self.config, phase),
+            config=config,
             model=model,
             loss=loss,
             train=train,
@@ -430,6 +440,7 @@ class Run:
             display=self.display,
             departure=self.departure,
             checkpoint_steps=engine.checkpoint_steps,
+            mix=mixture(config, data.num_classes) if config.mixup else None,
             compiled=engine.compile,
         )
 
