@@ -31,6 +31,7 @@ from adq.train.run import RunFolder
 SHORT = ["--float-epochs", "2", "--epochs", "2", "--set", "engine.checkpoint_steps=4"]
 for phase, epochs in (("float", 1), ("qat", 2)):
     SHORT += ["--set", f"{phase}.average_epochs={epochs}", "--set", f"{phase}.reestimate_batches=9"]
+    SHORT += ["--set", f"{phase}.mixup=0.4"]
 
 
 def command(folder, *arguments):
