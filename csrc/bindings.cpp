@@ -13,6 +13,11 @@
 #include <tuple>
 #include <utility>
 
+#if defined(__unix__) || defined(__APPLE__)
+#include <signal.h>
+#include <unistd.h>
+#endif
+
 #include "adq.h"
 #include "dispatch.h"
 #include "pool.h"
@@ -329,6 +334,20 @@ std::vector<std::string> torch_functions() {
     };
 }
 
+// SIGTERM ends this process if its parent has sent it, on whichever thread it arrives; Python does not see
+// the sender.
+void end_for_parent_only() {
+#if defined(__unix__) || defined(__APPLE__)
+    struct sigaction action = {};
+    action.sa_sigaction = [](int, siginfo_t* info, void*) {
+        if (info->si_pid == getppid()) _exit(0);
+    };
+    action.sa_flags = SA_SIGINFO | SA_RESTART;
+    sigemptyset(&action.sa_mask);
+    sigaction(SIGTERM, &action, nullptr);
+#endif
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -376,5 +395,7 @@ PYBIND11_MODULE(_C, module) {
     module.def("available_isas", &adq::available_isas,
                "Names of the instruction sets this processor has, best first.");
     module.def("set_isa", &adq::set_isa, "Choose an instruction set; ValueError if it is not available.");
+    module.def("end_for_parent_only", &end_for_parent_only,
+               "Let SIGTERM end this process if it is from the parent, and ignore it otherwise.");
     module.def("openmp", &adq::has_openmp, "Whether the kernels were built with OpenMP.");
 }

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import threading
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
+from adq import _C
 from adq.distributed import gather
 
 _SLOTS = 256
@@ -19,20 +18,10 @@ def leave_signals_to_parent(worker: int) -> None:
     """``worker_init_fn``: a loader worker ends when its parent says so, not when a signal goes to all processes.
 
     Ctrl-C, a batch system and ``kill`` of a process group reach the workers too, and a run that has been told to stop
-    still needs them until it has saved. SIGTERM is taken by a thread, which sees who sent it.
+    still needs them until it has saved. A thread of OpenMP may be the one that takes the signal.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if not hasattr(signal, "sigwaitinfo"):  # macOS
-        return
-    parent = os.getppid()
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-
-    def listen() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-            continue
-        os._exit(0)
-
-    threading.Thread(target=listen, daemon=True).start()
+    _C.end_for_parent_only()
 
 
 class BrokenImages(ValueError):
