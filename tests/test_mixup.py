@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 import pytest
 import torch
 from torch.nn import functional as F
 
-from adq import DistillationLoss
+from adq import DistillationLoss, create_model, reestimate_batch_norm_
 
 pytest.importorskip("accelerate", reason="adq train needs the extra 'train'")
+pytest.importorskip("sklearn", reason="the digits need scikit-learn")
 pytest.importorskip("torchvision", reason="mixtures are made by torchvision")
 
-from adq.train.config import PhaseConfig
+from adq.train.config import PhaseConfig, resolve
+from adq.train.data import build_data
 from adq.train.engine import Totals
-from adq.train.run import mixture
+from adq.train.run import mixture, reestimate_
 
 
 @pytest.mark.parametrize("alpha", [0.1, 1.0, 8.0])
@@ -52,6 +56,21 @@ def test_right_is_the_image_with_the_larger_part():
     totals.add(torch.tensor(2.0), logits, torch.tensor([[0.6, 0.4, 0.0], [0.7, 0.3, 0.0], [0.0, 0.1, 0.9]]))
     totals.add(torch.tensor(1.0), logits, torch.tensor([0, 1, 0]))
     assert (totals.loss.item(), int(totals.correct), totals.samples) == (9.0, 4, 6)
+
+
+def test_batch_norms_are_reestimated_on_mixtures():
+    data, mix = build_data(resolve("digits", []).data), mixture(PhaseConfig(mixup=1.0), 10)
+    models = [create_model("digits_cnn", 10).train() for _ in range(3)]
+    for model in models[1:]:
+        model.load_state_dict(models[0].state_dict())
+    torch.manual_seed(2)
+    reestimate_(models[0], data, 4, 1, mix)
+    reestimate_(models[1], data, 4, 1)
+    data.sampler.resume(1, 0)
+    torch.manual_seed(2)
+    reestimate_batch_norm_(models[2], [mix(*batch)[0] for batch in islice(data.train, 4)])
+    mixed, plain, expected = (model.bn1.running_var for model in models)
+    assert torch.equal(mixed, expected) and not torch.allclose(mixed, plain, rtol=0.05)
 
 
 def test_a_negative_parameter_is_refused():

@@ -228,11 +228,13 @@ def start_network(config: RunConfig, model: nn.Module, data: Data, device: torch
     return reestimate_(trial.to(device), data, len(data.calibration), epoch=0)
 
 
-def reestimate_(model: nn.Module, data: Data, batches: int, epoch: int) -> nn.Module:
-    """Batch-norm statistics over the first training batches of an epoch, a share of them on every process."""
+def reestimate_(model: nn.Module, data: Data, batches: int, epoch: int, mix: Mix | None = None) -> nn.Module:
+    """Batch-norm statistics over the first training batches of an epoch, mixed as in training, a share of them on every
+    process."""
     data.sampler.resume(epoch, 0)
-    images = (to_device(batch, model_device(model))[0] for batch in islice(share(data.train), batches))
-    return reestimate_batch_norm_(model, images)
+    device = model_device(model)
+    taken = (to_device(batch, device) for batch in islice(share(data.train), batches))
+    return reestimate_batch_norm_(model, (mix(*batch)[0] if mix else batch[0] for batch in taken))
 
 
 def mixture(config: PhaseConfig, classes: int) -> Mix:
@@ -544,7 +546,8 @@ class Run:
                 f"batch norms are re-estimated over the {len(data.train)} batches of an epoch, not {wanted}"
             )
         if wanted:
-            reestimate_(model, data, share_of(wanted), epoch=config.epochs)
+            mix = mixture(config, data.num_classes) if config.mixup else None
+            reestimate_(model, data, share_of(wanted), config.epochs, mix)
 
     def _result(self, model: nn.Module, data: Data, accuracies: dict[str, float]) -> dict[str, Any]:
         report = summary(model)
