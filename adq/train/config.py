@@ -67,8 +67,8 @@ class PhaseConfig:
             as the rate falls from its peak, which a constant one never does. 0: none. Of quantization-aware training
             alone.
         reestimate_batches: after the last epoch, replace batch-norm running statistics by their means over so many
-            training batches, mixed like them; 0 keeps the running averages. An epoch's worth, or none: on CIFAR-10 statistics from 40
-            batches lay 0.3 % below those from 390 (benchmarks/results, cifar10-batch-norm).
+            training batches, mixed like them; 0 keeps the running averages. An epoch's worth, or none: on CIFAR-10
+            statistics from 40 batches lay 0.3 % below those from 390 (benchmarks/results, cifar10-batch-norm).
         average_epochs: end with the mean of the weights over the steps of so many last epochs (SWA, arXiv 1803.05407),
             codebooks fitted to it anew; 0: with the last weights. It needs ``reestimate_batches``, and pays where the
             learning rate has not fallen to zero.
