@@ -58,9 +58,9 @@ def start_from_(model: nn.Module, *starts: nn.Module) -> nn.Module:
         refuse_sharded(network.parameters(), "a start of training")
     refuse_packed(model, "a model to train")
     learn = any(activation_quantizers(start) for start in starts)
-    for start in starts:
-        _check(model, start, learn)
-    state, learned = _mean_state(starts), [activation_quantizers(start) for start in starts]
+    states = [_checked_state(model, start, learn) for start in starts]
+    state = {name: _mean([state[name] for state in states]) for name in states[0]}
+    learned = [activation_quantizers(start) for start in starts]
     with unchanged_on_error(model):
         load_tensors_(model, state)  # compared already; float weights let layers fit theirs
         for name, quantizer in activation_quantizers(model).items() if learned[0] else ():
@@ -73,8 +73,9 @@ def start_from_(model: nn.Module, *starts: nn.Module) -> nn.Module:
     return model
 
 
-def _check(model: nn.Module, start: nn.Module, others_learn: bool) -> None:
-    """Raise ValueError if the model cannot begin from this start, beside others with learned thresholds or without."""
+def _checked_state(model: nn.Module, start: nn.Module, others_learn: bool) -> dict[str, Tensor]:
+    """The float tensors of a start; ValueError if the model cannot begin from it, beside others with learned thresholds
+    or without."""
     if is_folded(start):
         raise ValueError("adq: the start has no batch norms any more, they are folded; training needs them")
     state, present = float_state(start), float_state(model)
@@ -91,15 +92,11 @@ def _check(model: nn.Module, start: nn.Module, others_learn: bool) -> None:
         raise ValueError(f"adq: of start and model only one quantizes the input of {listed(other)}")
     if learned and not any(quantizer.is_calibrated for quantizer in learned.values()):
         raise ValueError("adq: the start is not calibrated")
-
-
-def _mean_state(starts: Sequence[nn.Module]) -> dict[str, Tensor]:
-    """The float tensors of several networks, the mean of each; counters are the first one's."""
-    states = [float_state(start) for start in starts]
-    return {name: _mean([state[name] for state in states]) for name in states[0]}
+    return state
 
 
 def _mean(tensors: Sequence[Tensor]) -> Tensor:
+    """The mean of one tensor in several networks; of counters the first."""
     first = tensors[0]
     if len(tensors) == 1 or not first.is_floating_point():
         return first

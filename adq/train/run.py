@@ -237,8 +237,10 @@ def reestimate_(model: nn.Module, data: Data, batches: int, epoch: int, mix: Mix
     return reestimate_batch_norm_(model, (mix(*batch)[0] if mix else batch[0] for batch in taken))
 
 
-def mixture(config: PhaseConfig, classes: int) -> Mix:
-    """What mixes batches of images with targets below ``classes``."""
+def mixture(config: PhaseConfig, classes: int) -> Mix | None:
+    """What mixes batches of images with targets below ``classes``, where the phase asks for it."""
+    if not config.mixup:
+        return None
     try:
         from torchvision.transforms.v2 import MixUp
     except ImportError as error:
@@ -442,7 +444,7 @@ class Run:
             display=self.display,
             departure=self.departure,
             checkpoint_steps=engine.checkpoint_steps,
-            mix=mixture(config, data.num_classes) if config.mixup else None,
+            mix=mixture(config, data.num_classes),
             compiled=engine.compile,
         )
 
@@ -546,8 +548,7 @@ class Run:
                 f"batch norms are re-estimated over the {len(data.train)} batches of an epoch, not {wanted}"
             )
         if wanted:
-            mix = mixture(config, data.num_classes) if config.mixup else None
-            reestimate_(model, data, share_of(wanted), config.epochs, mix)
+            reestimate_(model, data, share_of(wanted), config.epochs, mixture(config, data.num_classes))
 
     def _result(self, model: nn.Module, data: Data, accuracies: dict[str, float]) -> dict[str, Any]:
         report = summary(model)
